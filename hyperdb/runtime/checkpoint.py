@@ -1,0 +1,55 @@
+"""Training checkpoints in one safetensors file: parameters, average, optimiser state and step; no pickle.
+
+Randomness needs no state: every draw of step k comes from (seed, k).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.runtime.optim import EMA
+
+
+def save(path: Path, step: int, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[str, Any]) -> None:
+    """Write the whole state of a training after `step` finished steps, atomically."""
+    tensors: dict[str, torch.Tensor] = {}
+    for i, (param, average) in enumerate(zip(ema.params, ema.average, strict=True)):
+        tensors[f"param.{i}"] = param
+        tensors[f"average.{i}"] = average
+        for name, value in optimizer.state[param].items():
+            tensors[f"state.{i}.{name}"] = torch.as_tensor(value)
+    save_tensors(path, tensors, {"step": str(step), "config": json.dumps(config, sort_keys=True, default=str)})
+
+
+def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[str, Any]) -> int:
+    """Restore a training in place; return how many steps are done (0 if there is no checkpoint).
+
+    Raises `UserError` when the checkpoint was written under another configuration.
+    """
+    if not path.is_file():
+        return 0
+    tensors, metadata = load_tensors(path)
+    then, now = json.loads(metadata["config"]), json.loads(json.dumps(config, sort_keys=True, default=str))
+    changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+    if changed:
+        raise UserError(
+            f"{path} was made with other values of {', '.join(changed)}; "
+            "use the same configuration, another name, or delete that folder"
+        )
+    with torch.no_grad():
+        for i, (param, average) in enumerate(zip(ema.params, ema.average, strict=True)):
+            if param.shape != tensors[f"param.{i}"].shape:
+                raise UserError(f"{path} holds other shapes than this model; delete it or use another name")
+            param.copy_(tensors[f"param.{i}"])
+            average.copy_(tensors[f"average.{i}"])
+            prefix = f"state.{i}."
+            state = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+            if state:
+                optimizer.state[param] = state
+    return int(metadata["step"])

@@ -1,0 +1,9 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(ValueError):
+    """Bad input: the message names the offending value and says what to do.
+
+    The command line prints it as one line and exits with code 2. Anything else that
+    escapes is a bug of ours and keeps its traceback.
+    """

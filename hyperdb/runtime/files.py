@@ -1,0 +1,112 @@
+"""Reading and writing files: atomic writes, safetensors and JSON only, clear errors for foreign files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperdb.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it becomes `path` only if the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(fd)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: str | Path, value: Any) -> Path:
+    """Write `value` as indented JSON, atomically; NaN is refused."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+    return Path(path)
+
+
+def load_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or broken one raises `UserError` naming it."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it or restore it") from error
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a safetensors file atomically. Metadata values are strings."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(ready, temporary, metadata=dict(metadata or {}))
+    return Path(path)
+
+
+def _open(path: str | Path) -> Any:
+    from safetensors import safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        return safe_open(str(path), framework="pt")
+    except Exception as error:
+        raise UserError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """Read only the string metadata of a safetensors file."""
+    with _open(path) as file:
+        return dict(file.metadata() or {})
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors and its string metadata."""
+    with _open(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, dict(file.metadata() or {})
+
+
+def hash_files(paths: list[Path] | Path) -> str:
+    """Return the first 16 hex digits of a sha256 over the names and bytes of files (a folder: all in it)."""
+    if isinstance(paths, Path):
+        root, paths = paths, sorted(p for p in paths.rglob("*") if p.is_file())
+        names = [p.relative_to(root).as_posix() for p in paths]
+    else:
+        names = [p.name for p in paths]
+    digest = hashlib.sha256()
+    for name, path in zip(names, paths, strict=True):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def cached(path: Path, make: Callable[[], dict[str, torch.Tensor]], key: str) -> dict[str, torch.Tensor]:
+    """Return the tensors stored at `path` if they were made under the same `key`, else make and store them."""
+    if path.is_file():
+        tensors, metadata = load_tensors(path)
+        if metadata.get("key") == key:
+            return tensors
+    tensors = make()
+    save_tensors(path, tensors, {"key": key})
+    return tensors

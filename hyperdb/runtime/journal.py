@@ -1,0 +1,71 @@
+"""A training's journal: one JSON line a record, a progress bar, and a guard against non-finite losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss became NaN or infinite; the message names the step."""
+
+
+class Journal:
+    """Write `path` (JSON lines) and show a bar from `start` to `total` steps.
+
+    On resume, records at or after `start` are dropped first, so an interrupted and resumed
+    run leaves the same journal as an uninterrupted one.
+    """
+
+    def __init__(self, path: Path, total: int, start: int = 0, name: str = "") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read(path) if r["step"] <= start] if path.exists() and start else []
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self.path = path
+        self._file = path.open("a")
+        self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, smoothing=0.05)
+        self._smooth: float | None = None
+        self._began = time.monotonic()
+
+    def step(self, step: int, loss: float, every: int = 50, **values: float) -> None:
+        """Advance the bar by one; every `every` steps write a record. Raises `NonFiniteError`."""
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"the loss is {loss} at step {step}; lower the learning rate or use fp32")
+        self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
+        self._bar.update(1)
+        if step % every == 0:
+            self._bar.set_postfix_str(f"loss {self._smooth:.4f}")
+            self.record(step, loss=round(self._smooth, 6), **values)
+
+    def record(self, step: int, **values: Any) -> None:
+        """Append one record."""
+        seconds = round(time.monotonic() - self._began, 1)
+        self._file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file and the bar."""
+        self._bar.close()
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read a journal's records; a half-written last line is ignored."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
