@@ -1,0 +1,149 @@
+"""Cut faces out: the FFHQ / CelebA-HQ crop, the crop that recognisers expect, a plain square."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperdb.faces.detect import Face, detect
+from hyperdb.runtime.errors import UserError
+
+# Where ArcFace and SFace expect the five points in 112x112 (Deng et al. 2019, insightface).
+ARCFACE = np.array(
+    [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
+)
+
+
+def _warp(
+    rgb: NDArray[np.uint8], matrix: NDArray[np.float64], size: int, border: int
+) -> NDArray[np.uint8]:
+    """Warp by source -> target `matrix` [2, 3]; drawn larger and averaged when it shrinks."""
+    shrink = 1 / math.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    k = max(1, min(math.ceil(shrink - 1e-6), 16_384 // size))
+    larger = matrix * k
+    larger[:, 2] += (k - 1) / 2  # pixel centres, not corners
+    drawn = cv2.warpAffine(
+        rgb, larger, (size * k, size * k), flags=cv2.INTER_CUBIC, borderMode=border
+    )
+    if k > 1:
+        drawn = cv2.resize(drawn, (size, size), interpolation=cv2.INTER_AREA)
+    return np.asarray(drawn, dtype=np.uint8)
+
+
+def ffhq_quad(points: NDArray[np.floating], scale: float = 1.0) -> NDArray[np.float64]:
+    """Return the crop's corners [4, 2]: top left, bottom left, bottom right, top right.
+
+    The formula of FFHQ (Karras et al. 2019, `recreate_aligned_images`) and CelebA-HQ on five
+    points instead of 68; `scale` widens (> 1) or tightens (< 1) the frame around its centre.
+    """
+    p = np.asarray(points, dtype=np.float64)
+    eyes, mouth = p[:2].mean(0), p[3:5].mean(0)
+    eye_to_eye, eye_to_mouth = p[1] - p[0], mouth - eyes
+    x = eye_to_eye - eye_to_mouth[::-1] * [-1, 1]
+    x /= np.hypot(*x)
+    x *= max(np.hypot(*eye_to_eye) * 2.0, np.hypot(*eye_to_mouth) * 1.8) * scale
+    y = x[::-1] * [-1, 1]
+    c = eyes + eye_to_mouth * 0.1
+    return np.stack([c - x - y, c - x + y, c + x + y, c + x - y])
+
+
+def crop(
+    rgb: NDArray[np.uint8], points: NDArray[np.floating], size: int, scale: float = 0.8
+) -> NDArray[np.uint8]:
+    """Cut the upright face out of [H, W, 3] as [size, size, 3], reflecting beyond the border.
+
+    `scale` 1.0 is the framing of FFHQ; 0.8, which the embedded base uses, lets the face fill it.
+    """
+    quad = ffhq_quad(points, scale)[:3].astype(np.float32)
+    far = size - 0.5
+    target = np.array([[-0.5, -0.5], [-0.5, far], [far, far]], dtype=np.float32)
+    return _warp(rgb, cv2.getAffineTransform(quad, target), size, cv2.BORDER_REFLECT_101)
+
+
+def similarity(
+    source: NDArray[np.floating], target: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Return the [2, 3] rotation, scale and shift that best maps points [n, 2] (Umeyama 1991)."""
+    source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
+    mean, goal = source.mean(0), target.mean(0)
+    a, b = source - mean, target - goal
+    u, s, vt = np.linalg.svd(b.T @ a)
+    sign = np.array([1.0, np.sign(np.linalg.det(u @ vt))])
+    rotation = u @ np.diag(sign) @ vt * ((s * sign).sum() / (a**2).sum())
+    return np.column_stack([rotation, goal - rotation @ mean])
+
+
+def to_points(
+    rgb: NDArray[np.uint8],
+    points: NDArray[np.floating],
+    target: NDArray[np.floating],
+    size: int,
+) -> NDArray[np.uint8]:
+    """Warp [H, W, 3] to [size, size, 3] so that `points` fall on `target`; black beyond it."""
+    return _warp(rgb, similarity(points, target), size, cv2.BORDER_CONSTANT)
+
+
+def arcface(rgb: NDArray[np.uint8], points: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Return the [112, 112, 3] alignment on which ArcFace-like recognisers were trained."""
+    return to_points(rgb, points, ARCFACE, 112)
+
+
+def square(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Cut the central square out and resize it: for pictures that are face crops already."""
+    height, width = rgb.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    cut = np.ascontiguousarray(rgb[top : top + side, left : left + side])
+    how = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(cut, (size, size), interpolation=how), dtype=np.uint8)
+
+
+def choose(
+    faces: Sequence[Face], face: int | None = None, name: str = "the picture"
+) -> tuple[Face, str | None]:
+    """Pick the largest face, or the `face`-th largest (from 1), and a notice if there are others.
+
+    Raises `UserError` naming the file when there is no face, or none of that number.
+    """
+    if face is not None and face < 1:
+        raise UserError(f"face={face} is no face of {name}; face=1 is the largest one")
+    if not faces:
+        raise UserError(
+            f"no face found in {name}; use a picture with a clearly visible face, "
+            "or align=false if it is a face crop already"
+        )
+    if face is None:
+        notice = f"{name} shows {len(faces)} faces; the largest is used, choose with face=2 etc."
+        return faces[0], notice if len(faces) > 1 else None
+    if face > len(faces):
+        shown = "1 face" if len(faces) == 1 else f"{len(faces)} faces"
+        raise UserError(f"face={face}, but {name} shows {shown}; choose 1 to {len(faces)}")
+    return faces[face - 1], None
+
+
+def face_crop(
+    rgb: NDArray[np.uint8],
+    size: int,
+    scale: float = 0.8,
+    face: int | None = None,
+    name: str = "the picture",
+    align: bool = True,
+) -> tuple[NDArray[np.uint8], str | None]:
+    """Detect, choose and crop: [H, W, 3] -> ([size, size, 3], a notice for the user or None).
+
+    `align=False` takes the central square as it is. Raises the errors of `choose`.
+    """
+    if not align:
+        return square(rgb, size), None
+    chosen, notice = choose(detect(rgb), face, name)
+    return crop(rgb, chosen.points, size, scale), notice

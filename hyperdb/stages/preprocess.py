@@ -1,0 +1,260 @@
+"""Turn a folder of photos, CelebA-HQ or SFHQ into aligned faces and a manifest.
+
+    hyperdb preprocess source=photos out=data/mine
+    hyperdb preprocess kind=celeba_hq source=CelebA-HQ-img identity_file=identity_CelebA.txt
+
+Writes `faces/*.png`, `manifest.jsonl` (file, source, identity, split, box, score) and
+`rejected.jsonl` (source, reason) into `out`. Running it again keeps the faces that are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import atomic
+from hyperdb.runtime.seed import derive
+
+KINDS = ("folder", "celeba_hq", "sfhq")
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
+IDENTITIES = "identity_CelebA.txt"
+MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"
+
+
+@dataclass
+class Config:
+    """What to read, where to write, and how to crop.
+
+    `crop` is the framing (1.0 = FFHQ, 0.8 = the embedded base), `size` the side in pixels,
+    `limit` the number of pictures taken (a choice by `seed`); `seed` also decides the split.
+    """
+
+    source: str = ""
+    out: str = "data/faces"
+    size: int = 512
+    crop: float = 1.0
+    identity_file: str | None = None
+    kind: str = "folder"
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"kind={self.kind} is unknown; choose one of {', '.join(KINDS)}")
+        if not 32 <= self.size <= 4096:
+            raise UserError(f"size={self.size} is out of range; choose 32 to 4096 pixels")
+        if not 0.3 <= self.crop <= 3:
+            raise UserError(f"crop={self.crop} is out of range; choose 0.3 to 3 (1.0 = FFHQ)")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit={self.limit} leaves nothing; choose 1 or more, or null")
+
+
+def _pictures(config: Config) -> list[Path]:
+    """List the pictures below `source`, relative to it; never our own output."""
+    root, out = Path(config.source), Path(config.out).resolve()
+    if not config.source:
+        raise UserError("source is not set; give the folder of photos: source=FOLDER")
+    if root.is_file():
+        raise UserError(f"source={root} is a file; give its folder")
+    if not root.is_dir():
+        raise UserError(f"source={root} does not exist; check the spelling")
+    if out == root.resolve():
+        raise UserError(f"out={config.out} is the source folder; choose another folder")
+    found = []
+    for path in root.rglob("*"):
+        relative = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.suffix.lower() not in PICTURES or hidden or not path.is_file():
+            continue
+        if not path.resolve().is_relative_to(out):
+            found.append(relative)
+    if not found:
+        raise UserError(f"no pictures in {root}; expected files like .jpg, .png or .webp")
+    found.sort()
+    if config.limit is not None and len(found) > config.limit:
+        found.sort(key=lambda p: derive(config.seed, "limit", p.as_posix()))
+        found = sorted(found[: config.limit])
+    return found
+
+
+def _read_columns(path: Path, count: int) -> list[list[str]]:
+    """Read a text table of `count` columns separated by blanks."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; check identity_file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        row = line.rsplit(maxsplit=count - 1)
+        if row and len(row) != count:
+            raise UserError(f"{path}, line {number}: expected {count} columns, found '{line}'")
+        if row:
+            rows.append(row)
+    return rows
+
+
+def _beside(config: Config, name: str) -> Path | None:
+    """Find a list file next to the identity file, in the source folder or one above it."""
+    root = Path(config.source)
+    folders = [root, root.resolve().parent]
+    if config.identity_file is not None:
+        folders.insert(0, Path(config.identity_file).parent)
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _celeba_name(path: Path, mapping: dict[int, str] | None) -> str | None:
+    """Return CelebA's file name of a CelebA-HQ picture: 000004.jpg is one, 27 or img00000027 not.
+
+    Six digits are CelebA's own numbers; otherwise the number indexes the mapping file.
+    """
+    digits = path.stem.removeprefix("img").removeprefix("imgHQ")
+    if not digits.isdecimal():
+        return None
+    if len(digits) == 6 and not path.stem.startswith("img"):
+        return f"{digits}.jpg"
+    if mapping is None:
+        raise UserError(
+            f"{path} is numbered as in CelebA-HQ; put {MAPPING} beside the identity file"
+        )
+    return mapping.get(int(digits))
+
+
+def _celeba_identities(config: Config, pictures: list[Path]) -> dict[Path, str | None]:
+    given = config.identity_file
+    file = Path(given) if given is not None else _beside(config, IDENTITIES)
+    if file is None:
+        raise UserError(
+            f"CelebA-HQ needs {IDENTITIES} (from the CelebA team, see data/README.md); "
+            "give its path: identity_file=PATH"
+        )
+    identities = dict(_read_columns(file, 2))
+    mapping_file = _beside(config, MAPPING)
+    mapping: dict[int, str] | None = None
+    if mapping_file is not None:
+        rows = [row for row in _read_columns(mapping_file, 3) if row[0].isdecimal()]  # not the head
+        mapping = {int(index): name for index, _, name in rows}
+    names = {path: _celeba_name(path, mapping) for path in pictures}
+    return {p: None if n is None else identities.get(n) for p, n in names.items()}
+
+
+def _folder_identities(config: Config, pictures: list[Path]) -> dict[Path, str | None]:
+    """A subfolder is a person; a picture in no subfolder is a person of its own."""
+    if config.identity_file is not None:
+        listed = dict(_read_columns(Path(config.identity_file), 2))
+        return {p: listed.get(p.as_posix(), listed.get(p.name)) for p in pictures}
+    return {p: p.parts[0] if len(p.parts) > 1 else p.stem for p in pictures}
+
+
+def _identities(config: Config, pictures: list[Path]) -> dict[Path, str | None]:
+    if config.kind == "celeba_hq":
+        return _celeba_identities(config, pictures)
+    if config.kind == "sfhq":
+        return {p: p.stem for p in pictures}
+    return _folder_identities(config, pictures)
+
+
+def split_of(identity: str, seed: int = 0) -> str:
+    """Return train, validation or test (90 / 5 / 5 %), by a hash of the identity alone."""
+    share = derive(seed, "split", identity) % 100
+    return "train" if share < 90 else "validation" if share < 95 else "test"
+
+
+def _file_names(pictures: list[Path]) -> dict[Path, str]:
+    """Flatten a/b.jpg to a__b.png; pictures that would collide get a hash of their path."""
+    flat = {p: "__".join(p.with_suffix("").parts) for p in pictures}
+    often = Counter(name.casefold() for name in flat.values())
+    return {
+        p: f"{name}.png"
+        if often[name.casefold()] == 1
+        else f"{name}-{derive(0, p.as_posix()):016x}.png"
+        for p, name in flat.items()
+    }
+
+
+def _make_face(config: Config, picture: Path, file: Path) -> dict[str, Any]:
+    """Return box, score and number of faces; write `file` unless it holds this very crop."""
+    from hyperdb.faces.align import choose, crop
+    from hyperdb.faces.detect import detect
+    from hyperdb.faces.image import read_image, read_text, save_png
+
+    source = Path(config.source) / picture
+    recipe = json.dumps([picture.as_posix(), source.stat().st_size, config.size, config.crop])
+    text = read_text(file) if file.is_file() else {}
+    if text.get("recipe") == recipe and "face" in text:
+        kept: dict[str, Any] = json.loads(text["face"])
+        return kept
+    rgb = read_image(source)
+    faces = detect(rgb)
+    face, _ = choose(faces, name=str(source))
+    found = {
+        "box": [round(v, 1) for v in face.box],
+        "score": round(face.score, 4),
+        "faces": len(faces),
+    }
+    image = crop(rgb, face.points, config.size, config.crop)
+    save_png(file, image, {"recipe": recipe, "face": json.dumps(found)})
+    return found
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    with atomic(path) as temporary:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _summary(records: list[dict[str, Any]], rejected: list[dict[str, str]], several: int) -> str:
+    splits = Counter(record["split"] for record in records)
+    people = len({record["identity"] for record in records})
+    parts = ", ".join(f"{splits[s]} {s}" for s in ("train", "validation", "test"))
+    text = f"{len(records)} faces of {people} identities ({parts})"
+    if several:
+        text += f"; {several} pictures show several faces, the largest was taken"
+    if rejected:
+        text += f"; {len(rejected)} pictures rejected, see rejected.jsonl"
+    return text
+
+
+def run(config: Config) -> Path:
+    """Crop every picture and return the path of the manifest.
+
+    Raises `UserError` when the source or identity file is unusable or no picture has a face.
+    """
+    from tqdm import tqdm
+
+    pictures = _pictures(config)
+    identities = _identities(config, pictures)
+    names = _file_names(pictures)
+    out = Path(config.out)
+    records: list[dict[str, Any]] = []
+    rejected: list[dict[str, str]] = []
+    several = 0
+    for picture in tqdm(pictures, desc="preprocess", unit="picture", dynamic_ncols=True):
+        identity = identities[picture]
+        try:
+            if identity is None:
+                raise UserError(f"{picture} is not in the identity list; add it or remove it")
+            face = _make_face(config, picture, out / "faces" / names[picture])
+        except UserError as error:
+            rejected.append({"source": picture.as_posix(), "reason": str(error)})
+            continue
+        several += face["faces"] > 1
+        records.append(
+            {
+                "file": f"faces/{names[picture]}",
+                "source": picture.as_posix(),
+                "identity": identity,
+                "split": split_of(identity, config.seed),
+                "box": face["box"],
+                "score": face["score"],
+            }
+        )
+    if not records:
+        first = rejected[0]["reason"]
+        raise UserError(f"none of {len(rejected)} pictures could be used; the first: {first}")
+    _write_lines(out / "rejected.jsonl", rejected)
+    _write_lines(out / "manifest.jsonl", records)
+    print(_summary(records, rejected, several))
+    return out / "manifest.jsonl"
