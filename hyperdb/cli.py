@@ -1,0 +1,185 @@
+"""The command line: `hyperdb STAGE key=value ...`.
+
+Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 the user's input (one line), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import sys
+import textwrap
+import traceback
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from hyperdb import __version__, config
+from hyperdb.runtime.errors import UserError
+
+USAGE = """\
+usage: hyperdb STAGE [key=value ...]      run a stage
+       hyperdb STAGE --help               its settings, their values, the experiments
+       hyperdb STAGE [...] --cfg job      print the composed settings, run nothing
+       hyperdb STAGE -m key=a,b           one run for each value (commas separate only after -m)
+       hyperdb --version
+"""
+
+
+def overview() -> str:
+    """Return the text of `hyperdb --help`."""
+    stages = config.available()
+    width = max(map(len, stages))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in stages.items()]
+    return USAGE + "\nstages:\n" + "\n".join(lines)
+
+
+# --- help of one stage -------------------------------------------------------------------------------
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """Return what the source says of each field: the string below it, the comment beside it or those above."""
+    try:
+        source = textwrap.dedent(inspect.getsource(schema))
+    except OSError:
+        return {}
+    lines, docs = source.splitlines(), {}
+    definition = ast.parse(source).body[0]
+    body = getattr(definition, "body", [])
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        doc = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            doc = str(after.value.value)
+        elif node.end_lineno is not None and node.end_col_offset is not None:
+            line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+            doc = line.partition("#")[2]
+            above = node.lineno - 2
+            while not line.strip() and above >= 0 and lines[above].lstrip().startswith("#"):
+                doc = lines[above].lstrip(" #") + " " + doc
+                above -= 1
+        docs[node.target.id] = " ".join(doc.split())
+    return docs
+
+
+def _type_name(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def _describe(schema: type, values: Any, prefix: str = "") -> list[str]:
+    """Return one line a setting: key, type, value in force, what it means."""
+    from omegaconf import DictConfig
+
+    lines = []
+    hints = {key: kind for member in schema.__mro__[:-1] for key, kind in typing.get_type_hints(member).items()}
+    docs: dict[str, str] = {}
+    for member in reversed(schema.__mro__[:-1]):
+        docs |= {key: doc for key, doc in field_docs(member).items() if doc}
+    for key, value in values.items_ex(resolve=False):
+        if isinstance(value, DictConfig) and isinstance(value._metadata.object_type, type) and value:
+            kind = value._metadata.object_type
+            if hasattr(kind, "__dataclass_fields__"):
+                lines += _describe(kind, value, f"{prefix}{key}.")
+                continue
+        shown = "required" if value == "???" else f"= {'null' if value is None else value!s}"
+        head = f"  {prefix}{key}: {_type_name(hints.get(str(key), Any))} {shown}"
+        lines += [head] + textwrap.wrap(docs.get(str(key), ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
+
+
+def stage_help(stage: str) -> str:
+    """Return the text of `hyperdb STAGE --help`."""
+    module = config.stage_module(stage)
+    schema, raw = module.Config, config.compose(stage)
+    parts = [inspect.getdoc(module) or config.STAGES[stage][1], f"usage: hyperdb {stage} [key=value ...]"]
+    settings = _describe(schema, raw)
+    if settings:
+        parts.append("settings and their values:\n" + "\n".join(settings))
+    choices = [f"  {path}={' | '.join(config.options(path))}" for path in config.groups(schema)]
+    if choices:
+        parts.append("groups:\n" + "\n".join(choices))
+    experiments = _experiments(schema)
+    if experiments:
+        parts.append("experiments:\n" + "\n".join(experiments))
+    return "\n\n".join(parts)
+
+
+def _experiments(schema: type) -> list[str]:
+    """Return the experiments whose every key is a setting of this stage, with their first comment line."""
+    from omegaconf import OmegaConf
+
+    known = {key for key, _ in config.settings(schema)} | {"defaults"}
+    lines = []
+    for name in config.options(config.EXPERIMENT):
+        path = config.conf_dir() / config.EXPERIMENT / f"{name}.yaml"
+        values = OmegaConf.load(path)
+        if set(map(str, values)) <= known:
+            comments = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
+            said = next((c for c in comments if c and not c.startswith("@package")), "")
+            lines.append(f"  {config.EXPERIMENT}={name}  {said}".rstrip())
+    return lines
+
+
+# --- running -----------------------------------------------------------------------------------------
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Do what the words ask."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if argv[0] == "--version":
+        print(f"hyperdb {__version__}")
+        return
+    stage, *words = argv
+    if stage.startswith("-"):
+        raise UserError(f"unknown option {stage}; `hyperdb --help` shows the usage")
+    config.stage_module(stage)  # an unknown stage is said before anything else
+    if {"-h", "--help"} & set(words):
+        print(stage_help(stage))
+        return
+    words, show = _take_cfg(words)
+    many = {"-m", "--multirun"} & set(words)
+    words = [word for word in words if word not in many]
+    if show:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(config.compose(stage, words)), end="")
+    elif many:
+        config.sweep(stage, words)
+    else:
+        config.run(stage, words)
+
+
+def _take_cfg(words: list[str]) -> tuple[list[str], bool]:
+    """Take `--cfg job` or `--cfg=job` out of the words."""
+    rest, show = [], False
+    for word in words:
+        if word in ("--cfg", "--cfg=job", "-c"):
+            show = True
+        elif not (show and word == "job"):
+            rest.append(word)
+    return rest, show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    try:
+        dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"hyperdb: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to continue", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader (head, less) went away; keep the interpreter's last flush from complaining
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0

@@ -1,0 +1,333 @@
+"""The table of stages, and how `key=value` words become a stage's `Config`.
+
+A stage is a module with a dataclass `Config` and `run(config) -> Path | None`. Its values stand in
+`conf/STAGE.yaml`; a field that holds a dataclass and has a folder of its name under `conf/` is a *group*
+(`diffusion=sd15` picks `conf/diffusion/sd15.yaml`). Hydra composes, the dataclasses check.
+
+Nothing heavy is imported here: Hydra inside the functions, a stage's module when that stage is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hyperdb.runtime.errors import UserError
+
+STAGES: dict[str, tuple[str, str]] = {
+    "doctor": ("hyperdb.stages.doctor", "say what is installed, which device and models are at hand, what to do"),
+    "demo": ("hyperdb.stages.demo", "personalise a rendered person and a real photo, show the pictures"),
+    "personalize": ("hyperdb.stages.personalize", "one photo -> a small adapter that knows this face"),
+    "generate": ("hyperdb.stages.generate", "an adapter and a prompt -> images"),
+    "preprocess": ("hyperdb.stages.preprocess", "raw photos -> aligned faces and a manifest"),
+    "render_heads": ("hyperdb.stages.render_heads", "procedural people -> images, captions, labels"),
+    "train_autoencoder": ("hyperdb.stages.train_autoencoder", "the embedded base's autoencoder"),
+    "train_base": ("hyperdb.stages.train_base", "the embedded base's text encoder and UNet"),
+    "train_encoder": ("hyperdb.stages.train_encoder", "the hypernetwork's image encoder, on rendered people"),
+    "precompute": ("hyperdb.stages.precompute", "fit LiDB weights to many people, the hypernetwork's targets"),
+    "train_hypernet": ("hyperdb.stages.train_hypernet", "one photo -> LiDB weights, learned over many people"),
+    "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
+}
+
+EXPERIMENT = "experiment"  # the group of named overrides; every stage's yaml ends with `experiment: null`
+
+
+# --- stages ------------------------------------------------------------------------------------------
+
+
+def available() -> dict[str, str]:
+    """Return name -> summary of the stages whose module exists; imports none of them."""
+    return {name: text for name, (module, text) in STAGES.items() if importlib.util.find_spec(module)}
+
+
+def stage_module(name: str) -> types.ModuleType:
+    """Import the module of one stage."""
+    if name not in available():
+        hint = closest(name, available()) or "; `hyperdb --help` lists them"
+        raise UserError(f"no stage {name!r}{hint}")
+    return importlib.import_module(STAGES[name][0])
+
+
+def conf_dir() -> Path:
+    """Return the folder of yaml files: inside the installed package, else beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def options(group: str) -> list[str]:
+    """Return the names that can be chosen in a group."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def closest(word: str, words: typing.Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the most similar word, else nothing."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+# --- the tree of settings ----------------------------------------------------------------------------
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    """Split `X | None` into (X, True); anything else is (kind, False)."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        rest = [k for k in typing.get_args(kind) if k is not type(None)]
+        if len(rest) < len(typing.get_args(kind)):
+            return (rest[0] if len(rest) == 1 else typing.Union[tuple(rest)]), True  # noqa: UP007 (dynamic)
+    return kind, False
+
+
+def _family(schema: type) -> list[type]:
+    """Return a dataclass and every subclass of it: the types that a group's options may have."""
+    return [schema, *(s for sub in schema.__subclasses__() for s in _family(sub))]
+
+
+def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every setting under a dataclass, branches before their leaves."""
+    seen = set()
+    for kind in _family(schema):
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if field.name in seen:
+                continue
+            seen.add(field.name)
+            key, hint = prefix + field.name, hints[field.name]
+            yield key, hint
+            inner = _without_none(hint)[0]
+            if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+                yield from settings(inner, key + ".")
+
+
+def groups(schema: type) -> dict[str, type]:
+    """Return path -> dataclass of the settings that have a folder of their name in `conf/`."""
+    found = {}
+    for key, hint in settings(schema):
+        kind, path = _without_none(hint)[0], key.replace(".", "/")
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and (conf_dir() / path).is_dir():
+            found[path] = kind
+    return found
+
+
+def _type_of(schema: type, key: str) -> Any:
+    """Return the type of a dotted key; raises KeyError if there is no such setting."""
+    known = dict(settings(schema))
+    if key in known:
+        return known[key]
+    parent, _, _ = key.rpartition(".")
+    kind = _without_none(_type_of(schema, parent))[0] if parent else None
+    if typing.get_origin(kind) in (dict, list):  # an entry of a dict[str, X] or list[X]
+        return typing.get_args(kind)[-1]
+    if kind in (Any, dict, list):
+        return Any
+    raise KeyError(key)
+
+
+# --- words of the command line -----------------------------------------------------------------------
+
+
+def _literal(text: str) -> str:
+    """Quote a string so that Hydra's and OmegaConf's grammars both give it back unchanged."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    # `${` would be an interpolation; only backslashes right before it need doubling
+    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
+
+
+def _parses(override: str) -> bool:
+    """Return whether Hydra's grammar accepts an override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    try:
+        OverridesParser.create().parse_override(override)
+    except OverrideParseException:
+        return False
+    return True
+
+
+def quoted(schema: type, word: str) -> str:
+    """Quote the value of `key=value` if that setting is text, so that it means what it says.
+
+    `str` and `Path` take everything literally; with `| None` the word null is None. `list[str]` takes
+    Hydra's `[a, b]`, and anything else as its only element. Other types keep Hydra's grammar.
+    """
+    key, _, value = word.partition("=")
+    try:
+        kind, optional = _without_none(_type_of(schema, key.lstrip("+")))
+    except KeyError:
+        return word
+    if optional and value == "null":
+        return word
+    if kind in (str, Path):
+        return f"{key}={_literal(value)}"
+    if typing.get_origin(kind) is list and typing.get_args(kind)[0] in (str, Path):
+        if value.startswith("[") and value.endswith("]") and _parses(word):
+            return word
+        return f"{key}=[{_literal(value)}]"
+    return word
+
+
+def check_word(stage: str, schema: type, word: str, sweep: bool = False) -> None:
+    """Raise `UserError` for a word that is not `key=value` of this stage."""
+    key, equals, value = word.partition("=")
+    if not equals or not key or word[0] in "-~":
+        raise UserError(f"{word!r} is not key=value; `hyperdb {stage} --help` lists the settings")
+    key = key.lstrip("+")
+    if re.match(r"hydra[./]", key):
+        if not sweep:
+            raise UserError(f"{key} concerns sweeps only; add -m")
+        return
+    branches = groups(schema)
+    if key == EXPERIMENT or key in branches:
+        names = options(key)
+        plain = not sweep and re.fullmatch(r"[\w.-]+", value) and value != "null"
+        if plain and value not in names:
+            listed = ", ".join(names) or "none"
+            raise UserError(f"no {key} {value!r}{closest(value, names)}; there is: {listed}")
+        return
+    try:
+        _type_of(schema, key)
+    except KeyError:
+        raise UserError(_unknown(stage, schema, key)) from None
+
+
+def _unknown(stage: str, schema: type, key: str) -> str:
+    names = [name for name, _ in settings(schema)] + [EXPERIMENT]
+    hint = closest(key, names)
+    if not hint:  # the right name without its branch: `path` for `diffusion.path`
+        same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = f"; did you mean {same[0]!r}?" if same else ""
+    return f"{stage} has no setting {key!r}{hint or f'; `hyperdb {stage} --help` lists them'}"
+
+
+# --- composition -------------------------------------------------------------------------------------
+
+
+def register(stage: str, schema: type) -> None:
+    """Make the dataclasses known to Hydra.
+
+    `STAGE_schema` for the stage; in each group `schema` for the field's own type and `NAME_schema` for each
+    subclass `NAMEConfig` of it (so `conf/adapter/lora.yaml` begins with `defaults: [lora_schema]`).
+    """
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name=f"{stage}_schema", node=schema)
+    for path, kind in groups(schema).items():
+        for member in _family(kind):
+            name = "schema" if member is kind else f"{member.__name__.removesuffix('Config').lower()}_schema"
+            store.store(group=path, name=name, node=member)
+
+
+def compose(stage: str, words: Sequence[str] = (), quote: bool = True) -> Any:
+    """Return a stage's composed configuration (an OmegaConf node) from its yaml and `key=value` words."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = stage_module(stage).Config
+    for word in words:
+        check_word(stage, schema, word)
+    register(stage, schema)
+    overrides = [quoted(schema, word) for word in words] if quote else list(words)
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return hydra_compose(stage, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(stage, schema, error)) from error
+
+
+def build(stage: str, raw: Any) -> Any:
+    """Turn a composed configuration into the stage's `Config`; its `__post_init__` may refuse with ValueError."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_object(raw)
+    except MissingMandatoryValue as error:
+        raise UserError(f"{stage} needs {error.full_key}=...; `hyperdb {stage} --help` explains it") from error
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(stage, type(raw), error)) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def load(stage: str, words: Sequence[str] = ()) -> Any:
+    """Return a stage's `Config` from `key=value` words, as the command line would build it."""
+    return build(stage, compose(stage, words))
+
+
+def run(stage: str, words: Sequence[str] = ()) -> Path | None:
+    """Run a stage from `key=value` words."""
+    return stage_module(stage).run(load(stage, words))
+
+
+def sweep(stage: str, words: Sequence[str]) -> None:
+    """Run a stage once for every combination of comma-separated values, through Hydra's launcher.
+
+    Here Hydra's grammar holds for every value, nothing is quoted. A launcher plugin sends the jobs to a
+    cluster: `hydra/launcher=submitit_slurm`.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = stage_module(stage).Config
+    for word in words:
+        check_word(stage, schema, word, sweep=True)
+    register(stage, schema)
+
+    def task(raw: Any) -> str | None:
+        result = stage_module(stage).run(build(stage, raw))
+        return None if result is None else str(result)
+
+    quiet = {  # stages make their own folders; only the sweep's own record is kept
+        "hydra.output_subdir": "null",
+        "hydra.run.dir": ".",
+        "hydra.sweep.dir": f"multirun/{stage}",
+        "hydra.sweep.subdir": ".",
+        "hydra/job_logging": "none",
+    }
+    given = {word.partition("=")[0] for word in words}
+    defaults = [f"{key}={value}" for key, value in quiet.items() if key not in given]
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["hyperdb", "--multirun", *defaults, *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed and turned into exit(1)
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name=stage)(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(stage, schema, error)) from error
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _explain(stage: str, schema: type, error: BaseException) -> str:
+    """Say in one line what Hydra or OmegaConf found wrong."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    root = chain[-1]
+    key = getattr(root, "full_key", None)
+    if isinstance(root, ConfigKeyError | ConfigAttributeError) and key and dataclasses.is_dataclass(schema):
+        return _unknown(stage, schema, key)
+    first = str(root).strip().splitlines()[0] if key else " ".join(str(root).split())
+    return f"{key}: {first}" if key else first
