@@ -1,0 +1,165 @@
+"""LiDB, the paper's Lightweight DreamBooth (eq. 1): a person is `r * (a + b)` numbers a layer in frozen random bases.
+
+A token is one layer's numbers: A_train `[a, r]` row by row, then B_train `[r, b]` row by row, each padded to the largest
+layer. Layers narrower than a or b use a_eff = min(a, n), b_eff = min(b, m); `mask` is True on the numbers in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters.base import Factors
+from hyperdb.adapters.layout import Layout
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.seed import generator
+from hyperdb.types import Tokens
+
+ALGORITHM = "qr-uniform-1"
+MAX_BASIS_NUMBERS = 10**9  # 4 GB of float32; SD1.5 needs 26.7 million
+
+
+def _draw(rows: int, columns: int, seed: int, *keys: str) -> Tensor:
+    """Return 24-bit integers from a private stream: the same on every platform, the global generator untouched."""
+    stream = generator(seed, ALGORITHM, *keys, rows, columns)
+    return torch.randint(2**24, (rows, columns), generator=stream, dtype=torch.int32)
+
+
+def _centre(draws: Tensor) -> Tensor:
+    return (draws.double() + 0.5) / 2**23 - 1  # uniform in (-1, 1)
+
+
+def _orthonormal(draws: Tensor) -> Tensor:
+    """Return the orthonormal columns of the QR decomposition whose R has a positive diagonal, in float32."""
+    q, r = torch.linalg.qr(_centre(draws))
+    return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).float()
+
+
+class LiDB:
+    """LiDB over `layout`; parameters are `{'tokens': [I, N, D]}`.
+
+    The bases are built on first use, depend on (algorithm, seed, layer name, shape) alone, and are never saved.
+    """
+
+    def __init__(self, layout: Layout, a: int = 100, b: int = 50, rank: int = 1, seed: int = 0) -> None:
+        self.config = LiDBConfig(a, b, rank, seed)
+        self.layout, self.rank = layout, rank
+        self.sizes = [(min(a, layer.in_), min(b, layer.out)) for layer in layout.layers]
+        self.max_a, self.max_b = (max(column) for column in zip(*self.sizes, strict=True))
+        self.width = rank * (self.max_a + self.max_b)
+        used_a = torch.arange(self.max_a) < torch.tensor([a for a, _ in self.sizes])[:, None]  #        [N, a]
+        used_b = torch.arange(self.max_b) < torch.tensor([b for _, b in self.sizes])[:, None]  #        [N, b]
+        used = used_a[..., None].expand(-1, -1, rank), used_b[:, None].expand(-1, rank, -1)
+        self.mask = self.join(*used)  #                                                                 [N, D]
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        needed = sum(x.in_ * p + x.out * q for x, (p, q) in zip(layout.layers, self.sizes, strict=True))
+        if needed > MAX_BASIS_NUMBERS:
+            raise UserError(f"the bases of this layout would hold {needed} numbers, more than {MAX_BASIS_NUMBERS}")
+
+    @property
+    def numbers(self) -> int:
+        """Count of trainable numbers of one identity."""
+        return self.rank * sum(a + b for a, b in self.sizes)
+
+    @cached_property
+    def template(self) -> Tensor:
+        """Where everyone starts, `[N, D]`: columns of A of unit norm, B zero."""
+        A = torch.zeros(len(self.layout), self.max_a, self.rank)
+        for i, (layer, (a, _)) in enumerate(zip(self.layout.layers, self.sizes, strict=True)):
+            column = _centre(_draw(a, self.rank, self.config.seed, layer.name, "template"))
+            A[i, :a] = column / column.norm(dim=0)
+        return self.join(A, torch.zeros(len(self.layout), self.rank, self.max_b)).to(self.device)
+
+    def _draws(self, i: int) -> tuple[Tensor, Tensor]:
+        layer, (a, b), seed = self.layout.layers[i], self.sizes[i], self.config.seed
+        return _draw(layer.in_, a, seed, layer.name, "A"), _draw(layer.out, b, seed, layer.name, "B")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over the integers that the bases are made of: the same on every platform."""
+        digest = hashlib.sha256(ALGORITHM.encode())
+        for i in range(len(self.layout)):
+            for draws in self._draws(i):
+                digest.update(draws.numpy().astype("<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def _masters(self) -> list[tuple[Tensor, Tensor]]:
+        """Float32 bases on the CPU, of which every other dtype is a cast."""
+        return [tuple(map(_orthonormal, self._draws(i))) for i in range(len(self.layout))]  # type: ignore[misc]
+
+    @cached_property
+    def _groups(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+        """Bases stacked by shape, input side and output side: (token indices [g], bases [g, width, a or b])."""
+        sides = []
+        for side in (0, 1):
+            by_shape: dict[torch.Size, list[int]] = {}
+            for i, bases in enumerate(self._masters):
+                by_shape.setdefault(bases[side].shape, []).append(i)
+            sides.append(
+                [
+                    (
+                        torch.tensor(indices, device=self.device),
+                        torch.stack([self._masters[i][side] for i in indices]).to(self.device, self.dtype),
+                    )
+                    for indices in by_shape.values()
+                ]
+            )
+        return sides[0], sides[1]
+
+    def basis(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return a layer's frozen `(A_aux [n, a], B_aux [b, m])`; columns and rows are orthonormal."""
+        A_aux, B_aux = self._masters[self.layout.names.index(name)]
+        return A_aux.to(self.device, self.dtype), B_aux.mT.to(self.device, self.dtype)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move the bases, mask and template; `dtype` is that of the bases and of the factors. Return the adapter."""
+        self.device = torch.device(device) if device is not None else self.device
+        self.dtype = dtype or self.dtype
+        self.mask = self.mask.to(self.device)
+        for cached in ("template", "_groups"):
+            self.__dict__.pop(cached, None)
+        return self
+
+    def join(self, A: Tensor, B: Tensor) -> Tensor:
+        """Return tokens `[..., N, D]` of `A [..., N, a, r]` and `B [..., N, r, b]`."""
+        return torch.cat([A.flatten(-2), B.flatten(-2)], dim=-1)
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `A [..., N, a, r]` and `B [..., N, r, b]` of tokens `[..., N, D]`; padding reads as zero."""
+        A, B = (tokens * self.mask).split([self.rank * self.max_a, self.rank * self.max_b], dim=-1)
+        return A.unflatten(-1, (self.max_a, self.rank)), B.unflatten(-1, (self.rank, self.max_b))
+
+    def pack(self, tokens: Tensor) -> Tensor:
+        """Return only the numbers in use, `[..., N, D]` -> `[..., numbers]`."""
+        return tokens[..., self.mask]
+
+    def unpack(self, numbers: Tensor) -> Tensor:
+        """Undo `pack`; padding is zero."""
+        tokens = numbers.new_zeros(*numbers.shape[:-1], *self.mask.shape)
+        tokens[..., self.mask] = numbers
+        return tokens
+
+    def init(self, identities: int) -> dict[str, Tensor]:
+        """Return `{'tokens': [I, N, D]}`, float32: the template for everyone."""
+        return {"tokens": self.template.repeat(identities, 1, 1)}
+
+    # Eq. 1: x dW = x A_aux A_train B_train B_aux
+    def factors(self, params: dict[str, Tokens]) -> Factors:
+        """Return `down = (A_aux A_train)^T: [I, r, n]` and `up = (B_train B_aux)^T: [I, m, r]` of every layer."""
+        A, B = self.split(params["tokens"].to(self.dtype))  #                       [I, N, a, r], [I, N, r, b]
+        downs, ups = {}, {}
+        for indices, A_aux in self._groups[0]:
+            a = A_aux.shape[-1]
+            group = torch.einsum("gna,igar->girn", A_aux, A.index_select(1, indices)[:, :, :a])
+            downs.update(zip(indices.tolist(), group.unbind(), strict=True))
+        for indices, B_aux in self._groups[1]:
+            b = B_aux.shape[-1]
+            group = torch.einsum("gmb,igrb->gimr", B_aux, B.index_select(1, indices)[..., :b])
+            ups.update(zip(indices.tolist(), group.unbind(), strict=True))
+        return {name: (downs[i], ups[i]) for i, name in enumerate(self.layout.names)}

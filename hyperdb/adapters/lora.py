@@ -1,0 +1,44 @@
+"""LoRA: a free low-rank residual, zero at the start; what rank relaxation trains on top of LiDB."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hyperdb.adapters.base import Factors
+from hyperdb.adapters.layout import Layout
+from hyperdb.runtime.seed import generator
+
+
+class LoRA:
+    """`dW = up @ down` with `down: [r, n]` normal of variance 1/n, the same for all identities, and `up: [m, r]` zero."""
+
+    def __init__(self, layout: Layout, rank: int = 4, seed: int = 0) -> None:
+        self.layout, self.rank, self.seed = layout, rank, seed
+        self.device = torch.device("cpu")
+
+    @property
+    def numbers(self) -> int:
+        """Count of trainable numbers of one identity."""
+        return sum(self.rank * (layer.in_ + layer.out) for layer in self.layout.layers)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Set the device on which `init` places tensors; nothing is frozen here, so `dtype` has no effect."""
+        self.device = torch.device(device) if device is not None else self.device
+        return self
+
+    def init(self, identities: int) -> dict[str, Tensor]:
+        """Return `{layer.down: [I, r, n], layer.up: [I, m, r]}`, float32."""
+        params = {}
+        for layer in self.layout.layers:
+            stream = generator(self.seed, "lora", layer.name, layer.in_, self.rank)
+            down = torch.randn(1, self.rank, layer.in_, generator=stream) / layer.in_**0.5
+            params[f"{layer.name}.down"] = down.repeat(identities, 1, 1).to(self.device)  #             [I, r, n]
+            params[f"{layer.name}.up"] = torch.zeros(identities, layer.out, self.rank, device=self.device)  # [I, m, r]
+        return params
+
+    def factors(self, params: dict[str, Tensor]) -> Factors:
+        """Return the parameters, paired by layer."""
+        return {name: (params[f"{name}.down"], params[f"{name}.up"]) for name in self.layout.names}
