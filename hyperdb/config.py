@@ -145,16 +145,15 @@ def _literal(text: str) -> str:
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
-def _parses(override: str) -> bool:
-    """Return whether Hydra's grammar accepts an override."""
+def _parsed(word: str) -> Any:
+    """Return Hydra's reading of a word, or None if its grammar refuses it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     try:
-        OverridesParser.create().parse_override(override)
-    except OverrideParseException:
-        return False
-    return True
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
 
 
 def quoted(schema: type, word: str) -> str:
@@ -173,9 +172,14 @@ def quoted(schema: type, word: str) -> str:
     if kind in (str, Path):
         return f"{key}={_literal(value)}"
     if typing.get_origin(kind) is list and typing.get_args(kind)[0] in (str, Path):
-        if value.startswith("[") and value.endswith("]") and _parses(word):
+        if value.startswith("[") and value.endswith("]") and _parsed(word) is not None:
             return word
         return f"{key}=[{_literal(value)}]"
+    override = _parsed(word)
+    if override is None:
+        raise UserError(f"{key}: cannot read the value {value!r}")
+    if override.is_sweep_override():
+        raise UserError(f"{key}: {value!r} is several values; add -m to run one after the other")
     return word
 
 
@@ -192,8 +196,8 @@ def check_word(stage: str, schema: type, word: str, sweep: bool = False) -> None
     branches = groups(schema)
     if key == EXPERIMENT or key in branches:
         names = options(key)
-        plain = not sweep and re.fullmatch(r"[\w.-]+", value) and value != "null"
-        if plain and value not in names:
+        none = value == "null" and (key == EXPERIMENT or _without_none(_type_of(schema, key.replace("/", ".")))[1])
+        if not sweep and not none and value not in names and value[:1] not in ("[", "{"):
             listed = ", ".join(names) or "none"
             raise UserError(f"no {key} {value!r}{closest(value, names)}; there is: {listed}")
         return
@@ -231,7 +235,7 @@ def register(stage: str, schema: type) -> None:
             store.store(group=path, name=name, node=member)
 
 
-def compose(stage: str, words: Sequence[str] = (), quote: bool = True) -> Any:
+def compose(stage: str, words: Sequence[str] = ()) -> Any:
     """Return a stage's composed configuration (an OmegaConf node) from its yaml and `key=value` words."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -242,7 +246,7 @@ def compose(stage: str, words: Sequence[str] = (), quote: bool = True) -> Any:
     for word in words:
         check_word(stage, schema, word)
     register(stage, schema)
-    overrides = [quoted(schema, word) for word in words] if quote else list(words)
+    overrides = [quoted(schema, word) for word in words]
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
             return hydra_compose(stage, overrides)
@@ -319,15 +323,20 @@ def sweep(stage: str, words: Sequence[str]) -> None:
 
 
 def _explain(stage: str, schema: type, error: BaseException) -> str:
-    """Say in one line what Hydra or OmegaConf found wrong."""
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+    """Say in one line what Hydra or OmegaConf found wrong: the innermost of their errors, and the file it is in."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    root = chain[-1]
+    file, root = "", error
+    inner: BaseException | None = error
+    while isinstance(inner, HydraException | OmegaConfBaseException):
+        root = inner if getattr(inner, "full_key", None) else root
+        found = re.match(r"In '([^']+)'", str(inner))
+        file = f"conf/{found[1]}.yaml: " if found and found[1] != stage else file
+        inner = inner.__cause__ or inner.__context__
     key = getattr(root, "full_key", None)
-    if isinstance(root, ConfigKeyError | ConfigAttributeError) and key and dataclasses.is_dataclass(schema):
-        return _unknown(stage, schema, key)
-    first = str(root).strip().splitlines()[0] if key else " ".join(str(root).split())
-    return f"{key}: {first}" if key else first
+    if key and isinstance(root, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(schema):
+        return file + _unknown(stage, schema, key)
+    if key:
+        return f"{file}{key}: {str(root).strip().splitlines()[0]}"
+    return " ".join(str(error).split())

@@ -1,0 +1,380 @@
+"""The command line: words mean what they say, errors are one line, help is fast."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hyperdb import cli, config
+from hyperdb.runtime.errors import UserError
+
+HEAVY = {"torch", "torchvision", "diffusers", "transformers", "timm", "gradio", "matplotlib", "cv2", "pandas"}
+
+
+# --- a stage of our own, with everything a stage can have -----------------------------------------------
+
+
+@dataclass
+class Engine:
+    """A group."""
+
+    path: str = ""
+    power: int = 1
+
+
+@dataclass
+class TurboConfig(Engine):
+    """A member of the group with a setting of its own."""
+
+    boost: float = 1.0
+
+
+@dataclass
+class Loss:
+    """A branch that is no group."""
+
+    weight: float = 1.0
+    label: str = "mse"
+
+
+@dataclass
+class Config:
+    """Settings of the toy stage."""
+
+    prompt: str = "a face"
+    # where the picture
+    # stands
+    image: Path | None = None
+    hypernet: str | None = "embedded"
+    """Which hypernetwork."""
+    name: str = "ada"
+    prompts: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    labels: dict[str, str] = field(default_factory=lambda: {"sex": "any"})
+    steps: int = 4  # how many steps
+    needed: str = "???"
+    out: str = ""
+    engine: Engine = field(default_factory=Engine)
+    loss: Loss = field(default_factory=Loss)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} is too few; give 1 or more")
+
+
+CONF = {
+    "toy.yaml": """
+defaults: [toy_schema, {engine: small}, _self_, {experiment: null}]
+needed: x
+out: runs/toy/${name}
+""",
+    "needy.yaml": "defaults: [needy_schema, {engine: small}, _self_, {experiment: null}]\n",
+    "engine/small.yaml": "defaults: [schema]\npath: small.bin\n",
+    "engine/turbo.yaml": "defaults: [turbo_schema]\npath: turbo.bin\npower: 9\n",
+    "experiment/fast.yaml": (
+        "# @package _global_\n# Toy at speed.\ndefaults: [{override /engine: turbo}]\nsteps: 2\nengine: {boost: 3}\n"
+    ),
+    "experiment/wrong.yaml": "# @package _global_\nstepz: 2\n",
+}
+
+
+@pytest.fixture
+def toy(in_tmp, monkeypatch):
+    """Register the toy stage under `toy` and `needy`; return the list of the configs it was run with."""
+    conf = in_tmp / "conf"
+    for name, text in CONF.items():
+        (conf / name).parent.mkdir(parents=True, exist_ok=True)
+        (conf / name).write_text(text)
+    runs: list[Config] = []
+    module = types.ModuleType("toy_stage", "A toy stage.")
+    module.Config, module.run = Config, runs.append
+    module.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "toy_stage", module)
+    monkeypatch.setitem(config.STAGES, "toy", ("toy_stage", "a toy"))
+    monkeypatch.setitem(config.STAGES, "needy", ("toy_stage", "a toy without its setting"))
+    monkeypatch.setattr(config, "conf_dir", lambda: conf)
+    work = in_tmp / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return runs
+
+
+def ran(toy: list[Config], *words: str) -> Config:
+    assert cli.main(["toy", *words]) == 0
+    assert list(Path.cwd().iterdir()) == [], "composing must not write anything"
+    return toy.pop()
+
+
+# --- what words mean ------------------------------------------------------------------------------------
+
+LITERAL = [
+    "a pencil sketch of a [V] face, on the beach",
+    "me (1).jpg",
+    "très.jpg",
+    "a=b.png",
+    "photo's.jpg",
+    'a "quoted" word',
+    """both ' and \"""",
+    "C:\\x",
+    "C:\\",
+    "\\\\server\\share\\'",
+    "",
+    "${x}",
+    "\\${x}",
+    "\\\\${x}",
+    "${oc.env:HOME}\\",
+    "$HOME ${",
+    "  leading and trailing  ",
+    "null",
+    "true",
+    "1e3",
+    "007",
+    "[a, b]",
+    "{a: b}",
+    "a,b",
+    "~x",
+    "?",
+    "two\nlines",
+    "日本 🙂",
+    "#no comment",
+    "x: y",
+    "%(x)s",
+]
+
+
+@pytest.mark.parametrize("text", LITERAL)
+def test_text_survives(toy, text):
+    found = ran(toy, *(f"{key}={text}" for key in ("prompt", "engine.path", "loss.label", "labels.sex")))
+    assert [found.prompt, found.engine.path, found.loss.label, found.labels["sex"]] == [text] * 4
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="\\${}'\"ab ,[:=") | st.text(st.characters(exclude_categories=("Cs",))))
+def test_any_text_survives_both_grammars(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    if text == "???":  # OmegaConf's mark of a missing value cannot be escaped
+        return
+    word = config.quoted(Config, f"name={text}")
+    value = OverridesParser.create().parse_override(word).value()
+    node = OmegaConf.create({"name": value, "out": "runs/${name}"})
+    assert OmegaConf.to_container(node, resolve=True) == {"name": text, "out": f"runs/{text}"}
+
+
+def test_optional_text_takes_null_and_plain_text_does_not(toy):
+    assert ran(toy, "hypernet=null").hypernet is None
+    assert ran(toy, "name=null").name == "null"
+    assert ran(toy, "image=null").image is None
+    assert ran(toy, "hypernet='null'").hypernet == "'null'"
+
+
+@pytest.mark.parametrize("text", ["me (1).jpg", "${x}.png", "a=b/c d.png", "photo's.jpg"])
+def test_paths_survive(toy, text):
+    assert ran(toy, f"image={text}").image == Path(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a,b]", ["a", "b"]),
+        ("['a [V] face, on the beach', b]", ["a [V] face, on the beach", "b"]),
+        ("[]", []),
+        ("a [V] face, on the beach", ["a [V] face, on the beach"]),
+        ("[V] face of [V]", ["[V] face of [V]"]),
+        ("", [""]),
+        ("null", ["null"]),
+    ],
+)
+def test_lists_of_text(toy, text, expected):
+    assert ran(toy, f"prompts={text}").prompts == expected
+
+
+def test_other_types_keep_hydras_grammar(toy):
+    found = ran(toy, "steps=7", "seeds=[1,2]", "loss.weight=1e-3", "loss={weight: 2}")
+    assert (found.steps, found.seeds, found.loss.weight) == (7, [1, 2], 2.0)
+
+
+def test_name_decides_out(toy):
+    assert ran(toy, "name=b o b").out == "runs/toy/b o b"
+    assert ran(toy, "out=here").out == "here"
+
+
+def test_groups_and_experiments(toy):
+    assert ran(toy).engine == Engine("small.bin", 1)
+    turbo = ran(toy, "engine=turbo", "engine.boost=2")
+    assert turbo.engine == TurboConfig("turbo.bin", 9, 2.0)
+    fast = ran(toy, "experiment=fast")
+    assert (fast.steps, fast.engine) == (2, TurboConfig("turbo.bin", 9, 3.0))
+    assert ran(toy, "experiment=fast", "steps=3").steps == 3
+
+
+# --- what is refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["promt=x"], "toy has no setting 'promt'; did you mean 'prompt'?"),
+        (["+promt=x"], "did you mean 'prompt'?"),
+        (["path=x"], "did you mean 'engine.path'?"),
+        (["engine.pwer=1"], "did you mean 'engine.power'?"),
+        (["xyzzy=1"], "`hyperdb toy --help` lists them"),
+        (["steps=many"], "steps: Value 'many' of type 'str' could not be converted to Integer"),
+        (["steps=1,2"], "steps: '1,2' is several values; add -m"),
+        (["steps=null"], "steps: "),
+        (["steps="], "steps: "),
+        (["seeds=3"], "seeds: "),
+        (["steps=(("], "steps: cannot read the value '(('"),
+        (["engine.power=x"], "engine.power: Value 'x'"),
+        (["steps=0"], "steps=0 is too few; give 1 or more"),
+        (["engine=smal"], "no engine 'smal'; did you mean 'small'?; there is: small, turbo"),
+        (["engine=null"], "no engine 'null'"),
+        (["engine="], "no engine ''"),
+        (["engine.boost=1"], "toy has no setting 'engine.boost'"),
+        (["experiment=fats"], "no experiment 'fats'; did you mean 'fast'?; there is: fast, wrong"),
+        (["experiment=wrong"], "conf/experiment/wrong.yaml: toy has no setting 'stepz'; did you mean 'steps'?"),
+        (["prompt"], "'prompt' is not key=value"),
+        (["--prompt=x"], "'--prompt=x' is not key=value"),
+        (["~prompt"], "'~prompt' is not key=value"),
+        (["hydra.run.dir=x"], "add -m"),
+        (["prompt=???"], "needs prompt=..."),
+    ],
+)
+def test_bad_words_are_one_line_and_code_2(toy, capsys, words, said):
+    assert cli.main(["toy", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hyperdb: error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert toy == []
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_required_setting(toy, capsys):
+    assert cli.main(["needy"]) == 2
+    assert capsys.readouterr().err.startswith("hyperdb: error: needy needs needed=...")
+
+
+def test_exit_codes_of_run(toy, capsys, monkeypatch):
+    def failing(error):
+        def run(_):
+            raise error
+
+        return run
+
+    module = sys.modules["toy_stage"]
+    for error, code, said in [
+        (UserError("no such\nfile: x"), 2, "hyperdb: error: no such file: x\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command to continue"),
+        (ValueError("our bug"), 1, "Traceback"),
+    ]:
+        monkeypatch.setattr(module, "run", failing(error))
+        assert cli.main(["toy"]) == code
+        assert said in capsys.readouterr().err
+
+
+# --- sweeps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_sweep(toy, flag):
+    assert cli.main(["toy", flag, "prompt=a,'b, c'", "steps=1,2", "name=${prompt}"]) == 0
+    assert [(c.prompt, c.steps) for c in toy] == [("a", 1), ("a", 2), ("b, c", 1), ("b, c", 2)]
+    assert toy[-1].out == "runs/toy/b, c"
+    assert [str(p) for p in Path.cwd().rglob("*") if p.is_file()] == [str(Path.cwd() / "multirun/toy/multirun.yaml")]
+
+
+def test_sweep_refuses_in_one_line(toy, capsys):
+    for words in (["stepz=1,2"], ["steps=a,b"], ["steps=0,1"], ["engine=smal,small"]):
+        assert cli.main(["toy", "-m", *words]) == 2, words
+        error = capsys.readouterr().err
+        assert error.count("hyperdb: error:") == 1
+        assert "Traceback" not in error
+        assert len(error.splitlines()) <= 2, error  # Hydra names the job that failed, above
+    assert all(c.steps > 0 for c in toy)
+
+
+# --- help -----------------------------------------------------------------------------------------------
+
+
+def test_stage_help(toy, capsys):
+    assert cli.main(["toy", "--help"]) == 0
+    text = capsys.readouterr().out
+    for said in (
+        "A toy stage.",
+        "steps: int = 4",
+        "how many steps",
+        "where the picture stands",
+        "Which hypernetwork.",
+        "engine.path: str = small.bin",
+        "engine=small | turbo",
+        "experiment=fast  Toy at speed.",
+    ):
+        assert said in text
+    assert "wrong" not in text, "an experiment of other settings is not offered"
+    assert cli.main(["needy", "--help"]) == 0
+    assert "needed: str required" in capsys.readouterr().out
+
+
+def test_cfg_prints_and_runs_nothing(toy, capsys):
+    from omegaconf import OmegaConf
+
+    assert cli.main(["toy", "prompt=${x}, y", "--cfg", "job"]) == 0
+    assert OmegaConf.create(capsys.readouterr().out).prompt == "${x}, y"
+    assert toy == []
+
+
+def hyperdb(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hyperdb", *words], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+
+
+def test_help_is_fast_and_light(tmp_path):
+    code = "import sys, json; from hyperdb.cli import main; main(['--help']); print(json.dumps(sorted(sys.modules)))"
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        seconds.append(time.perf_counter() - began)
+    loaded = {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+    assert not loaded & (HEAVY | {"hydra", "omegaconf", "numpy"})
+    assert min(seconds) < 1
+    for name in config.available():
+        assert f"  {name} " in done.stdout
+
+
+def test_errors_of_the_real_program(tmp_path):
+    for words, said in [
+        (("doctr",), "no stage 'doctr'; did you mean 'doctor'?"),
+        (("doctor", "x=1"), "doctor has no setting 'x'"),
+        (("--frob",), "unknown option --frob"),
+    ]:
+        done = hyperdb(*words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert len(done.stderr.splitlines()) == 1
+        assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version(tmp_path):
+    from hyperdb import __version__
+
+    assert hyperdb("--version", cwd=tmp_path).stdout == f"hyperdb {__version__}\n"
+
+
+def test_reader_that_goes_away(tmp_path):
+    command = f"{sys.executable} -m hyperdb --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == ""
