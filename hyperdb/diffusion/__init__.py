@@ -1,0 +1,77 @@
+"""The frozen base: any Stable Diffusion 1.x folder in diffusers' format. Knows no adapters.
+
+The configuration lives here and imports no torch; `load` reads the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperdb.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from hyperdb.diffusion.base import Base
+
+PLACEHOLDER = "[V]"  # stands for the rare token in every prompt
+
+
+def resolve(path: str) -> Path:
+    """Return the folder meant by `path`; `package:NAME` is a folder shipped inside hyperdb."""
+    if path.startswith("package:"):
+        return Path(__file__).parent.parent / path.removeprefix("package:")
+    return Path(path).expanduser()
+
+
+@dataclass
+class DiffusionConfig:
+    """A base model and how it is asked for pictures.
+
+    `path` is a folder, a hub id, or `package:NAME`; `[V]` in prompts stands for `rare_token`; `crop` scales the
+    FFHQ crop that photos of faces get (1 = FFHQ) and `size` is the side of the images in pixels.
+    """
+
+    path: str = "package:embedded/base"
+    variant: str | None = None
+    revision: str | None = None
+    rare_token: str = "sks"
+    class_word: str = "face"
+    size: int = 64
+    crop: float = 0.8
+    dtype: str = "bf16"
+    steps: int = 20
+    guidance: float = 3.0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("fp32", "bf16", "fp16"):
+            raise UserError(f"diffusion.dtype={self.dtype!r}: expected fp32, bf16 or fp16")
+        if self.size < 32 or self.size % 8:
+            raise UserError(f"diffusion.size={self.size}: expected a multiple of 8, at least 32")
+        if not self.rare_token.strip() or PLACEHOLDER in self.rare_token:
+            raise UserError(f"diffusion.rare_token={self.rare_token!r}: expected a word of the base's vocabulary")
+        if not 0.3 <= self.crop <= 2:
+            raise UserError(f"diffusion.crop={self.crop}: expected 0.3 to 2 (1 is the FFHQ crop)")
+        if self.steps < 1:
+            raise UserError(f"diffusion.steps={self.steps}: expected at least 1")
+
+    def prompt(self, text: str) -> str:
+        """Return `text` with `[V]` replaced by the rare token."""
+        return text.replace(PLACEHOLDER, self.rare_token)
+
+    @property
+    def instance_prompt(self) -> str:
+        """The prompt of every training sample (paper section 4): "a [V] face"."""
+        return f"a {self.rare_token} {self.class_word}"
+
+    @property
+    def class_prompt(self) -> str:
+        """The instance prompt without the rare token."""
+        return f"a {self.class_word}"
+
+    def load(self) -> Base:
+        """Read the model. Raises `UserError` naming what is missing and what to do."""
+        from hyperdb.diffusion.base import Base
+
+        return Base.load(self)

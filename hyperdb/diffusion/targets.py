@@ -1,4 +1,4 @@
-"""Which layers of a Stable Diffusion model are personalised: found by the modules' classes, never listed by hand."""
+"""Which layers of a Stable Diffusion model are personalised: found by class, never listed by hand."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hyperdb.runtime.errors import UserError
 def base_hash(modules: Mapping[str, nn.Linear]) -> str:
     """Return 16 hex digits that tell a base from its fine-tuned descendants, "" where they cannot be told.
 
-    Taken over the first row of every weight in float16, so that loading in float32 or float16 gives the same. The empty
-    string stands for weights in bfloat16 (which have lost those bits) or on the meta device.
+    Taken over the first row of every weight in float16, so that loading in float32 or float16 gives the same.
+    The empty string stands for weights in bfloat16 (which have lost those bits) or on the meta device.
     """
     digest = hashlib.sha256()
     for module in modules.values():
@@ -32,16 +32,17 @@ def base_hash(modules: Mapping[str, nn.Linear]) -> str:
 def find_targets(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Linear]:
     """Return the paper's layers by name, in the order of the modules; 192 of SD1.5.
 
-    Query, key, value and output of every attention (self and cross) and the projection of every GEGLU in the UNet;
-    query, key, value and output of every attention of the CLIP text encoder. Names are `unet.` or `text_encoder.` and
-    the module's path, without the `text_model.` that some versions of transformers put first.
+    Query, key, value and output of every attention (self and cross) and the projection of every GEGLU in the
+    UNet; query, key, value and output of every attention of the CLIP text encoder. Names are `unet.` or
+    `text_encoder.` and the module's path, without the `text_model.` that some versions of transformers put first.
     """
     found: dict[str, nn.Module] = {}
     for path, module in unet.named_modules():
         if isinstance(module, Attention):
             if module.fused_projections:
                 raise UserError(f"unet.{path} has fused projections; call unfuse_qkv_projections() first")
-            parts = {"to_q": module.to_q, "to_k": module.to_k, "to_v": module.to_v, "to_out.0": module.to_out[0]}
+            parts = {"to_q": module.to_q, "to_k": module.to_k, "to_v": module.to_v}
+            parts["to_out.0"] = module.to_out[0]
         elif isinstance(module, GEGLU):
             parts = {"proj": module.proj}
         else:
@@ -53,7 +54,9 @@ def find_targets(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Linea
             for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
                 found[f"text_encoder.{short}.{part}"] = getattr(module, part)
     if not found:
-        raise UserError("no attention layers found: the model must be a Stable Diffusion UNet with a CLIP text encoder")
+        raise UserError(
+            "no attention layers found: this needs a Stable Diffusion UNet and a CLIP text encoder"
+        )
     for name, layer in found.items():
         if not isinstance(layer, nn.Linear):
             raise UserError(f"{name} is a {type(layer).__name__}, not nn.Linear; unload other adapters first")

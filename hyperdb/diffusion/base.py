@@ -1,0 +1,149 @@
+"""Load a Stable Diffusion 1.x model and give its parts plain names: modules, token ids, latents, images."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from hyperdb.diffusion import DiffusionConfig, resolve
+from hyperdb.diffusion.targets import find_targets
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import hash_files
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device called `name`; auto is cuda, then mps, then cpu."""
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise UserError(f"diffusion.device={name!r}: expected auto, cpu, cuda or mps") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class Base:
+    """A frozen base model.
+
+    Latents are scaled by `vae.config.scaling_factor`, `[B, c, h, w]` float32; images are `[B, 3, H, W]` uint8.
+    """
+
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        tokenizer: CLIPTokenizer,
+        schedule: DDPMScheduler,
+        digest: str,
+    ) -> None:
+        self.config, self.digest = config, digest
+        self.unet, self.text_encoder, self.vae, self.tokenizer = unet, text_encoder, vae, tokenizer
+        self.schedule = schedule
+        for model in (unet, text_encoder, vae):
+            model.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, config: DiffusionConfig) -> Base:
+        """Read the parts of a diffusers folder or hub id. Raises `UserError` if a part is missing."""
+        device = pick_device(config.device)
+        if config.dtype == "fp16" and device.type == "cpu":
+            raise UserError("diffusion.dtype=fp16 on a CPU is 17 times slower than bf16; use diffusion.dtype=bf16")
+        folder = resolve(config.path)
+        if folder.is_dir():
+            source, digest = str(folder), hash_files(sorted(folder.rglob("*.safetensors")))
+        elif config.path.startswith(("package:", "/", ".", "~")):
+            raise UserError(f"no base model at {folder}; set diffusion.path to a Stable Diffusion folder or hub id")
+        else:
+            source, digest = config.path, f"hub:{config.path}@{config.revision or 'main'}"
+        # frozen weights rest in the compute dtype on a GPU; on a CPU autocast keeps small ones in float32
+        dtype = DTYPES[config.dtype] if device.type != "cpu" else torch.float32
+
+        def part(kind: Any, name: str, **more: Any) -> Any:
+            try:
+                return kind.from_pretrained(source, subfolder=name, revision=config.revision, **more)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"the base model {config.path!r} has no usable {name} ({str(error).splitlines()[0]}); "
+                    "download it, or use diffusion=embedded"
+                ) from error
+
+        unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype, variant=config.variant)
+        text_encoder = part(CLIPTextModel, "text_encoder", dtype=dtype, variant=config.variant)
+        vae = part(AutoencoderKL, "vae", torch_dtype=torch.float32, variant=config.variant)
+        return cls(
+            config,
+            unet.to(device, memory_format=torch.channels_last),
+            text_encoder.to(device),
+            vae.to(device),
+            part(CLIPTokenizer, "tokenizer"),
+            part(DDPMScheduler, "scheduler"),
+            digest,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.unet.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one latent."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = self.config.size // factor
+        return self.vae.config.latent_channels, side, side
+
+    def targets(self) -> dict[str, nn.Linear]:
+        """Return the linear layers that adapters act on (paper section 4.1)."""
+        return find_targets(self.unet, self.text_encoder)
+
+    def autocast(self) -> Any:
+        """Return the context in which UNet and text encoder run."""
+        dtype = DTYPES[self.config.dtype]
+        return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype)
+
+    # --- words
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Return token ids `[B, L]`, L the base's maximum length."""
+        ready = [self.config.prompt(p) for p in prompts]
+        length = self.tokenizer.model_max_length
+        out = self.tokenizer(ready, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return out.input_ids.to(self.device)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that the vocabulary can only spell, piece by piece, in order."""
+        words = re.findall(r"[^\W\d_]+|\d", self.config.prompt(prompt).lower())
+        spelled = [w for w in words if len(self.tokenizer.tokenize(w)) > 1]
+        return list(dict.fromkeys(spelled))
+
+    # --- pictures
+
+    @torch.no_grad()
+    def moments(self, images: Tensor | np.ndarray, batch: int = 128) -> Tensor:
+        """Encode images `[B, 3, H, W]` uint8 to scaled latent mean and standard deviation `[B, 2, c, h, w]`."""
+        found = []
+        for part in torch.as_tensor(images).split(batch):
+            posterior = self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist
+            found.append(torch.stack([posterior.mean, posterior.std], 1).cpu())
+        return torch.cat(found) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
+        """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` uint8, on the CPU, the VAE in float32."""
+        found = []
+        for part in latents.split(batch):
+            image = self.vae.decode(part.float().to(self.device) / self.vae.config.scaling_factor).sample
+            found.append((image / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
+        return torch.cat(found)

@@ -1,0 +1,40 @@
+"""The diffusion loss of any prediction type, and how noise levels are drawn."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from hyperdb.diffusion.base import Base
+
+
+def stratified_timesteps(rows: int, levels: int, steps: int, generator: torch.Generator) -> Tensor:
+    """Draw `[rows, levels]` timesteps in [0, steps), one from each of `levels` equal strata."""
+    u = (torch.arange(levels) + torch.rand(rows, levels, generator=generator)) / levels
+    return (u * steps).long().clamp_(0, steps - 1)
+
+
+def target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return what the base's network is trained to predict, by its scheduler's prediction type."""
+    kind = schedule.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return schedule.get_velocity(latents, noise, timesteps)
+    raise ValueError(f"prediction type {kind!r} is not supported; expected epsilon or v_prediction")
+
+
+def predict(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+    """Noise latents to `timesteps` and return the network's prediction, `[B, c, h, w]` float32."""
+    noisy = base.schedule.add_noise(latents, noise, timesteps)
+    with base.autocast():
+        context = base.text_encoder(ids)[0]
+        return base.unet(noisy, timesteps, context).sample.float()
+
+
+# eq. 2, first term
+def diffusion_loss(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean squared error of each row, `[B]`."""
+    prediction = predict(base, latents, noise, timesteps, ids)
+    return (prediction - target(base.schedule, latents, noise, timesteps)).square().flatten(1).mean(1)

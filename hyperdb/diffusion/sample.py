@@ -1,0 +1,67 @@
+"""Generate images with classifier-free guidance; the same pictures as StableDiffusionPipeline at the same noise."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from hyperdb.diffusion.base import Base
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.seed import generator
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpm": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "pndm": PNDMScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+
+
+def start_noise(base: Base, seeds: list[int]) -> Tensor:
+    """Return noise `[B, c, h, w]`, one private generator a sample: a picture does not depend on its batch."""
+    return torch.stack([torch.randn(base.latent_shape, generator=generator(seed, "sample")) for seed in seeds])
+
+
+@torch.no_grad()
+def sample(
+    base: Base,
+    prompts: list[str],
+    noise: Tensor,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str = "",
+    scheduler: str = "ddim",
+) -> Tensor:
+    """Denoise `noise [B, c, h, w]` under `prompts` (B of them) and return latents `[B, c, h, w]`.
+
+    The network sees the unconditional rows first, then the conditional ones: an injection of several identities
+    is set with `repeat=2` (`repeat=1` when guidance is 1, which needs no unconditional rows).
+    """
+    if scheduler not in SCHEDULERS:
+        raise UserError(f"scheduler={scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
+    steps = base.config.steps if steps is None else steps
+    guidance = base.config.guidance if guidance is None else guidance
+    solver = SCHEDULERS[scheduler].from_config(base.schedule.config)
+    solver.set_timesteps(steps, device=base.device)
+    guided = guidance != 1
+    ids = base.tokenize(([negative] * len(prompts) if guided else []) + prompts)
+    with base.autocast():
+        context = base.text_encoder(ids)[0]
+    z = noise.to(base.device) * solver.init_noise_sigma
+    for t in solver.timesteps:
+        x = solver.scale_model_input(torch.cat([z, z]) if guided else z, t)
+        with base.autocast():
+            out = base.unet(x, t, context).sample.float()
+        if guided:
+            unconditional, conditional = out.chunk(2)
+            out = unconditional + guidance * (conditional - unconditional)
+        z = solver.step(out, t, z, return_dict=False)[0]
+    return z
