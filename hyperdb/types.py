@@ -11,7 +11,8 @@
 | n, m | inputs and outputs of a linear layer, W: [m, n] |
 | a, b | LiDB's trainable numbers a rank on the input and on the output side |
 
-jaxtyping is a development dependency: with it the aliases carry shapes that tests check, without it they are `Tensor`.
+jaxtyping is a development dependency: with it the aliases carry shapes that tests check,
+without it they only document.
 """
 
 from __future__ import annotations
@@ -23,14 +24,11 @@ from torch import Tensor
 try:
     from jaxtyping import Bool, Float
 except ImportError:
-    Tokens: TypeAlias = Tensor
-    Mask: TypeAlias = Tensor
-    Down: TypeAlias = Tensor
-    Up: TypeAlias = Tensor
-    Delta: TypeAlias = Tensor
-else:
-    Tokens: TypeAlias = Float[Tensor, "I N D"]  # type: ignore[no-redef]
-    Mask: TypeAlias = Bool[Tensor, "N D"]  # type: ignore[no-redef]
-    Down: TypeAlias = Float[Tensor, "I r n"]  # type: ignore[no-redef]
-    Up: TypeAlias = Float[Tensor, "I m r"]  # type: ignore[no-redef]
-    Delta: TypeAlias = Float[Tensor, "I m n"]  # type: ignore[no-redef]
+    from typing import Annotated as Bool
+    from typing import Annotated as Float
+
+Tokens: TypeAlias = Float[Tensor, "I N D"]
+Mask: TypeAlias = Bool[Tensor, "N D"]
+Down: TypeAlias = Float[Tensor, "I r n"]
+Up: TypeAlias = Float[Tensor, "I m r"]
+Delta: TypeAlias = Float[Tensor, "I m n"]

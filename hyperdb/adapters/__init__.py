@@ -1,6 +1,6 @@
-"""What a personalisation is: low-rank residuals of linear layers, with a leading identity axis. Knows no diffusion model.
+"""What a personalisation is: low-rank residuals of linear layers, with a leading identity axis.
 
-Configurations live here and import no torch; `build` loads the class it configures.
+Knows no diffusion model. Configurations live here and import no torch; `build` loads the class it configures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _check(name: str, value: int, low: int, high: int) -> None:
 
 @dataclass
 class LiDBConfig:
-    """Lightweight DreamBooth: `rank * (a + b)` numbers a layer; the bases come from `seed` (paper: 100, 50, 1)."""
+    """Lightweight DreamBooth: `rank * (a + b)` numbers a layer in bases from `seed` (paper: 100, 50, 1)."""
 
     a: int = 100
     b: int = 50

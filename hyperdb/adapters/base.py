@@ -1,7 +1,7 @@
-"""What every additive adapter is: trainable tensors with a leading identity axis, and the factors they stand for.
+"""What every additive adapter is: trainable tensors with an identity axis, and the factors they stand for.
 
-Laws, tested for every adapter: the residual is zero at init; applying is `x @ delta^T`; a batch of identities equals
-a loop over them; merging equals hooking; gradient reaches the trainable tensors and nothing else.
+Laws, tested for every adapter: the residual is zero at init; applying is `x @ delta^T`; a batch of identities
+equals a loop over them; merging equals hooking; gradient reaches the trainable tensors and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Adapter(Protocol):
     layout: Layout
 
     def init(self, identities: int) -> dict[str, Tensor]:
-        """Return trainable tensors `[I, ...]`, float32 on the adapter's device, of zero residual, equal for everyone."""
+        """Return trainable tensors `[I, ...]` of zero residual, float32, alike for all."""
 
     def factors(self, params: dict[str, Tensor]) -> Factors:
         """Return the factors that `params` stand for; differentiable."""
@@ -37,7 +37,7 @@ class Adapter(Protocol):
 
 def delta(down: Down, up: Up) -> Delta:
     """Return the dense residual `dW = up @ down`."""
-    return up @ down  #                                                             [I, m, r] @ [I, r, n] -> [I, m, n]
+    return up @ down  #                                                [I, m, r] @ [I, r, n] -> [I, m, n]
 
 
 def rank_of(factors: Factors) -> int:
@@ -57,7 +57,7 @@ def scale(factors: Factors, strength: float) -> Factors:
 
 
 def concatenate(*factors: Factors) -> Factors:
-    """Return factors of the sum of residuals, exactly: ranks are laid side by side (the paper's rank relaxation).
+    """Return factors of the sum of residuals, exactly: ranks side by side (the paper's rank relaxation).
 
     An identity axis of 1 is shared by all. Raises `UserError` when the layers or identities differ.
     """
@@ -71,7 +71,7 @@ def concatenate(*factors: Factors) -> Factors:
             raise UserError(f"cannot concatenate factors of {sorted(sizes)} identities")
         count = max(sizes)
         joined[name] = (
-            torch.cat([down.expand(count, -1, -1) for down in downs], dim=1),  #                        [I, R, n]
-            torch.cat([up.expand(count, -1, -1) for up in ups], dim=2),  #                              [I, m, R]
+            torch.cat([down.expand(count, -1, -1) for down in downs], dim=1),  #  [I, R, n]
+            torch.cat([up.expand(count, -1, -1) for up in ups], dim=2),  #        [I, m, R]
         )
     return joined

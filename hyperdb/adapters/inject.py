@@ -1,4 +1,4 @@
-"""Apply residuals to the linear layers of any model: by forward hooks that read a context, or merged into the weights."""
+"""Apply residuals to the linear layers of any model: by forward hooks that read a context, or by merging."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ def _residual(x: Tensor, down: Tensor, up: Tensor, repeat: int, name: str) -> Te
     """Return `x @ dW^T`, each row of `x: [B, ..., n]` under its own identity."""
     down, up = down.to(x), up.to(x)
     if down.shape[0] == 1:
-        return x @ down[0].mT @ up[0].mT  #                                         [B, ..., n] -> [B, ..., m]
+        return x @ down[0].mT @ up[0].mT  #                                    [B, ..., n] -> [B, ..., m]
     identities = down.shape[0]
     if x.shape[0] % (repeat * identities):
         raise UserError(
-            f"a batch of {x.shape[0]} rows cannot be divided among {identities} identities x {repeat} blocks ({name})"
+            f"{name}: {x.shape[0]} rows cannot be divided among {identities} identities x {repeat} blocks"
         )
-    rows = x.reshape(repeat, identities, -1, x.shape[-1])  #                        [repeat, I, S * ..., n]
-    return (rows @ down.mT @ up.mT).reshape(*x.shape[:-1], up.shape[1])  #          [B, ..., m]
+    rows = x.reshape(repeat, identities, -1, x.shape[-1])  #                      [repeat, I, S * ..., n]
+    return (rows @ down.mT @ up.mT).reshape(*x.shape[:-1], up.shape[1])  #        [B, ..., m]
 
 
 def _check(modules: Mapping[str, nn.Module], factors: Factors) -> int:
-    """Return the number of identities; raise `UserError` for unknown layers, wrong shapes, mixed identities."""
+    """Return the number of identities; refuse unknown layers, wrong shapes and mixed identities."""
     counts = set()
     for name, (down, up) in factors.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
             raise UserError(f"the model has no linear layer {name}")
-        m, n, (identities, r) = module.out_features, module.in_features, down.shape[:2]
-        if down.shape != (identities, r, n) or up.shape != (identities, m, r):
+        m, n = module.out_features, module.in_features
+        if down.ndim != 3 or down.shape[2] != n or up.shape != (down.shape[0], m, down.shape[1]):
             raise UserError(
-                f"{name} is a layer of {n} inputs and {m} outputs: it takes down [I, r, {n}] and up [I, {m}, r], "
+                f"{name} has {n} inputs and {m} outputs: it takes down [I, r, {n}] and up [I, {m}, r], "
                 f"not {list(down.shape)} and {list(up.shape)}"
             )
-        counts.add(identities)
+        counts.add(down.shape[0])
     if len(counts) > 1:
         raise UserError(f"layers disagree on the number of identities: {sorted(counts)}")
     return max(counts, default=1)
 
 
 def merge(modules: Mapping[str, nn.Module], factors: Factors, strength: float = 1.0) -> None:
-    """Add the residual of one identity to the weights, in place, summed in float32 or wider and rounded once."""
+    """Add the residual of one identity to the weights in place, in float32 or wider, rounded once."""
     if _check(modules, factors) != 1:
         raise UserError("only one identity can be merged into a model; select one first")
     with torch.no_grad():
         for name, (down, up) in factors.items():
             weight: Any = modules[name].weight
             wide = torch.promote_types(weight.dtype, torch.float32)
-            residual = delta(down.to(weight.device, wide), up.to(weight.device, wide))[0]  #           [m, n]
+            residual = delta(down.to(weight.device, wide), up.to(weight.device, wide))[0]  # [m, n]
             weight.copy_(weight.to(wide) + strength * residual)
 
 
@@ -68,19 +68,24 @@ class Injection:
     """Forward hooks on `modules` (each an `nn.Linear`) that add the residual of the factors set at the time.
 
     With one identity every row of a batch gets it. With I identities a batch is `repeat` blocks of equal size
-    (classifier-free guidance: 2), each identity-major: rows `i*S .. (i+1)*S` of a block belong to identity `i`.
-    Works in the input's dtype and device, under autocast and `torch.compile`; gradient flows into factors and input.
+    (classifier-free guidance: 2), each identity-major: rows `i*S .. (i+1)*S` of a block are identity `i`'s.
+    Works in the input's dtype and device, also under autocast; gradient flows into factors and input.
 
-    Under gradient checkpointing the forward runs again during backward: keep the factors set until backward has ended
-    (call `backward` inside `using`).
+    Under gradient checkpointing the forward runs again during backward: keep the factors set until backward
+    has ended (call `backward` inside `using`).
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = dict(modules)
-        self.clear()
-        self._handles = [m.register_forward_hook(partial(self._hook, name)) for name, m in self.modules.items()]
+        self._factors: Factors = {}
+        self._strength, self._repeat = 1.0, 1
+        self._handles = [
+            m.register_forward_hook(partial(self._hook, name)) for name, m in self.modules.items()
+        ]
 
-    def _hook(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _hook(
+        self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
         if name not in self._factors:
             return None
         residual = _residual(inputs[0], *self._factors[name], self._repeat, name)
@@ -93,8 +98,7 @@ class Injection:
 
     def clear(self) -> None:
         """Add nothing from now on; the hooks stay."""
-        self._factors: Factors = {}
-        self._strength, self._repeat = 1.0, 1
+        self.set({})
 
     def remove(self) -> None:
         """Take the hooks off the model; may be called twice."""

@@ -42,7 +42,9 @@ class Layout:
         seen: set[str] = set()
         for layer in self.layers:
             if _NAME.fullmatch(layer.name) is None:
-                raise UserError(f"layer name {layer.name[:80]!r}: only letters, digits and . _ - (at most 200)")
+                raise UserError(
+                    f"layer name {layer.name[:80]!r}: only letters, digits and . _ - (at most 200)"
+                )
             if not (1 <= layer.out <= MAX_WIDTH and 1 <= layer.in_ <= MAX_WIDTH):
                 raise UserError(f"layer {layer}: sizes must lie in 1 to {MAX_WIDTH}")
             if layer.name in seen:
@@ -87,10 +89,11 @@ class Layout:
         return cls(tuple(layers))
 
     def require(self, other: Layout, what: str) -> None:
-        """Raise `UserError` naming the first difference unless `other`, the layout of `what`, equals this one."""
+        """Raise `UserError` naming the first difference unless `other`, that of `what`, equals this."""
         for i, (ours, theirs) in enumerate(zip_longest(self.layers, other.layers)):
             if ours != theirs:
                 raise UserError(
                     f"{what} was made for another model: its layer {i} is [{theirs or 'absent'}] "
-                    f"and this model's is [{ours or 'absent'}] (name, outputs, inputs); use the model it was made for"
+                    f"and this model's is [{ours or 'absent'}] (name, outputs, inputs); "
+                    "use the model it was made for"
                 )

@@ -1,7 +1,7 @@
-"""LiDB, the paper's Lightweight DreamBooth (eq. 1): a person is `r * (a + b)` numbers a layer in frozen random bases.
+"""LiDB, the paper's Lightweight DreamBooth (eq. 1): `r * (a + b)` numbers a layer in frozen random bases.
 
-A token is one layer's numbers: A_train `[a, r]` row by row, then B_train `[r, b]` row by row, each padded to the largest
-layer. Layers narrower than a or b use a_eff = min(a, n), b_eff = min(b, m); `mask` is True on the numbers in use.
+A token is one layer's numbers: A_train `[a, r]` row by row, then B_train `[r, b]` row by row, each padded to
+the largest layer. Layers narrower than a or b use min(a, n), min(b, m); `mask` is True on the numbers in use.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from hyperdb.runtime.seed import generator
 from hyperdb.types import Tokens
 
 ALGORITHM = "qr-uniform-1"
-MAX_BASIS_NUMBERS = 10**9  # 4 GB of float32; SD1.5 needs 26.7 million
+MAX_BASES, MAX_TOKENS = 10**9, 10**8  # numbers, against hostile files; SD1.5: 26.7 million and 28,800
 
 
 def _draw(rows: int, columns: int, seed: int, *keys: str) -> Tensor:
-    """Return 24-bit integers from a private stream: the same on every platform, the global generator untouched."""
+    """Return 24-bit integers from a private stream, the same on every platform."""
     stream = generator(seed, ALGORITHM, *keys, rows, columns)
     return torch.randint(2**24, (rows, columns), generator=stream, dtype=torch.int32)
 
@@ -43,7 +43,7 @@ def _orthonormal(draws: Tensor) -> Tensor:
 class LiDB:
     """LiDB over `layout`; parameters are `{'tokens': [I, N, D]}`.
 
-    The bases are built on first use, depend on (algorithm, seed, layer name, shape) alone, and are never saved.
+    Bases are built on first use, depend on algorithm, seed, layer name and shape alone, and are never saved.
     """
 
     def __init__(self, layout: Layout, a: int = 100, b: int = 50, rank: int = 1, seed: int = 0) -> None:
@@ -52,14 +52,14 @@ class LiDB:
         self.sizes = [(min(a, layer.in_), min(b, layer.out)) for layer in layout.layers]
         self.max_a, self.max_b = (max(column) for column in zip(*self.sizes, strict=True))
         self.width = rank * (self.max_a + self.max_b)
-        used_a = torch.arange(self.max_a) < torch.tensor([a for a, _ in self.sizes])[:, None]  #        [N, a]
-        used_b = torch.arange(self.max_b) < torch.tensor([b for _, b in self.sizes])[:, None]  #        [N, b]
+        bases = sum(x.in_ * p + x.out * q for x, (p, q) in zip(layout.layers, self.sizes, strict=True))
+        if bases > MAX_BASES or len(layout) * self.width > MAX_TOKENS:
+            raise UserError(f"a={a}, b={b}, rank={rank} on this layout needs too much memory; lower them")
+        used_a = torch.arange(self.max_a) < torch.tensor([a for a, _ in self.sizes])[:, None]  # [N, a]
+        used_b = torch.arange(self.max_b) < torch.tensor([b for _, b in self.sizes])[:, None]  # [N, b]
         used = used_a[..., None].expand(-1, -1, rank), used_b[:, None].expand(-1, rank, -1)
-        self.mask = self.join(*used)  #                                                                 [N, D]
+        self.mask = self.join(*used)  #                                           [N, D]
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        needed = sum(x.in_ * p + x.out * q for x, (p, q) in zip(layout.layers, self.sizes, strict=True))
-        if needed > MAX_BASIS_NUMBERS:
-            raise UserError(f"the bases of this layout would hold {needed} numbers, more than {MAX_BASIS_NUMBERS}")
 
     @property
     def numbers(self) -> int:
@@ -95,7 +95,7 @@ class LiDB:
 
     @cached_property
     def _groups(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-        """Bases stacked by shape, input side and output side: (token indices [g], bases [g, width, a or b])."""
+        """Bases stacked by shape, a list a side: (token indices [g], bases [g, n, a] or [g, m, b])."""
         sides = []
         for side in (0, 1):
             by_shape: dict[torch.Size, list[int]] = {}
@@ -118,7 +118,7 @@ class LiDB:
         return A_aux.to(self.device, self.dtype), B_aux.mT.to(self.device, self.dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move the bases, mask and template; `dtype` is that of the bases and of the factors. Return the adapter."""
+        """Move bases, mask and template; `dtype` is that of bases and factors. Return the adapter."""
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype
         self.mask = self.mask.to(self.device)
@@ -151,9 +151,10 @@ class LiDB:
 
     # Eq. 1: x dW = x A_aux A_train B_train B_aux
     def factors(self, params: dict[str, Tokens]) -> Factors:
-        """Return `down = (A_aux A_train)^T: [I, r, n]` and `up = (B_train B_aux)^T: [I, m, r]` of every layer."""
-        A, B = self.split(params["tokens"].to(self.dtype))  #                       [I, N, a, r], [I, N, r, b]
-        downs, ups = {}, {}
+        """Return `down = (A_aux A_train)^T: [I, r, n]` and `up = (B_train B_aux)^T: [I, m, r]` a layer."""
+        A, B = self.split(params["tokens"].to(self.dtype))  #                  [I, N, a, r], [I, N, r, b]
+        downs: dict[int, Tensor] = {}
+        ups: dict[int, Tensor] = {}
         for indices, A_aux in self._groups[0]:
             a = A_aux.shape[-1]
             group = torch.einsum("gna,igar->girn", A_aux, A.index_select(1, indices)[:, :, :a])

@@ -13,7 +13,7 @@ from hyperdb.runtime.seed import generator
 
 
 class LoRA:
-    """`dW = up @ down` with `down: [r, n]` normal of variance 1/n, the same for all identities, and `up: [m, r]` zero."""
+    """`dW = up @ down`; at the start `down` is normal of variance 1/n, alike for everyone, and `up` zero."""
 
     def __init__(self, layout: Layout, rank: int = 4, seed: int = 0) -> None:
         self.layout, self.rank, self.seed = layout, rank, seed
@@ -35,8 +35,9 @@ class LoRA:
         for layer in self.layout.layers:
             stream = generator(self.seed, "lora", layer.name, layer.in_, self.rank)
             down = torch.randn(1, self.rank, layer.in_, generator=stream) / layer.in_**0.5
-            params[f"{layer.name}.down"] = down.repeat(identities, 1, 1).to(self.device)  #             [I, r, n]
-            params[f"{layer.name}.up"] = torch.zeros(identities, layer.out, self.rank, device=self.device)  # [I, m, r]
+            params[f"{layer.name}.down"] = down.repeat(identities, 1, 1).to(self.device)  # [I, r, n]
+            up = torch.zeros(identities, layer.out, self.rank)
+            params[f"{layer.name}.up"] = up.to(self.device)  # [I, m, r]
         return params
 
     def factors(self, params: dict[str, Tensor]) -> Factors:

@@ -34,14 +34,14 @@ def find_targets(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Linea
 
     Query, key, value and output of every attention (self and cross) and the projection of every GEGLU in the
     UNet; query, key, value and output of every attention of the CLIP text encoder. Names are `unet.` or
-    `text_encoder.` and the module's path, without the `text_model.` that some versions of transformers put first.
+    `text_encoder.` and the module's path, without the `text_model.` of some versions of transformers.
     """
     found: dict[str, nn.Module] = {}
     for path, module in unet.named_modules():
         if isinstance(module, Attention):
             if module.fused_projections:
                 raise UserError(f"unet.{path} has fused projections; call unfuse_qkv_projections() first")
-            parts = {"to_q": module.to_q, "to_k": module.to_k, "to_v": module.to_v}
+            parts: dict[str, nn.Module] = {"to_q": module.to_q, "to_k": module.to_k, "to_v": module.to_v}
             parts["to_out.0"] = module.to_out[0]
         elif isinstance(module, GEGLU):
             parts = {"proj": module.proj}

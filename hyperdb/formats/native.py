@@ -1,0 +1,215 @@
+"""hyperdb's own file: one person's LiDB numbers, the relaxed factors if any, and what is needed to use them.
+
+The LiDB numbers are one flat tensor without padding: 28,800 numbers, 115,200 bytes of float32, for SD1.5.
+The bases are not stored; their algorithm, seed and fingerprint are. Everything is checked before any is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperdb import __version__
+from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters.base import Factors, concatenate
+from hyperdb.adapters.inject import Injection
+from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.lidb import ALGORITHM, LiDB
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_metadata, load_tensors, save_tensors
+
+KIND, VERSION = "hyperdb.personalization", "1"
+MAX_BYTES = 4 * 2**30
+KEYS = ("version", "layout", "layout_digest", "a", "b", "rank", "seed", "basis", "fingerprint", "data_digest")
+WORDS = ("base", "rare_token", "class_word")
+
+
+def _data_digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32)
+
+
+def _number(metadata: Mapping[str, str], key: str) -> int:
+    text = metadata[key]
+    if not (text.isascii() and text.isdigit() and len(text) <= 19):
+        raise UserError(f"its {key} is {text[:40]!r}, not a number")
+    return int(text)
+
+
+@dataclass
+class Personalization:
+    """A person, for one kind of model: what `personalize` writes and `generate` reads.
+
+    `tokens` [N, D] are the LiDB numbers as `config` lays them out; `relaxed` are the factors of the fast
+    fine-tuning, {layer: (down [1, R, n], up [1, m, R])} for every layer, or empty. `fingerprint` is
+    `LiDB.fingerprint` ("" = compute when needed); `base` is `hyperdb.diffusion.targets.base_hash` of the
+    model it was made for ("" = unknown). Raises `UserError` for shapes that do not fit and values not finite.
+    """
+
+    layout: Layout
+    tokens: Tensor
+    config: LiDBConfig = field(default_factory=LiDBConfig)
+    base: str = ""
+    rare_token: str = "sks"
+    class_word: str = "face"
+    relaxed: Factors = field(default_factory=dict)
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        for key in WORDS:
+            if len(value := getattr(self, key)) > 200 or not value.isprintable():
+                raise UserError(f"{key}={value[:40]!r}: at most 200 printable characters")
+        if self.tokens.shape != self.lidb.mask.shape:
+            shape, expected = list(self.tokens.shape), list(self.lidb.mask.shape)
+            raise UserError(f"tokens of shape {shape}: this layout takes {expected}")
+        if self.relaxed and self.relaxed.keys() != set(self.layout.names):
+            odd = sorted(self.relaxed.keys() ^ set(self.layout.names))[0]
+            raise UserError(f"the relaxed factors do not cover the layout: {odd} is missing or too many")
+        for layer in self.layout.layers if self.relaxed else ():
+            down, up = (list(x.shape) for x in self.relaxed[layer.name])
+            if down[:1] + down[2:] != [1, layer.in_] or up != [1, layer.out, down[1]] or not down[1]:
+                raise UserError(f"factors of shape {down} and {up} do not fit layer {layer}")
+        self.tokens = self.lidb.unpack(self.lidb.pack(_plain(self.tokens)))
+        self.relaxed = {name: (_plain(down), _plain(up)) for name, (down, up) in self.relaxed.items()}
+        if not all(bool(x.isfinite().all()) for x in [self.tokens, *sum(self.relaxed.values(), ())]):
+            raise UserError("some numbers are not finite: the training diverged, or the file is damaged")
+
+    @cached_property
+    def lidb(self) -> LiDB:
+        """The adapter that reads `tokens`; its bases are built on first use."""
+        return self.config.build(self.layout)
+
+    def factors(self) -> Factors:
+        """Return the whole residual, one identity, float32 on the CPU: LiDB's and the relaxed factors.
+
+        Raises `UserError` when the rebuilt bases are not those that the numbers were trained in.
+        """
+        if self.fingerprint not in ("", self.lidb.fingerprint):
+            raise UserError(
+                f"the random bases rebuilt here have fingerprint {self.lidb.fingerprint}, this adapter needs "
+                f"{self.fingerprint}: install the versions that made it, or personalise again"
+            )
+        own = self.lidb.factors({"tokens": self.tokens[None]})
+        return concatenate(own, self.relaxed) if self.relaxed else own
+
+    def apply(self, target: Any, strength: float = 1.0) -> Injection:
+        """Personalise a diffusers Stable Diffusion pipeline (or a mapping {layer: nn.Linear}).
+
+        `remove()` on what is returned restores the model. A second call on a pipeline replaces the first.
+        Raises `UserError` for a model of another layout; warns for another base of the same layout.
+        """
+        from hyperdb.diffusion.targets import base_hash, find_targets
+
+        if isinstance(target, Mapping):
+            modules: dict[str, nn.Linear] = dict(target)
+        else:
+            modules = find_targets(target.unet, target.text_encoder)
+        Layout.of(modules).require(self.layout, "this adapter")
+        here = base_hash(modules)
+        if self.base and here and self.base != here:
+            message = (
+                f"this adapter was made for base {self.base} and is used on {here}: expect less likeness"
+            )
+            warnings.warn(message, stacklevel=2)
+        factors = self.factors()
+        if isinstance(before := getattr(target, "_hyperdb_injection", None), Injection):
+            before.remove()
+        handle = Injection(modules)
+        handle.set(factors, strength)
+        if not isinstance(target, Mapping):
+            target._hyperdb_injection = handle
+        return handle
+
+    def _write(self, path: str | Path, relaxed: Factors, dtype: torch.dtype) -> Path:
+        tensors = {"lidb": self.lidb.pack(self.tokens).to(dtype)}
+        for name, (down, up) in relaxed.items():
+            tensors |= {f"{name}.down": down[0].to(dtype), f"{name}.up": up[0].to(dtype)}
+        if not all(bool(x.isfinite().all()) for x in tensors.values()):
+            raise UserError(f"some numbers are too large for {dtype}; save as torch.float32")
+        metadata = {
+            "kind": KIND,
+            "version": VERSION,
+            "layout": self.layout.to_text(),
+            "layout_digest": self.layout.digest,
+            **{key: str(getattr(self.config, key)) for key in ("a", "b", "rank", "seed")},
+            "basis": ALGORITHM,
+            "fingerprint": self.fingerprint or self.lidb.fingerprint,
+            "data_digest": _data_digest(tensors),
+            **{key: getattr(self, key) for key in WORDS},
+            "created_by": f"hyperdb {__version__}",
+        }
+        return save_tensors(path, tensors, metadata)
+
+    def save_lidb(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the LiDB numbers alone, as float32 or float16, atomically."""
+        return self._write(path, {}, dtype)
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the LiDB numbers and the relaxed factors, as float32 or float16, atomically."""
+        return self._write(path, self.relaxed, dtype)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Personalization:
+        """Read a file of `save` or `save_lidb`; for any other, raise one `UserError` that names it."""
+        metadata = load_metadata(path)
+        if metadata.get("kind") != KIND:
+            raise UserError(
+                f"{path} is not a hyperdb adapter (a LoRA of another tool?); give the adapter.safetensors or "
+                "lidb.safetensors that 'hyperdb personalize' wrote"
+            )
+        if (version := metadata.get("version")) != VERSION:
+            raise UserError(
+                f"{path} has format version {version!r}, this hyperdb reads {VERSION}: update hyperdb"
+            )
+        try:
+            if Path(path).stat().st_size > MAX_BYTES:
+                raise UserError(f"it is larger than {MAX_BYTES} bytes")
+            return cls._parse(load_tensors(path)[0], metadata)
+        except UserError as error:
+            raise UserError(f"{path} is damaged or not a hyperdb adapter: {error}") from error
+
+    @classmethod
+    def _parse(cls, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Personalization:
+        if missing := [key for key in (*KEYS, *WORDS) if key not in metadata]:
+            raise UserError(f"it lacks {missing[0]!r}")
+        layout = Layout.from_text(metadata["layout"])
+        if layout.digest != metadata["layout_digest"]:
+            raise UserError("its layout does not have the digest it states")
+        if metadata["basis"] != ALGORITHM:
+            raise UserError(
+                f"its bases are of kind {metadata['basis'][:40]!r}, not {ALGORITHM}: update hyperdb"
+            )
+        config = LiDBConfig(*(_number(metadata, key) for key in ("a", "b", "rank", "seed")))
+        lidb = config.build(layout)
+        numbers = tensors.get("lidb")
+        if numbers is None or numbers.shape != (lidb.numbers,):
+            found = "none" if numbers is None else list(numbers.shape)
+            raise UserError(f"its layout needs [{lidb.numbers}] LiDB numbers, there are {found}")
+        if odd := [k for k, x in tensors.items() if x.dtype not in (torch.float32, torch.float16)]:
+            raise UserError(f"tensor {odd[0][:80]!r} is {tensors[odd[0]].dtype}, not float32 or float16")
+        if _data_digest(tensors) != metadata["data_digest"]:
+            raise UserError("its numbers do not have the digest it states")
+        expected = {f"{name}.{part}" for name in layout.names for part in ("down", "up")}
+        names = tensors.keys() - {"lidb"}
+        if names and names != expected:
+            raise UserError(f"tensor {sorted(names ^ expected)[0][:80]!r} is missing or unknown")
+        relaxed = {
+            name: (tensors[f"{name}.down"][None], tensors[f"{name}.up"][None])
+            for name in (layout.names if names else ())
+        }
+        words = {key: metadata[key] for key in (*WORDS, "fingerprint")}
+        return cls(layout, lidb.unpack(numbers.float()), config, relaxed=relaxed, **words)

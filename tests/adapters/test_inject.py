@@ -1,0 +1,118 @@
+"""Injection: batches that do not divide, autocast, checkpointing, removal; factor algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hyperdb.adapters.base import Factors, concatenate, delta, rank_of, scale, select
+from hyperdb.adapters.inject import Injection, merge
+from hyperdb.runtime.errors import UserError
+
+
+def factors_of(identities: int, rank: int = 2, seed: int = 0) -> Factors:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "l": (torch.randn(identities, rank, 6, generator=g), torch.randn(identities, 4, rank, generator=g))
+    }
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    return nn.Linear(6, 4).requires_grad_(False)
+
+
+def test_concatenation_is_the_exact_sum_and_shares_an_axis_of_one() -> None:
+    one, three = factors_of(1, 1), factors_of(3, 4, seed=1)
+    joined = concatenate(one, three, scale(one, 0.5))
+    assert rank_of(joined) == 6
+    torch.testing.assert_close(delta(*joined["l"]), 1.5 * delta(*one["l"]) + delta(*three["l"]))
+    with pytest.raises(UserError, match="2, 3"):
+        concatenate(factors_of(2), three)
+    with pytest.raises(UserError, match="different layers"):
+        concatenate(one, {**one, "more": one["l"]})
+
+
+def test_select_keeps_the_identity_axis() -> None:
+    factors = factors_of(3)
+    assert torch.equal(select(factors, 2)["l"][0], factors["l"][0][2:])
+    assert torch.equal(select(factors, [2, 0])["l"][1], factors["l"][1][[2, 0]])
+    assert select(factors, slice(0, 2))["l"][0].shape[0] == 2
+
+
+def test_a_batch_that_does_not_divide_is_an_error(linear: nn.Linear) -> None:
+    injection = Injection({"l": linear})
+    with injection.using(factors_of(2), repeat=2), pytest.raises(UserError, match="6 rows cannot"):
+        linear(torch.randn(6, 6))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": factors_of(1)["l"]}, "no linear layer x"),
+        ({"l": factors_of(1)["l"][::-1]}, "takes down"),
+        ({"l": (torch.zeros(6), torch.zeros(4))}, "takes down"),
+        ({"l": (torch.zeros(2, 1, 6), torch.zeros(3, 4, 1))}, "takes down"),
+        ({"l": factors_of(1)["l"], "k": factors_of(2)["l"]}, r"identities: \[1, 2\]"),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(linear: nn.Linear, wrong: Factors, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Injection({"l": linear, "k": nn.Linear(6, 4)}).set(wrong)
+
+
+def test_merging_several_identities_is_refused(linear: nn.Linear) -> None:
+    with pytest.raises(UserError, match="only one identity"):
+        merge({"l": linear}, factors_of(2))
+
+
+def test_layers_without_factors_are_left_alone_and_remove_takes_the_hooks_off(linear: nn.Linear) -> None:
+    other, x = nn.Linear(6, 4), torch.randn(2, 6)
+    plain = linear(x), other(x)
+    injection = Injection({"l": linear, "other": other})
+    injection.set(factors_of(1))
+    assert not torch.allclose(linear(x), plain[0])
+    assert torch.equal(other(x), plain[1])
+    injection.clear()
+    assert torch.equal(linear(x), plain[0])
+    injection.set(factors_of(1))
+    injection.remove()
+    injection.remove()
+    assert torch.equal(linear(x), plain[0])
+    assert not linear._forward_hooks
+
+
+def test_using_restores_what_was_set_even_after_an_error(linear: nn.Linear) -> None:
+    injection, x = Injection({"l": linear}), torch.randn(2, 6)
+    injection.set(factors_of(1), 0.5)
+    before = linear(x)
+    with pytest.raises(KeyError), injection.using(factors_of(2, seed=1)):
+        raise KeyError
+    assert torch.equal(linear(x), before)
+
+
+@pytest.mark.parametrize("identities", [1, 2])
+def test_autocast_bfloat16(linear: nn.Linear, identities: int) -> None:
+    factors, x = factors_of(identities), torch.randn(4, 6)
+    leaves = [t.requires_grad_() for t in factors["l"]]
+    injection = Injection({"l": linear})
+    with injection.using(factors):
+        exact = linear(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = linear(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, atol=0.2, rtol=0.05)
+    y.float().sum().backward()
+    assert all(t.grad is not None and t.grad.dtype == torch.float32 for t in leaves)
+
+
+def test_checkpointing_outside_the_block_is_an_error_not_a_wrong_gradient(linear: nn.Linear) -> None:
+    factors = factors_of(1)
+    factors["l"][1].requires_grad_()
+    injection = Injection({"l": linear})
+    with injection.using(factors):
+        y = checkpoint(linear, torch.randn(2, 6, requires_grad=True), use_reentrant=False)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        y.sum().backward()
