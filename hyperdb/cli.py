@@ -26,6 +26,8 @@ usage: hyperdb STAGE [key=value ...]      run a stage
        hyperdb --version
 """
 
+INDENT = " " * 6
+
 
 def overview() -> str:
     """Return the text of `hyperdb --help`."""
@@ -39,7 +41,7 @@ def overview() -> str:
 
 
 def field_docs(schema: type) -> dict[str, str]:
-    """Return what the source says of each field: the string below it, the comment beside it or those above."""
+    """Return what the source says of each field: the string below it, else the comment beside or above it."""
     try:
         source = textwrap.dedent(inspect.getsource(schema))
     except OSError:
@@ -73,7 +75,7 @@ def _describe(schema: type, values: Any, prefix: str = "") -> list[str]:
     from omegaconf import DictConfig
 
     lines = []
-    hints = {key: kind for member in schema.__mro__[:-1] for key, kind in typing.get_type_hints(member).items()}
+    hints = typing.get_type_hints(schema)
     docs: dict[str, str] = {}
     for member in reversed(schema.__mro__[:-1]):
         docs |= {key: doc for key, doc in field_docs(member).items() if doc}
@@ -85,7 +87,8 @@ def _describe(schema: type, values: Any, prefix: str = "") -> list[str]:
                 continue
         shown = "required" if value == "???" else f"= {'null' if value is None else value!s}"
         head = f"  {prefix}{key}: {_type_name(hints.get(str(key), Any))} {shown}"
-        lines += [head] + textwrap.wrap(docs.get(str(key), ""), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        doc = docs.get(str(key), "")
+        lines += [head, *textwrap.wrap(doc, 100, initial_indent=INDENT, subsequent_indent=INDENT)]
     return lines
 
 
@@ -96,6 +99,9 @@ def stage_help(stage: str) -> str:
     parts = [inspect.getdoc(module) or config.STAGES[stage][1], f"usage: hyperdb {stage} [key=value ...]"]
     settings = _describe(schema, raw)
     if settings:
+        doc = inspect.getdoc(schema) or ""
+        if doc and not doc.startswith(f"{schema.__name__}("):  # not the one that @dataclass makes up
+            parts.append(doc)
         parts.append("settings and their values:\n" + "\n".join(settings))
     choices = [f"  {path}={' | '.join(config.options(path))}" for path in config.groups(schema)]
     if choices:

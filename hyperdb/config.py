@@ -25,7 +25,7 @@ from typing import Any
 from hyperdb.runtime.errors import UserError
 
 STAGES: dict[str, tuple[str, str]] = {
-    "doctor": ("hyperdb.stages.doctor", "say what is installed, which device and models are at hand, what to do"),
+    "doctor": ("hyperdb.stages.doctor", "what is installed, which device and models are at hand, what to do"),
     "demo": ("hyperdb.stages.demo", "personalise a rendered person and a real photo, show the pictures"),
     "personalize": ("hyperdb.stages.personalize", "one photo -> a small adapter that knows this face"),
     "generate": ("hyperdb.stages.generate", "an adapter and a prompt -> images"),
@@ -34,8 +34,8 @@ STAGES: dict[str, tuple[str, str]] = {
     "train_autoencoder": ("hyperdb.stages.train_autoencoder", "the embedded base's autoencoder"),
     "train_base": ("hyperdb.stages.train_base", "the embedded base's text encoder and UNet"),
     "train_encoder": ("hyperdb.stages.train_encoder", "the hypernetwork's image encoder, on rendered people"),
-    "precompute": ("hyperdb.stages.precompute", "fit LiDB weights to many people, the hypernetwork's targets"),
-    "train_hypernet": ("hyperdb.stages.train_hypernet", "one photo -> LiDB weights, learned over many people"),
+    "precompute": ("hyperdb.stages.precompute", "faces -> their LiDB weights, the hypernetwork's targets"),
+    "train_hypernet": ("hyperdb.stages.train_hypernet", "the hypernetwork: one photo -> LiDB weights"),
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
 }
 
@@ -90,7 +90,11 @@ def _without_none(kind: Any) -> tuple[Any, bool]:
 
 def _family(schema: type) -> list[type]:
     """Return a dataclass and every subclass of it: the types that a group's options may have."""
-    return [schema, *(s for sub in schema.__subclasses__() for s in _family(sub))]
+    members = [schema]
+    subclass: type
+    for subclass in schema.__subclasses__():
+        members += _family(subclass)
+    return members
 
 
 def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -196,8 +200,9 @@ def check_word(stage: str, schema: type, word: str, sweep: bool = False) -> None
     branches = groups(schema)
     if key == EXPERIMENT or key in branches:
         names = options(key)
-        none = value == "null" and (key == EXPERIMENT or _without_none(_type_of(schema, key.replace("/", ".")))[1])
-        if not sweep and not none and value not in names and value[:1] not in ("[", "{"):
+        optional = key == EXPERIMENT or _without_none(_type_of(schema, key.replace("/", ".")))[1]
+        other = (value == "null" and optional) or value[:1] in ("[", "{")  # left to Hydra's grammar
+        if not (sweep or other or value in names):
             listed = ", ".join(names) or "none"
             raise UserError(f"no {key} {value!r}{closest(value, names)}; there is: {listed}")
         return
@@ -255,14 +260,14 @@ def compose(stage: str, words: Sequence[str] = ()) -> Any:
 
 
 def build(stage: str, raw: Any) -> Any:
-    """Turn a composed configuration into the stage's `Config`; its `__post_init__` may refuse with ValueError."""
+    """Turn a composed configuration into the stage's `Config`; a ValueError of its checks is the user's."""
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
         return OmegaConf.to_object(raw)
     except MissingMandatoryValue as error:
-        raise UserError(f"{stage} needs {error.full_key}=...; `hyperdb {stage} --help` explains it") from error
+        raise UserError(f"{stage} needs {error.full_key}=...; see `hyperdb {stage} --help`") from error
     except OmegaConfBaseException as error:
         raise UserError(_explain(stage, type(raw), error)) from error
     except ValueError as error:
@@ -323,7 +328,7 @@ def sweep(stage: str, words: Sequence[str]) -> None:
 
 
 def _explain(stage: str, schema: type, error: BaseException) -> str:
-    """Say in one line what Hydra or OmegaConf found wrong: the innermost of their errors, and the file it is in."""
+    """Say in one line what Hydra or OmegaConf found wrong, and in which file."""
     from hydra.errors import HydraException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 

@@ -48,7 +48,7 @@ def test_every_option_of_every_group_composes(stage):
             node = raw
             for part in group.split("/"):
                 node = node[part]
-            assert dataclasses.is_dataclass(node._metadata.object_type), f"conf/{group}/{name}.yaml lacks its schema"
+            assert dataclasses.is_dataclass(node._metadata.object_type), f"{group}/{name}.yaml lacks a schema"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
