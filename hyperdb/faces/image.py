@@ -128,10 +128,10 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
 
 
 def read_text(path: str | Path) -> dict[str, str]:
-    """Return the text chunks of a PNG (empty for a file that is not a PNG or not readable)."""
+    """Return the text chunks of a PNG, from its header; empty for any other or unreadable file."""
     try:
         with Image.open(path) as image:
-            return {k: str(v) for k, v in getattr(image, "text", {}).items()}
+            return {k: str(v) for k, v in image.info.items() if isinstance(v, str)}
     except (OSError, SyntaxError, ValueError):
         return {}
 
@@ -144,7 +144,7 @@ def save_png(
     for key, value in (text or {}).items():
         info.add_text(key, value)
     with atomic(path) as temporary:
-        Image.fromarray(array).save(temporary, format="PNG", pnginfo=info)
+        Image.fromarray(array).save(temporary, format="PNG", pnginfo=info, compress_level=3)
     return Path(path)
 
 

@@ -59,7 +59,10 @@ def test_dlib_missing_is_explained(monkeypatch):
         Dlib()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("dlib") is None, reason="dlib is optional")
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(m) is None for m in ("dlib", "face_recognition_models")),
+    reason="dlib and its weights are optional",
+)
 def test_dlib(pictures):
     face_module._dlib.cache_clear()
     features = Dlib()(pictures)
