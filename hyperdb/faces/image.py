@@ -131,7 +131,7 @@ def read_text(path: str | Path) -> dict[str, str]:
     """Return the text chunks of a PNG, from its header; empty for any other or unreadable file."""
     try:
         with Image.open(path) as image:
-            return {k: str(v) for k, v in image.info.items() if isinstance(v, str)}
+            return {str(k): str(v) for k, v in image.info.items() if isinstance(v, str)}
     except (OSError, SyntaxError, ValueError):
         return {}
 
