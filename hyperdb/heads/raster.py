@@ -39,38 +39,48 @@ def rasterise(
     With `cull`, triangles that turn their back (outward-facing meshes) are dropped.
     """
     a, b, c = points[faces[:, 0]], points[faces[:, 1]], points[faces[:, 2]]
-    area = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0])
-    low = np.clip(np.floor(np.minimum(np.minimum(a, b), c) - 0.5) + 1, 0, size).astype(np.int32)
-    high = np.clip(np.floor(np.maximum(np.maximum(a, b), c) - 0.5) + 1, 0, size).astype(np.int32)
-    extent = high - low
-    visible = area < -1e-9 if cull else np.abs(area) > 1e-9
-    keep = np.flatnonzero((extent[:, 0] > 0) & (extent[:, 1] > 0) & visible)
-    width = extent[keep, 0]
-    count = width * extent[keep, 1]
-    index = np.repeat(np.arange(len(keep)), count)
-    offset = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
-    width = width[index]
+    ab, ac = b - a, c - a
+    area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
+    low = np.ceil(np.minimum(np.minimum(a, b), c) - 0.5).clip(0, size).astype(np.int32)
+    high = np.floor(np.maximum(np.maximum(a, b), c) + 0.5).clip(0, size).astype(np.int32)
+    width, rows = (high - low).T
+    visible = area < -1e-7 if cull else np.abs(area) > 1e-7
+    keep = np.flatnonzero((width > 0) & (rows > 0) & visible)
+
+    # Both weights are planes over the image: u = p0 x + p1 y + p2, v = p3 x + p4 y + p5.
+    a, ab, ac, area = a[keep], ab[keep], ac[keep], area[keep]
+    planes = np.stack([ac[:, 1], -ac[:, 0], -ab[:, 1], ab[:, 0]], 1) / area[:, None]
+    start = low[keep] + np.float32(0.5) - a
+    u_start = planes[:, 0] * start[:, 0] + planes[:, 1] * start[:, 1]
+    v_start = planes[:, 2] * start[:, 0] + planes[:, 3] * start[:, 1]
+    corner = low[keep, 1] * size + low[keep, 0]
+
+    width = width[keep]
+    count = width * rows[keep]
+    index = np.repeat(np.arange(len(keep), dtype=np.int32), count)
+    first = np.cumsum(count) - count
+    offset = np.arange(len(index), dtype=np.int32) - np.repeat(first.astype(np.int32), count)
+    row, column = np.divmod(offset, width[index])
+    plane = planes[index]
+    u = u_start[index] + plane[:, 0] * column + plane[:, 1] * row
+    v = v_start[index] + plane[:, 2] * column + plane[:, 3] * row
+    inside = np.flatnonzero((u >= -1e-5) & (v >= -1e-5) & (u + v <= 1 + 1e-5))
+    index, u, v = index[inside], u[inside], v[inside]
+    pixel = corner[index] + row[inside] * size + column[inside]
+
     face = keep[index]
-    row, column = offset // width, offset % width
-    x, y = low[face, 0] + column, low[face, 1] + row
-
-    origin, twice = a[face], area[face]
-    edge_b, edge_c = (b - a)[face], (c - a)[face]
-    dx, dy = x + np.float32(0.5) - origin[:, 0], y + np.float32(0.5) - origin[:, 1]
-    u = (dx * edge_c[:, 1] - dy * edge_c[:, 0]) / twice
-    v = (edge_b[:, 0] * dy - edge_b[:, 1] * dx) / twice
-    inside = np.flatnonzero((u >= -1e-6) & (v >= -1e-6) & (u + v <= 1 + 1e-6))
-    face, u, v = face[inside], u[inside], v[inside]
-    pixel = y[inside] * size + x[inside]
-    weights = np.stack([1 - u - v, u, v], axis=1).astype(np.float32)
-    z = (depth[faces[face]] * weights).sum(1)
-
-    order = np.argsort(z, kind="stable")
+    near = depth[faces[keep]].astype(np.float32)
+    z0, z1, z2 = near[index].T
+    z = z0 + u * (z1 - z0) + v * (z2 - z0)
+    best = np.full(size * size, -np.inf, np.float32)
+    np.maximum.at(best, pixel, z)
+    top = np.flatnonzero(z == best[pixel])
     winner = np.full(size * size, -1, np.int64)
-    winner[pixel[order]] = order
+    winner[pixel[top]] = top
     covered = np.flatnonzero(winner >= 0)
     winner = winner[covered]
-    return covered, face[winner], weights[winner]
+    u, v = u[winner], v[winner]
+    return covered, face[winner], np.stack([1 - u - v, u, v], axis=1).astype(np.float32)
 
 
 _PERIOD = 16  # lattice cells
