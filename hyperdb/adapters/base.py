@@ -7,7 +7,7 @@ equals a loop over them; merging equals hooking; gradient reaches the trainable 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Adapter(Protocol):
     def factors(self, params: dict[str, Tensor]) -> Factors:
         """Return the factors that `params` stand for; differentiable."""
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """Move what is frozen in the adapter; return the adapter."""
 
 

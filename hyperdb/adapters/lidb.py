@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -117,7 +116,7 @@ class LiDB:
         A_aux, B_aux = self._masters[self.layout.names.index(name)]
         return A_aux.to(self.device, self.dtype), B_aux.mT.to(self.device, self.dtype)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LiDB:
         """Move bases, mask and template; `dtype` is that of bases and factors. Return the adapter."""
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ class LoRA:
         """Count of trainable numbers of one identity."""
         return sum(self.rank * (layer.in_ + layer.out) for layer in self.layout.layers)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRA:
         """Set the device on which `init` places tensors; nothing is frozen here, so `dtype` has no effect."""
         self.device = torch.device(device) if device is not None else self.device
         return self

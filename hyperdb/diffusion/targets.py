@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
@@ -15,17 +16,17 @@ from hyperdb.runtime.errors import UserError
 
 
 def base_hash(modules: Mapping[str, nn.Linear]) -> str:
-    """Return 16 hex digits that tell a base from its fine-tuned descendants, "" where they cannot be told.
+    """Return 16 hex digits that tell a base from its fine-tuned descendants, "" for meta weights.
 
-    Taken over the first row of every weight in float16, so that loading in float32 or float16 gives the same.
-    The empty string stands for weights in bfloat16 (which have lost those bits) or on the meta device.
+    Taken over the signs in the first rows of every weight: the same whether loaded in float32, float16 or
+    bfloat16 (rounding keeps signs), while the slightest fine-tuning flips some of the many weights near zero.
     """
     digest = hashlib.sha256()
     for module in modules.values():
-        row = module.weight[0].detach()
-        if row.is_meta or row.dtype == torch.bfloat16:
+        if module.weight.is_meta:
             return ""
-        digest.update(row.to("cpu", torch.float16).numpy().astype("<f2").tobytes())
+        signs = torch.signbit(module.weight[:8].detach()).cpu().numpy()
+        digest.update(np.packbits(signs).tobytes())
     return digest.hexdigest()[:16]
 
 

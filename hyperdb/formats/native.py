@@ -125,7 +125,10 @@ class Personalization:
                 f"this adapter was made for base {self.base} and is used on {here}: expect less likeness"
             )
             warnings.warn(message, stacklevel=2)
-        factors = self.factors()
+        factors = {  # on the model's device now, or every forward would copy them there
+            name: (down, up) if (weight := modules[name].weight).is_meta else (down.to(weight), up.to(weight))
+            for name, (down, up) in self.factors().items()
+        }
         if isinstance(before := getattr(target, "_hyperdb_injection", None), Injection):
             before.remove()
         handle = Injection(modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from functools import cache
@@ -80,13 +81,13 @@ def test_targets_refuse_models_without_attention() -> None:
 
 
 def test_base_hash_tells_descendants_apart_but_not_precisions() -> None:
-    modules = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 3)}
+    modules = {"a": nn.Linear(300, 40), "b": nn.Linear(40, 300)}
     original = base_hash(modules)
-    assert base_hash({k: v.half() for k, v in modules.items()}) == original
+    for dtype in (torch.float16, torch.bfloat16):
+        assert base_hash({k: copy.deepcopy(v).to(dtype) for k, v in modules.items()}) == original
     with torch.no_grad():
-        modules["b"].weight[0, 0] += 0.1
+        modules["b"].weight += 0.05 * modules["b"].weight.std() * torch.randn(300, 40)
     assert base_hash(modules) != original
-    assert base_hash({k: v.bfloat16() for k, v in modules.items()}) == ""
     assert base_hash({"a": nn.Linear(3, 4, device="meta")}) == ""
 
 
@@ -227,9 +228,7 @@ def test_oversized_bases_are_refused() -> None:
 # ---- configuration ----
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"a": 0}, {"b": -1}, {"rank": 0}, {"seed": -1}, {"a": 1.5}, {"rank": True}]
-)
+@pytest.mark.parametrize("wrong", [{"a": 0}, {"b": -1}, {"rank": 0}, {"seed": -1}, {"rank": True}])
 def test_config_ranges(wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         LiDBConfig(**wrong)
