@@ -105,8 +105,8 @@ def density(hair: Hair, azimuth: np.ndarray, height: np.ndarray, seed: int) -> n
     if hair.fringe > 0:
         swept = azimuth - hair.parting
         fall = hair.fringe * smoothstep(0.95, 0.55, np.abs(azimuth))
-        line = line - fall * (0.55 + 0.45 * np.tanh(2.5 * np.abs(swept))) * (1 + 0.7 * ragged)
-    return height - line + 0.07 * ragged + 0.05 * fine
+        line = line - fall * (0.55 + 0.45 * np.tanh(2.5 * np.abs(swept))) * (1 + 0.45 * ragged)
+    return height - line + 0.045 * ragged + 0.035 * fine
 
 
 def hair_shell(identity: Identity, hat: bool = False) -> Shell | None:
@@ -180,7 +180,7 @@ def hair_mask(identity: Identity, azimuth: np.ndarray, height: np.ndarray) -> np
     """Tell which shell samples carry hair (strand-wise, ragged)."""
     hair, seed = identity.hair, identity.seed
     strand = noise(azimuth * 26, height * 2, 0.5, seed + 33) - 0.5
-    visible = density(hair, azimuth, height, seed) + 0.05 * strand > 0
+    visible = density(hair, azimuth, height, seed) + 0.08 * strand > 0
     if hair.cut in _HANGING:
         around = np.abs(azimuth)
         wander = 0.10 * (noise(height * 3, azimuth * 0, np.sign(azimuth), seed + 34) - 0.5)
@@ -211,7 +211,7 @@ def hair_colour(identity: Identity, azimuth: np.ndarray, height: np.ndarray) -> 
     bend = np.sin(height * 6 + 2 * np.sin(azimuth * 4)) * hair.curl
     along = height * (1.0 + 5 * hair.curl)
     coarse = noise(azimuth * 9 + bend * 1.2, along, 0.5, seed + 35)
-    fine = noise(azimuth * 30 + bend * 2.5, along * 1.5, 0.5, seed + 36)
+    fine = noise(azimuth * 17 + bend * 2.5, along * 1.2, 0.5, seed + 36)
     part = np.exp(-(((azimuth - hair.parting) / 0.05) ** 2)) * (height > 7.9)
-    shade = (0.50 + 0.62 * coarse + 0.42 * fine) * (1 - 0.3 * part)
+    shade = (0.38 + 0.55 * coarse + 0.70 * fine) * (1 - 0.3 * part)
     return hair.colour * shade[:, None]

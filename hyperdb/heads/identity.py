@@ -31,7 +31,7 @@ _CUT_SHARES = {
     "man": (0.07, 0.13, 0.22, 0.17, 0.11, 0.09, 0.05, 0.08, 0.05, 0.00, 0.03),
     "woman": (0.01, 0.03, 0.07, 0.06, 0.00, 0.09, 0.07, 0.09, 0.17, 0.19, 0.22),
 }
-_LOCAL_SIGMA, _LOCAL_CLIP = 0.26, 0.55
+_LOCAL_SIGMA, _LOCAL_CLIP = 0.24, 0.48
 _QUIET = ("neck", "ear-shape", "head-trans", "head-angle", "ear-rot", "head-age", "eye-push")
 _SKIN_PALETTE = np.array(
     [
@@ -227,7 +227,7 @@ class Identity:
         red_lips = not man and rng.random() < 0.4
         lip = np.array((0.82, 0.36, 0.38) if red_lips else (0.84, 0.52, 0.50))
         beard = float(rng.choice([0, 0.25, 0.6, 0.95], p=[0.42, 0.25, 0.19, 0.14])) if man else 0.0
-        moles = rng.integers(0, 3)
+        moles = int(rng.choice(3, p=[0.6, 0.3, 0.1]))
         return Paint(
             skin=skin,
             iris=iris * (1 + 0.1 * rng.standard_normal()),
@@ -235,7 +235,7 @@ class Identity:
             lip_strength=float(rng.uniform(0.3, 0.5) if man else rng.uniform(0.45, 0.8)),
             brow=self.hair.colour * (0.7 if self.hair.colour.mean() > 0.1 else 0.95),
             brow_width=float(rng.uniform(0.036, 0.062)) * (1.15 if man else 0.85),
-            brow_arch=float(rng.uniform(-0.01, 0.045)),
+            brow_arch=float(rng.uniform(0.005, 0.05)),
             brow_density=float(rng.uniform(0.6, 0.92)),
             brow_height=float(rng.uniform(-0.02, 0.03)),
             beard=beard,
@@ -246,7 +246,7 @@ class Identity:
             wrinkles=float(np.clip((self.age - 0.35) * 1.5, 0, 1)),
             cloth=rng.random(3) * 0.7 + 0.12,
             moles=tuple(
-                (float(rng.uniform(-0.6, 0.6)), float(rng.uniform(6.4, 7.8))) for _ in range(moles)
+                (float(rng.uniform(-0.6, 0.6)), float(rng.uniform(6.4, 7.25))) for _ in range(moles)
             ),
         )
 

@@ -25,7 +25,7 @@ _OPPOSITE = {
     "compress": "uncompress",
     "backward": "forward",
 }
-_AMBIENT_DIRECTIONS = 48
+_AMBIENT_DIRECTIONS = 32
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,23 @@ def head_mesh() -> HeadMesh:
 
 
 @functools.cache
+def throat_faces() -> np.ndarray:
+    """Faces at the back of the head that an open mouth would otherwise look through."""
+    mesh = head_mesh()
+    x, y, z = mesh.vertices[mesh.faces].mean(1).T
+    behind = (np.abs(x) < 0.5) & (y > 6.0) & (y < 7.2) & (z < 0.2) & (mesh.groups == SKIN)
+    return mesh.faces[behind]
+
+
+@functools.cache
+def shadow_faces() -> np.ndarray:
+    """Faces that can cast a shadow on the face: the outer skin above the shoulders."""
+    mesh = head_mesh()
+    high = mesh.vertices[mesh.faces][..., 1].min(1) > 6.0
+    return mesh.faces[high & (mesh.groups == SKIN)]
+
+
+@functools.cache
 def _positions() -> dict[str, int]:
     return {name: i for i, name in enumerate(head_mesh().names)}
 
@@ -117,7 +134,7 @@ def ambient_occlusion() -> np.ndarray:
     rng = np.random.default_rng(0)
     normals = vertex_normals(mesh.vertices, mesh.faces)
     seen, total = np.zeros(len(normals)), np.zeros(len(normals))
-    size, scale = 256, 256 / 7.0
+    size, scale = 160, 160 / 7.0
     for _ in range(_AMBIENT_DIRECTIONS):
         d = rng.standard_normal(3)
         d /= np.linalg.norm(d)
@@ -134,6 +151,6 @@ def ambient_occlusion() -> np.ndarray:
         nearest[pixel] = (depth[mesh.faces[face]] * weights).sum(1)
         column, row = points.astype(int).clip(0, size - 1).T
         facing = np.maximum(normals @ d, 0)
-        seen += facing * (depth >= nearest[row * size + column] - 0.07)
+        seen += facing * (depth >= nearest[row * size + column] - 0.09)
         total += facing
     return (seen / np.maximum(total, 1e-6)).astype(np.float32)

@@ -25,7 +25,7 @@ def brow_mask(identity: Identity, points: np.ndarray) -> np.ndarray:
     around = np.abs(x)
     along = np.clip((around - 0.10) / 0.50, 0, 1)
     arch = paint.brow_arch * np.sin(along * np.pi * 0.85) * 1.6
-    centre = 7.50 + paint.brow_height + arch - 0.075 * along**2.2
+    centre = 7.50 + paint.brow_height + arch - 0.035 * along**2.2 - 0.02
     width = paint.brow_width * (1 - 0.55 * along) * smoothstep(0.0, 0.10, along)
     mask = np.exp(-(((y - centre) / np.maximum(width, 0.004)) ** 4))
     mask *= smoothstep(0.07, 0.13, around) * smoothstep(0.66, 0.52, around)
@@ -66,8 +66,8 @@ def paint_skin(
         spots *= np.exp(-(((around - 0.3) / 0.35) ** 2) - ((y - 7.0) / 0.22) ** 2)
         albedo *= 1 - (spots * paint.freckles * front)[:, None] * (0.3, 0.45, 0.55)
     for mole_x, mole_y in paint.moles:
-        spot = np.exp(-((x - mole_x) ** 2 + (y - mole_y) ** 2) / 0.0007)
-        albedo *= 1 - (0.6 * spot * front)[:, None]
+        spot = np.exp(-((x - mole_x) ** 2 + (y - mole_y) ** 2) / 0.0005)
+        albedo *= 1 - (0.42 * spot * front)[:, None]
     if paint.wrinkles > 0:
         lines = np.cos(y * 75 + 1.5 * np.sin(x * 3)) ** 8 * _bell(y, 7.78, 0.13)
         fold = np.exp(-(((around - 0.30 - 0.45 * (6.95 - y)) / 0.03) ** 2)) * _bell(y, 6.85, 0.14)

@@ -105,7 +105,7 @@ def _space(rng: np.random.Generator) -> np.ndarray:
     for _ in range(130):
         centre = (int(rng.integers(0, _PAINT)), int(rng.integers(0, _PAINT)))
         light = float(rng.uniform(0.6, 1))
-        cv2.circle(image, centre, int(rng.random() < 0.3) + 1, (light,) * 3, -1, cv2.LINE_AA)
+        cv2.circle(image, centre, int(rng.random() < 0.35), (light,) * 3, -1, cv2.LINE_AA)
     centre = (int(rng.choice([12, 116])), int(rng.integers(12, 44)))
     radius = int(rng.integers(11, 19))
     tone = ((0.85, 0.45, 0.25), (0.35, 0.55, 0.90), (0.85, 0.75, 0.5))[int(rng.integers(0, 3))]
@@ -179,7 +179,7 @@ def _plain(rng: np.random.Generator, size: int) -> np.ndarray:
     """A studio wall: grey or a soft colour, lit from one side."""
     colour = np.full(3, rng.uniform(0.25, 0.92))
     if rng.random() < 0.6:
-        colour = np.clip(colour + rng.uniform(-0.16, 0.16, 3), 0.1, 0.95)
+        colour = np.clip(colour + rng.uniform(-0.10, 0.10, 3), 0.1, 0.95)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
     slope = rng.uniform(-0.22, 0.22, 2)
     wall = 1 + slope[0] * x + slope[1] * y - 0.25 * rng.random() * (x * x + y * y)

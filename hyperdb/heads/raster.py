@@ -38,6 +38,7 @@ def rasterise(
     Returns pixel [k] (flat indices that are covered), face [k] and barycentric weights [k, 3].
     With `cull`, triangles that turn their back (outward-facing meshes) are dropped.
     """
+    points = points.astype(np.float32)
     a, b, c = points[faces[:, 0]], points[faces[:, 1]], points[faces[:, 2]]
     ab, ac = b - a, c - a
     area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
@@ -50,7 +51,7 @@ def rasterise(
     # Both weights are planes over the image: u = p0 x + p1 y + p2, v = p3 x + p4 y + p5.
     a, ab, ac, area = a[keep], ab[keep], ac[keep], area[keep]
     planes = np.stack([ac[:, 1], -ac[:, 0], -ab[:, 1], ab[:, 0]], 1) / area[:, None]
-    start = low[keep] + np.float32(0.5) - a
+    start = (low[keep] + 0.5).astype(np.float32) - a
     u_start = planes[:, 0] * start[:, 0] + planes[:, 1] * start[:, 1]
     v_start = planes[:, 2] * start[:, 0] + planes[:, 3] * start[:, 1]
     corner = low[keep, 1] * size + low[keep, 0]
@@ -71,7 +72,7 @@ def rasterise(
     face = keep[index]
     near = depth[faces[keep]].astype(np.float32)
     z0, z1, z2 = near[index].T
-    z = z0 + u * (z1 - z0) + v * (z2 - z0)
+    z = (z0 + u * (z1 - z0) + v * (z2 - z0)).astype(np.float32)
     best = np.full(size * size, -np.inf, np.float32)
     np.maximum.at(best, pixel, z)
     top = np.flatnonzero(z == best[pixel])

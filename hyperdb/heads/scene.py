@@ -8,7 +8,15 @@ import numpy as np
 
 from hyperdb.heads.hair import hair_mask, hair_shell
 from hyperdb.heads.identity import Identity
-from hyperdb.heads.mesh import CLOTH, HAIR, ambient_occlusion, head_mesh
+from hyperdb.heads.mesh import (
+    CLOTH,
+    HAIR,
+    TONGUE,
+    ambient_occlusion,
+    head_mesh,
+    shadow_faces,
+    throat_faces,
+)
 from hyperdb.heads.props import glasses_lines, prop_mesh
 from hyperdb.heads.raster import rasterise, vertex_normals
 from hyperdb.heads.view import CROP, View
@@ -128,10 +136,15 @@ def _draw_head(buffer: Buffer, camera: Camera, vertices: np.ndarray) -> None:
     normal = vertex_normals(position, mesh.faces)
     extra = np.stack([ambient_occlusion(), mesh.lips, mesh.lids], 1)
     points = camera.pixels(position)
-    pixel, face, weights = rasterise(points, position[:, 2], mesh.faces, buffer.size, cull=True)
     table = _attributes(position, normal, mesh.vertices, extra)
+    throat = throat_faces()  # seen from inside through an open mouth
+    pixel, face, weights = rasterise(points, position[:, 2], throat, buffer.size)
+    values = _interpolate(table, throat[face], weights)
+    values[:, 9] = 0.05
+    buffer.write(pixel, TONGUE, values)
+    pixel, face, weights = rasterise(points, position[:, 2], mesh.faces, buffer.size, cull=True)
     buffer.write(pixel, mesh.groups[face], _interpolate(table, mesh.faces[face], weights))
-    buffer.occluders.append((position, mesh.faces))
+    buffer.occluders.append((position, shadow_faces()))
 
 
 def _draw_prop(buffer: Buffer, camera: Camera, identity: Identity, view: View) -> None:

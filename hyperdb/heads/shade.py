@@ -66,7 +66,7 @@ def paint(identity: Identity, view: View, buffer: Buffer) -> Surface:
     if len(hair):
         azimuth, height, thickness = canonical[hair].T
         albedo[hair] = hair_colour(identity, azimuth, height) * np.sqrt(ambient[hair])[:, None]
-        gloss[hair], tightness[hair] = 0.30 * (1 - 0.6 * identity.hair.curl), 9
+        gloss[hair], tightness[hair] = 0.16 * (1 - 0.6 * identity.hair.curl), 7
         ambient[hair] *= 0.55 + 0.45 * np.clip(buffer.normal[pixel[hair], 1] + 0.6, 0, 1)
     worn = np.flatnonzero(material == CLOTH)
     albedo[worn] = cloth_colour(view.accessory_seed) * extra[worn, 1, None]

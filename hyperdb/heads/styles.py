@@ -83,6 +83,8 @@ def _cartoon(stage: Stage) -> np.ndarray:
     flat = np.round(cv2.GaussianBlur(image, (0, 0), 1.0) * 4) / 4
     mean = flat.mean(2, keepdims=True)
     flat = np.clip(mean + (flat - mean) * 1.3 + 0.04, 0, 1)
+    if stage.view.place == "plain":
+        flat[:] = image[behind].mean(0) if behind.any() else 0.5
     image = np.where(behind[..., None], flat, image)
     return image * (1 - 0.92 * _outlines(stage))[..., None]
 
@@ -133,7 +135,7 @@ def _sculpt(stage: Stage, low: tuple, high: tuple, gloss: float, sharp: float) -
     open_to_sky = (surface.ambient * relief)[:, None]
     albedo = np.array(low) + (np.array(high) - np.array(low)) * np.clip(open_to_sky, 0, 1)
     normal = stage.buffer.normal[surface.pixel]
-    shine = gloss * np.clip(normal[:, 2] * 0.6 + light.diffuse.mean(1) * 0.6, 0, 1) ** sharp
+    shine = gloss * np.clip(normal[:, 2] * 0.6 + light.diffuse.mean(1) * 0.6, 0, 1) ** sharp * relief**2
     cast = Light(light.diffuse.mean(1, keepdims=True), light.fill, shine, light.colour)
     return stage.compose(develop(albedo * np.sqrt(relief)[:, None], cast))
 
@@ -143,7 +145,7 @@ def _clay(stage: Stage) -> np.ndarray:
 
 
 def _bronze(stage: Stage) -> np.ndarray:
-    return _sculpt(stage, (0.16, 0.22, 0.17), (0.66, 0.46, 0.20), 0.95, 7)
+    return _sculpt(stage, (0.12, 0.15, 0.11), (0.52, 0.33, 0.14), 0.75, 9)
 
 
 def _strokes(image: np.ndarray, rng: np.random.Generator, count: int, length: float, thick: int):
@@ -167,8 +169,8 @@ def _strokes(image: np.ndarray, rng: np.random.Generator, count: int, length: fl
 def _oil(stage: Stage) -> np.ndarray:
     image, rng, unit = _photo(stage), stage.rng(), stage.size / 128
     mean = image.mean(2, keepdims=True)
-    image = np.clip(mean + (image - mean) * 1.45, 0, 1)
-    image = np.clip((image - 0.5) * 1.15 + 0.48, 0, 1) * np.array([1.05, 0.99, 0.88])
+    image = np.clip(mean + (image - mean) * 1.2, 0, 1)
+    image = np.clip((image - 0.5) * 1.12 + 0.49, 0, 1) * np.array([1.03, 0.99, 0.92])
     broad = _strokes(image, rng, 900, 6 * unit, max(2, round(6 * unit)))
     fine = _strokes(image, rng, 1300, 3.0 * unit, max(1, round(2.2 * unit)))
     person = stage.plane(np.ones(len(stage.surface.pixel)))
@@ -181,8 +183,8 @@ def _oil(stage: Stage) -> np.ndarray:
 def _pixel(stage: Stage) -> np.ndarray:
     image = _photo(stage)
     mean = image.mean(2, keepdims=True)
-    image = np.clip(mean + (image - mean) * 1.4, 0, 1)
-    image = np.clip((image - 0.5) * 1.2 + 0.5, 0, 1) * (1 - 0.55 * _outlines(stage))[..., None]
+    image = np.clip(mean + (image - mean) * 1.2, 0, 1)
+    image = np.clip((image - 0.5) * 1.15 + 0.5, 0, 1) * (1 - 0.55 * _outlines(stage))[..., None]
     cells = cv2.resize(image.astype(np.float32), (32, 32), interpolation=cv2.INTER_AREA)
     cells = np.round(np.clip(cells, 0, 1) * 6) / 6
     return cv2.resize(cells, (stage.size,) * 2, interpolation=cv2.INTER_NEAREST)
@@ -201,7 +203,7 @@ def _watercolour(stage: Stage) -> np.ndarray:
     pigment = pigment.mean(2, keepdims=True) + (pigment - pigment.mean(2, keepdims=True)) * 1.5
     pooled = smoothstep(0.15, 0.7, _gradient(wash.mean(2)))[..., None]
     granules = cv2.resize(rng.standard_normal((size // 3, size // 3)).astype(np.float32), (size, size))
-    amount = 0.72 * (1 + 0.25 * pooled + 0.10 * granules[..., None])
+    amount = 0.72 * (1 + 0.25 * pooled + 0.05 * granules[..., None])
     radius = np.maximum(np.abs(x / size - 0.5), np.abs(y / size - 0.5))
     blot = cv2.resize(rng.standard_normal((7, 7)).astype(np.float32), (size, size))
     margin = smoothstep(0.52, 0.42, radius + 0.025 * blot)[..., None]
