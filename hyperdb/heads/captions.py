@@ -77,7 +77,7 @@ def caption(
     """Describe a view of a person (an Identity or its attributes)."""
     attributes = person if isinstance(person, Mapping) else person.attributes
     bare, rare, comma = rng.random(3)
-    named = dict(zip(_NAMED, rng.random(len(_NAMED)) < list(_NAMED.values())))
+    named = dict(zip(_NAMED, rng.random(len(_NAMED)) < list(_NAMED.values()), strict=False))
     subject = []
     if view.expression != "neutral" and named["expression"]:
         subject.append(view.expression)

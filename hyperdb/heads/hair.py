@@ -36,6 +36,8 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Shell:
+    """The hair surface, in head space."""
+
     vertices: np.ndarray  # [rows * columns, 3]
     canonical: np.ndarray  # [rows * columns, 3] azimuth, height, thickness
     faces: np.ndarray

@@ -69,6 +69,8 @@ _IRIS_COLOURS = np.array(
 
 @dataclass(frozen=True)
 class Hair:
+    """Cut, colour and the way hair falls."""
+
     cut: str
     colour: np.ndarray
     volume: float  # multiplies the thickness of the cut
@@ -153,14 +155,14 @@ class Identity:
         for sex, sex_share in (("male", male), ("female", 1 - male)):
             for age, age_share in (("young", 1 - self.age), ("old", self.age)):
                 share = sex_share * age_share
-                for name, part in zip(("african", "asian", "caucasian"), self.ancestry):
+                for name, part in zip(("african", "asian", "caucasian"), self.ancestry, strict=False):
                     weights[mesh.index(f"macro/{name}-{sex}-{age}")] += share * part
                 for muscle, muscle_share in _thirds(self.muscle).items():
                     for weight, weight_share in _thirds(self.weight).items():
                         name = f"macro/universal-{sex}-{age}-{muscle}muscle-{weight}weight"
                         if name in mesh.names:
                             weights[mesh.index(name)] += share * muscle_share * weight_share
-        for pairs, x in zip(local_axes(), self._local):
+        for pairs, x in zip(local_axes(), self._local, strict=False):
             for plus, minus in pairs:
                 if x >= 0:
                     weights[mesh.index(plus)] += x
@@ -245,9 +247,7 @@ class Identity:
             makeup=0.0 if man else float(np.clip(rng.normal(0.15, 0.3), 0, 0.7)),
             wrinkles=float(np.clip((self.age - 0.35) * 1.5, 0, 1)),
             cloth=rng.random(3) * 0.7 + 0.12,
-            moles=tuple(
-                (float(rng.uniform(-0.6, 0.6)), float(rng.uniform(6.4, 7.25))) for _ in range(moles)
-            ),
+            moles=tuple((float(rng.uniform(-0.6, 0.6)), float(rng.uniform(6.4, 7.25))) for _ in range(moles)),
         )
 
     # -- labels ----------------------------------------------------------------------------

@@ -15,7 +15,8 @@ SKIN, LEFT_EYE, RIGHT_EYE, UPPER_TEETH, LOWER_TEETH, TONGUE = range(6)
 HAIR, CLOTH = 6, 7
 
 _LOCAL_GROUPS = (
-    "head nose mouth eyes ears cheek chin forehead eyebrows neck".split()  # order is the contract
+    *("head", "nose", "mouth", "eyes", "ears", "cheek"),
+    *("chin", "forehead", "eyebrows", "neck"),
 )
 _OPPOSITE = {
     "decr": "incr",
@@ -43,6 +44,7 @@ class HeadMesh:
     mouth_corners: np.ndarray  # two vertex indices
 
     def index(self, name: str) -> int:
+        """Find a morph by name."""
         return _positions()[name]
 
     def blend(self, weights: np.ndarray) -> np.ndarray:
@@ -69,8 +71,7 @@ def head_mesh() -> HeadMesh:
     lids = cv2.GaussianBlur(data["lids"].astype(np.float32) / 255, (0, 0), 3)[row, column]
     body = np.unique(faces[groups == SKIN])
     corners = [
-        body[np.argmin(np.abs(vertices[body] - (side * 0.252, 6.618, 1.42)).sum(1))]
-        for side in (-1, 1)
+        body[np.argmin(np.abs(vertices[body] - (side * 0.252, 6.618, 1.42)).sum(1))] for side in (-1, 1)
     ]
     left, right = (np.unique(faces[groups == g]) for g in (LEFT_EYE, RIGHT_EYE))
     return HeadMesh(

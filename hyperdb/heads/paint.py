@@ -71,7 +71,7 @@ def paint_skin(
     if paint.wrinkles > 0:
         lines = np.cos(y * 75 + 1.5 * np.sin(x * 3)) ** 8 * _bell(y, 7.78, 0.13)
         fold = np.exp(-(((around - 0.30 - 0.45 * (6.95 - y)) / 0.03) ** 2)) * _bell(y, 6.85, 0.14)
-        bags = np.exp(-((np.hypot(around - 0.32, (y - 7.27) * 1.3) - 0.24) / 0.03) ** 2) * (y < 7.2)
+        bags = np.exp(-(((np.hypot(around - 0.32, (y - 7.27) * 1.3) - 0.24) / 0.03) ** 2)) * (y < 7.2)
         marks = (0.16 * lines + 0.28 * fold + 0.18 * bags) * paint.wrinkles * front
         albedo *= 1 - marks[:, None]
 
@@ -91,9 +91,7 @@ def paint_skin(
     return albedo, 0.20 * (1 - scalp) * (1 - shirt) + 0.22 * lips
 
 
-def paint_eye(
-    identity: Identity, points: np.ndarray, side: int, gaze: tuple[float, float]
-) -> np.ndarray:
+def paint_eye(identity: Identity, points: np.ndarray, side: int, gaze: tuple[float, float]) -> np.ndarray:
     """Albedo [n, 3] of an eyeball at canonical points; side 0 or 1."""
     mesh = head_mesh()
     direction = points - mesh.vertices[mesh.eyes[side]].mean(0)
@@ -111,7 +109,7 @@ def paint_eye(
     return albedo * (1 - 0.6 * smoothstep(7.30, 7.39, points[:, 1]))[:, None]
 
 
-MOUTH_COLOURS = {3: (0.82, 0.79, 0.73), 4: (0.78, 0.75, 0.69), 5: (0.58, 0.28, 0.28)}
+MOUTH_COLOURS = {3: (0.82, 0.76, 0.66), 4: (0.76, 0.70, 0.60), 5: (0.58, 0.28, 0.28)}
 
 
 def cloth_colour(seed: int) -> np.ndarray:

@@ -14,6 +14,8 @@ from hyperdb.heads.mesh import head_mesh
 
 @dataclass(frozen=True)
 class Prop:
+    """A worn thing, in head space."""
+
     vertices: np.ndarray  # [n, 3]
     faces: np.ndarray  # [m, 3]
     shade: np.ndarray  # [n] multiplies the colour: ribs, folds

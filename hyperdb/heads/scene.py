@@ -50,13 +50,12 @@ class Buffer:
 
     @classmethod
     def empty(cls, size: int) -> Buffer:
+        """Start with nothing in the frame."""
         n = size * size
         triple = [np.zeros((n, 3), np.float32) for _ in range(4)]
         return cls(size, np.full(n, -1e9, np.float32), np.full(n, -1, np.int32), *triple)
 
-    def write(
-        self, pixel: np.ndarray, material: np.ndarray | int, attributes: np.ndarray
-    ) -> None:
+    def write(self, pixel: np.ndarray, material: np.ndarray | int, attributes: np.ndarray) -> None:
         """Store interpolated attributes [k, 12] (position, normal, canonical, extra)."""
         self.z[pixel] = attributes[:, 2]
         self.material[pixel] = material
@@ -123,9 +122,7 @@ def _attributes(
     return np.concatenate([position, normal, canonical, extra], 1).astype(np.float32)
 
 
-def _interpolate(
-    attributes: np.ndarray, faces: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
+def _interpolate(attributes: np.ndarray, faces: np.ndarray, weights: np.ndarray) -> np.ndarray:
     a, b, c = (attributes[faces[:, k]] * weights[:, k, None] for k in range(3))
     return a + b + c
 

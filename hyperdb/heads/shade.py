@@ -51,9 +51,7 @@ def paint(identity: Identity, view: View, buffer: Buffer) -> Surface:
     ambient = extra[:, 0].copy()
 
     skin = np.flatnonzero(material == SKIN)
-    albedo[skin], gloss[skin] = paint_skin(
-        identity, canonical[skin], extra[skin, 1], extra[skin, 2]
-    )
+    albedo[skin], gloss[skin] = paint_skin(identity, canonical[skin], extra[skin, 1], extra[skin, 2])
     tightness[skin] = np.where(extra[skin, 1] > 0.3, 40, 15)
     for side, group in enumerate((LEFT_EYE, RIGHT_EYE)):
         eye = np.flatnonzero(material == group)
@@ -64,7 +62,7 @@ def paint(identity: Identity, view: View, buffer: Buffer) -> Surface:
         albedo[material == group] = colour
     hair = np.flatnonzero(material == HAIR)
     if len(hair):
-        azimuth, height, thickness = canonical[hair].T
+        azimuth, height, _thickness = canonical[hair].T
         albedo[hair] = hair_colour(identity, azimuth, height) * np.sqrt(ambient[hair])[:, None]
         gloss[hair], tightness[hair] = 0.16 * (1 - 0.6 * identity.hair.curl), 7
         ambient[hair] *= 0.55 + 0.45 * np.clip(buffer.normal[pixel[hair], 1] + 0.6, 0, 1)
@@ -119,7 +117,7 @@ def illuminate(view: View, buffer: Buffer, surface: Surface) -> Light:
     upward = 0.65 + 0.35 * normal[:, 1]
     fill = 0.24 * np.clip(normal @ fill_from, 0, 1)
     fill = fill + sky * upward * (0.25 + 0.75 * surface.ambient)
-    half = direction + (0, 0, 1)
+    half = direction + np.array([0, 0, 1])
     half /= np.linalg.norm(half)
     shine = np.clip(normal @ half, 0, 1) ** surface.tightness
     shine = surface.gloss * shine * np.clip(facing + 0.1, 0, 1) * lit

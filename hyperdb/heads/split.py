@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SPLITS: dict[str, range] = {
-    "train": range(0, 1_000_000),
+    "train": range(1_000_000),
     "validation": range(1_000_000, 1_100_000),
     "test": range(1_100_000, 1_200_000),
 }

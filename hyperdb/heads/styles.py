@@ -30,9 +30,11 @@ class Stage:
 
     @property
     def size(self) -> int:
+        """Side of the supersampled picture."""
         return self.buffer.size
 
     def rng(self) -> np.random.Generator:
+        """Draw the strokes and grain of this very picture."""
         return np.random.default_rng((self.view.place_seed, self.identity.seed, 41))
 
     def compose(self, colour: np.ndarray) -> np.ndarray:
@@ -102,10 +104,10 @@ def _sketch(stage: Stage) -> np.ndarray:
     level = stage.plane(np.clip(stage.light.diffuse.mean(1) + 0.5 * stage.light.fill, 0, 1.2))
     paint_tone = stage.plane(stage.surface.albedo @ (0.3, 0.59, 0.11), 1.0)
     relative = paint_tone / max(0.3, float(stage.identity.paint.skin @ (0.3, 0.59, 0.11)))
-    tone = np.where(skin > 0.5, np.minimum(level * 0.65 + 0.45, 1) * np.minimum(relative, 1), gray)
+    tone = np.where(skin > 0.5, np.minimum(level * 0.85 + 0.25, 1) * np.minimum(relative, 1), gray)
     tone = np.where(person > 0.5, tone, 0.62 + 0.38 * gray)
     dark = np.clip(0.95 - tone, 0, 1)
-    graphite = 0.55 * dark * (0.55 + 0.45 * hatch) + 0.35 * np.clip(dark - 0.3, 0, 1) * cross
+    graphite = 0.72 * dark * (0.72 + 0.28 * hatch) + 0.25 * np.clip(dark - 0.3, 0, 1) * cross
     weight = np.where(person > 0.5, 0.85, 0.35)
     paper = 0.975 - graphite - weight * lines * 0.75
     paper = paper + 0.015 * stage.rng().standard_normal((size, size))
@@ -161,7 +163,7 @@ def _strokes(image: np.ndarray, rng: np.random.Generator, count: int, length: fl
     start, stop = np.round((at - step) * 16).astype(int), np.round((at + step) * 16).astype(int)
     colour = smooth[at[:, 1], at[:, 0]] * rng.uniform(0.92, 1.08, (count, 1))
     canvas = smooth.copy()
-    for p, q, c in zip(start.tolist(), stop.tolist(), colour.tolist()):
+    for p, q, c in zip(start.tolist(), stop.tolist(), colour.tolist(), strict=False):
         cv2.line(canvas, p, q, c, thick, cv2.LINE_8, 4)
     return canvas
 
@@ -184,9 +186,9 @@ def _pixel(stage: Stage) -> np.ndarray:
     image = _photo(stage)
     mean = image.mean(2, keepdims=True)
     image = np.clip(mean + (image - mean) * 1.2, 0, 1)
-    image = np.clip((image - 0.5) * 1.15 + 0.5, 0, 1) * (1 - 0.55 * _outlines(stage))[..., None]
+    image = np.clip((image - 0.5) * 1.1 + 0.5, 0, 1) * (1 - 0.3 * _outlines(stage))[..., None]
     cells = cv2.resize(image.astype(np.float32), (32, 32), interpolation=cv2.INTER_AREA)
-    cells = np.round(np.clip(cells, 0, 1) * 6) / 6
+    cells = np.round(np.clip(cells, 0, 1) * 9) / 9
     return cv2.resize(cells, (stage.size,) * 2, interpolation=cv2.INTER_NEAREST)
 
 

@@ -31,7 +31,9 @@ class Recogniser:
     def __init__(self, side: int = 256) -> None:
         detector = str(MODELS / "face_detection_yunet_2023mar_int8bq.onnx")
         self.detector = cv2.FaceDetectorYN.create(detector, "", (side, side), 0.6, 0.3, 50)
-        self.net = cv2.dnn.readNetFromONNX(str(MODELS / "face_recognition_sface_2021dec_int8bq.onnx"))
+        self.net = cv2.dnn.readNetFromONNX(
+            str(MODELS / "face_recognition_sface_2021dec_int8bq.onnx")
+        )
         self.side = side
 
     def __call__(self, rgb: np.ndarray) -> np.ndarray | None:

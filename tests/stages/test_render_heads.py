@@ -1,0 +1,35 @@
+"""The render_heads stage: resumable, independent of workers, strict about settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.stages.render_heads import Config, run
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
+
+
+def test_resumes_and_does_not_depend_on_workers(tmp_path: Path) -> None:
+    config = Config(out=str(tmp_path / "a"), identities=3, views=2, photo_views=1, shard=2, size=32)
+    folder = run(config)
+    first = _bytes(folder)
+    assert len(first) == 2
+    assert (folder / "index.json").is_file()
+    (folder / "shard-00001.safetensors").unlink()
+    assert _bytes(run(config)) == first
+    other = run(replace(config, out=str(tmp_path / "b"), workers=1))
+    assert _bytes(other) == first
+    with pytest.raises(UserError, match="views=2 there, 3 now"):
+        run(replace(config, views=3))
+
+
+@pytest.mark.parametrize("bad", [{"split": "dev"}, {"identities": 0}, {"photo_views": 9}])
+def test_bad_settings_are_named(tmp_path: Path, bad: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(bad))):
+        run(Config(out=str(tmp_path / "x"), **bad))
