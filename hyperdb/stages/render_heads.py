@@ -3,7 +3,7 @@
     hyperdb render_heads split=train identities=6000 out=data/heads
 
 Writes `shard-00000.safetensors` ... and, at the end, `index.json` into `out`. Every picture is a
-function of (seed, identity), so neither the number of workers nor an interruption changes a byte;
+function of (seed, identity), so neither the number of workers nor an interruption changes a pixel;
 running the command again renders only the shards that are missing.
 """
 
