@@ -29,7 +29,8 @@ class DiffusionConfig:
     """A base model and how it is asked for pictures.
 
     `path` is a folder, a hub id, or `package:NAME`; `[V]` in prompts stands for `rare_token`; `crop` scales the
-    FFHQ crop that photos of faces get (1 = FFHQ) and `size` is the side of the images in pixels.
+    FFHQ crop that photos of faces get (1 = FFHQ) and `size` is the side of the images in pixels. `attention` is sdpa
+    or eager; eager trains 3 times faster on a CPU at 16 x 16 latents, where the fused backward in bf16 is slow.
     """
 
     path: str = "package:embedded/base"
@@ -42,11 +43,14 @@ class DiffusionConfig:
     dtype: str = "bf16"
     steps: int = 20
     guidance: float = 3.0
+    attention: str = "sdpa"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp32", "bf16", "fp16"):
             raise UserError(f"diffusion.dtype={self.dtype!r}: expected fp32, bf16 or fp16")
+        if self.attention not in ("sdpa", "eager"):
+            raise UserError(f"diffusion.attention={self.attention!r}: expected sdpa or eager")
         if self.size < 32 or self.size % 8:
             raise UserError(f"diffusion.size={self.size}: expected a multiple of 8, at least 32")
         if not self.rare_token.strip() or PLACEHOLDER in self.rare_token:

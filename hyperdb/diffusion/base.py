@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -51,6 +52,8 @@ class Base:
         self.config, self.digest = config, digest
         self.unet, self.text_encoder, self.vae, self.tokenizer = unet, text_encoder, vae, tokenizer
         self.schedule = schedule
+        if config.attention == "eager":
+            unet.set_attn_processor(AttnProcessor())
         for model in (unet, text_encoder, vae):
             model.requires_grad_(False).eval()
 
@@ -84,7 +87,7 @@ class Base:
         vae = part(AutoencoderKL, "vae", torch_dtype=torch.float32, variant=config.variant)
         return cls(
             config,
-            unet.to(device, memory_format=torch.channels_last),
+            unet.to(device),
             text_encoder.to(device),
             vae.to(device),
             part(CLIPTokenizer, "tokenizer"),

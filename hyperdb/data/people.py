@@ -1,0 +1,130 @@
+"""A set of face images with captions and identities, from rendered shards or from an aligned folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyperdb.diffusion.base import Base
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import hash_files, load_json, load_tensors, save_tensors
+
+
+@dataclass
+class People:
+    """`n` images `[n, 3, H, W]` uint8; `identity [n]` numbers the person, 0 .. I-1 in order of first appearance.
+
+    `seed [n]` is the person's own number (a render's seed, a dataset's id); `labels` holds further columns `[n, ...]`,
+    `names` the words behind label columns that are indices.
+    """
+
+    images: Tensor
+    seed: Tensor
+    captions: list[str]
+    labels: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        _, first, inverse = np.unique(self.seed.numpy(), return_index=True, return_inverse=True)
+        order = np.argsort(np.argsort(first))
+        self.identity = torch.from_numpy(order[inverse])
+        self.identities = len(first)
+        by_person = np.argsort(self.identity.numpy(), kind="stable")
+        ends = np.cumsum(np.bincount(self.identity.numpy(), minlength=self.identities))
+        self.rows = [torch.from_numpy(r) for r in np.split(by_person, ends[:-1])]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def is_style(self, name: str) -> Tensor:
+        """Return a mask `[n]` of the images of one style; photos of real people are all 'photo'."""
+        if "style" not in self.labels:
+            return torch.full((len(self),), name == "photo")
+        return self.labels["style"] == self.names["style"].index(name)
+
+    def subset(self, keep: Tensor) -> People:
+        """Return the images selected by a mask or by indices `keep`."""
+        index = torch.arange(len(self))[keep]
+        return People(
+            self.images[index],
+            self.seed[index],
+            [self.captions[i] for i in index.tolist()],
+            {k: v[index] for k, v in self.labels.items()},
+            self.names,
+            self.digest,
+        )
+
+
+def load_people(path: str | Path, limit: int | None = None, split: str = "train", size: int = 64) -> People:
+    """Read rendered shards (`hyperdb render_heads`) or an aligned folder (`hyperdb preprocess`).
+
+    `limit` keeps the first so many identities. Raises `UserError` if the folder is not complete.
+    """
+    path = Path(path)
+    if (path / "index.json").is_file():
+        people = _rendered(path, limit)
+    elif (path / "manifest.jsonl").is_file():
+        people = _aligned(path, split, size)
+    else:
+        raise UserError(f"{path} holds no faces; make it with `hyperdb render_heads out={path}` or `hyperdb preprocess`")
+    if limit is not None and people.identities > limit:
+        people = people.subset(people.identity < limit)
+    if len(people) == 0:
+        raise UserError(f"{path} holds no images of the split {split!r}")
+    return people
+
+
+def _rendered(path: Path, limit: int | None) -> People:
+    shards = sorted(path.glob("shard-*.safetensors"))
+    if limit is not None:
+        identities = load_json(path / "index.json").get("config", {}).get("shard", 1)
+        shards = shards[: -(-limit // max(1, identities))]
+    columns: dict[str, list[Tensor]] = {}
+    captions: list[str] = []
+    names: dict[str, list[str]] = {}
+    for shard in shards:
+        tensors, metadata = load_tensors(shard)
+        captions += json.loads(metadata["captions"])
+        names = json.loads(metadata["columns"])
+        for name, value in tensors.items():
+            columns.setdefault(name, []).append(value)
+    merged = {name: torch.cat(values) for name, values in columns.items()}
+    images = merged.pop("image").permute(0, 3, 1, 2).contiguous()
+    return People(images, merged.pop("seed"), captions, merged, names, hash_files(shards[:1] + [path / "index.json"]))
+
+
+def _aligned(path: Path, split: str, size: int) -> People:
+    from PIL import Image
+
+    records = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
+    records = [r for r in records if r["split"] == split]
+    pixels = []
+    for record in records:
+        with Image.open(path / record["file"]) as image:
+            pixels.append(np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)))
+    people = {name: i for i, name in enumerate(dict.fromkeys(r["identity"] for r in records))}
+    return People(
+        torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() if pixels else torch.empty(0, 3, size, size),
+        torch.tensor([people[r["identity"]] for r in records], dtype=torch.long),
+        ["a photo of a face"] * len(records),
+        digest=hash_files([path / "manifest.jsonl"]),
+    )
+
+
+def latent_moments(base: Base, people: People, cache: Path | None = None) -> Tensor:
+    """Return the latents' mean and standard deviation `[n, 2, c, h, w]` float16, computed once and kept in `cache`."""
+    key = f"{base.digest} {people.digest} {len(people)}"
+    if cache is not None and cache.is_file():
+        tensors, metadata = load_tensors(cache)
+        if metadata.get("key") == key:
+            return tensors["moments"]
+    moments = torch.cat([base.moments(part).half() for part in people.images.split(512)])
+    if cache is not None:
+        save_tensors(cache, {"moments": moments}, {"key": key})
+    return moments

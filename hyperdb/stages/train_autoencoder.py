@@ -1,0 +1,130 @@
+"""Train the embedded base's autoencoder on rendered people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Config:
+    """`data`: rendered people; `channels`: the widths of the levels, each halving the side (so 3 levels are f = 4)."""
+
+    data: str = "data/heads"
+    name: str = "default"
+    out: str = "runs/train_autoencoder/default"
+    channels: list[int] = field(default_factory=lambda: [32, 64, 128])
+    latent_channels: int = 4
+    steps: int = 2000
+    batch: int = 32
+    rate: float = 1.5e-3
+    kl: float = 3e-4
+    face_weight: float = 1.2  # extra weight of the middle of the frame, where the face is
+    gradient_weight: float = 2.0
+    ema: float = 0.995
+    held_out: int = 256  # images kept aside to measure on
+    save_every: int = 250
+    seed: int = 0
+
+
+def _edges(x: Tensor) -> Tensor:
+    import torch
+
+    return torch.cat([x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]], 1)
+
+
+def run(config: Config) -> Path:
+    """Train from `config.data`; write a diffusers `AutoencoderKL` to `out/vae` and return that folder."""
+    import torch
+    import torch.nn.functional as F
+    from diffusers import AutoencoderKL
+
+    from hyperdb.data.people import load_people
+    from hyperdb.runtime import checkpoint
+    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.journal import Journal
+    from hyperdb.runtime.optim import EMA, Schedule, adamw, set_rate
+    from hyperdb.runtime.seed import derive, generator
+
+    # --- data, model
+    people = load_people(config.data)
+    train, held = people.images[: -config.held_out], people.images[-config.held_out :]
+    size = people.images.shape[-1]
+    levels = len(config.channels)
+    torch.manual_seed(derive(config.seed, "autoencoder weights"))  # the only way to seed diffusers' initialisation
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.channels),
+        layers_per_block=1,
+        latent_channels=config.latent_channels,
+        norm_num_groups=8,
+        sample_size=size,
+        mid_block_add_attention=False,
+    )
+    optimizer = adamw(vae.parameters(), config.rate, 1e-3)
+    schedule = Schedule(config.rate, config.steps, warmup=100)
+    ema = EMA(vae.parameters(), config.ema)
+    out = Path(config.out)
+    start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
+    axis = torch.linspace(-1, 1, size)
+    distance = axis[:, None] ** 2 + axis[None, :] ** 2
+    weight = 0.6 + config.face_weight * torch.exp(-distance / 0.3)
+
+    # --- train
+    with Journal(out / "journal.jsonl", config.steps, start, "autoencoder") as journal:
+        for step in range(start, config.steps):
+            g = generator(config.seed, "autoencoder", step)
+            index = torch.randint(0, len(train), (config.batch,), generator=g)
+            x = train[index].float() / 127.5 - 1
+            x = torch.where(torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5, x.flip(-1), x)
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(x).latent_dist
+                z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+                y = vae.decode(z).sample
+            y = y.float()
+            kl = posterior.kl().float().mean() / posterior.mean[0].numel()
+            loss = ((y - x).abs() * weight).mean() + config.gradient_weight * F.l1_loss(_edges(y), _edges(x))
+            loss = loss + 0.5 * F.mse_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4)) + config.kl * kl
+            set_rate(optimizer, schedule(step))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            ema.update(step)
+            journal.step(step + 1, loss.item(), kl=round(kl.item(), 4))
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
+
+    # --- measure, write
+    ema.copy_to_params()
+    vae.eval()
+    with torch.no_grad():
+        means = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in train[:2048].split(128)])
+        x = held.float() / 127.5 - 1
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
+    psnr = (-10 * torch.log10(((x - y) / 2).square().mean())).item()
+    vae.save_pretrained(out / "vae")
+    save_json(
+        out / "report.json",
+        {"steps": config.steps, "psnr_held_out": round(psnr, 2), "parameters": vae.num_parameters(), "data": people.digest},
+    )
+    _picture(out / "reconstructions.png", x, y)
+    print(f"held-out PSNR {psnr:.2f} dB; autoencoder in {out / 'vae'}, pictures in {out / 'reconstructions.png'}")
+    return out
+
+
+def _picture(path: Path, x: Tensor, y: Tensor) -> None:
+    """Write pairs of originals (above) and reconstructions (below)."""
+    import torch
+    from torchvision.utils import save_image
+
+    rows = [t for k in range(0, 48, 16) for t in (x[k : k + 16], y[k : k + 16])]
+    save_image(torch.cat(rows) / 2 + 0.5, path, nrow=16)

@@ -1,0 +1,224 @@
+"""Train the embedded base's text encoder and UNet on rendered people and their captions."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from hyperdb.diffusion.base import Base
+    from hyperdb.runtime.optim import EMA
+
+
+@dataclass
+class Config:
+    """`vae`: a run of train_autoencoder; `init`: a base folder to go on from (a further segment of training)."""
+
+    data: str = "data/heads"
+    vae: str = "runs/train_autoencoder/default/vae"
+    init: str | None = None
+    name: str = "default"
+    out: str = "runs/train_base/default"
+    channels: list[int] = field(default_factory=lambda: [64, 128, 192])
+    heads: list[int] = field(default_factory=lambda: [1, 4, 4])  # a level; one head of 64 at 16 x 16 is fast
+    text_width: int = 128
+    text_layers: int = 4
+    text_length: int = 24
+    steps: int = 4000
+    batch: int = 64
+    rate: float = 8e-4
+    warmup: int = 200
+    decay: float = 0.6  # the last fraction of the steps, over which the rate falls
+    ema: float = 0.999
+    prompt_dropout: float = 0.1
+    save_every: int = 250
+    seed: int = 0
+
+
+def build_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
+    """Return a CLIP tokenizer to which each of `words` is one token and any other word a spelling."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    # training to the end merges every word into one token; encoding replays the same merges
+    tokenizer.train_from_iterator(words, trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learned["merges"]]
+    pieces = sorted(learned["vocab"], key=learned["vocab"].get)
+    finals = [c + "</w>" for c in sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*special, *pieces, *finals]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+
+
+def _new_base(config: Config, words: list[str]) -> Base:
+    """Return an untrained base around the trained autoencoder."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from hyperdb.diffusion import DiffusionConfig
+    from hyperdb.diffusion.base import Base
+    from hyperdb.runtime.errors import UserError
+    from hyperdb.runtime.seed import derive
+
+    if not Path(config.vae).is_dir():
+        raise UserError(f"no autoencoder at {config.vae}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
+    vae = AutoencoderKL.from_pretrained(config.vae)
+    tokenizer = build_tokenizer(words, config.text_length)
+    levels = len(config.channels)
+    torch.manual_seed(derive(config.seed, "base weights"))  # the only way to seed diffusers' initialisation
+    unet = UNet2DConditionModel(
+        sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        cross_attention_dim=config.text_width,
+        attention_head_dim=tuple(config.heads),  # diffusers' name for the number of heads
+        block_out_channels=tuple(config.channels),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        norm_num_groups=16,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.text_width,
+            intermediate_size=4 * config.text_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=config.text_length,
+            projection_dim=config.text_width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    schedule = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1
+    )
+    settings = DiffusionConfig(size=vae.config.sample_size, device="cpu", attention="eager")
+    return Base(settings, unet, text_encoder, vae, tokenizer, schedule, digest="")
+
+
+def save_base(base: Base, out: Path) -> None:
+    """Write a Stable Diffusion folder that `StableDiffusionPipeline.from_pretrained` loads, fp16 safetensors."""
+    import copy
+
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    scheduler = DDIMScheduler.from_config(
+        base.schedule.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
+    )
+    half = {n: copy.deepcopy(getattr(base, n)).half() for n in ("unet", "text_encoder", "vae")}
+    half = {n: m.to(memory_format=torch.contiguous_format) for n, m in half.items()}
+    pipeline = StableDiffusionPipeline(
+        **half,
+        tokenizer=base.tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(out, safe_serialization=True)
+
+
+def run(config: Config) -> Path:
+    """Train from `config.data`; write the base to `out/base` and return `out`."""
+    import torch
+
+    from hyperdb.data.people import latent_moments, load_people
+    from hyperdb.diffusion import DiffusionConfig
+    from hyperdb.diffusion.loss import diffusion_loss
+    from hyperdb.heads.captions import vocabulary
+    from hyperdb.runtime import checkpoint
+    from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.journal import Journal
+    from hyperdb.runtime.optim import EMA, Schedule, adamw, set_rate
+    from hyperdb.runtime.seed import generator
+
+    # --- data, model
+    people = load_people(config.data)
+    if config.init is None:
+        base = _new_base(config, vocabulary())
+        base.digest = hash_files(Path(config.vae))
+    else:
+        base = DiffusionConfig(path=config.init, device="cpu", attention="eager").load()
+    out = Path(config.out)
+    latents = latent_moments(base, people, out / "moments.safetensors")
+    ids = base.tokenize(people.captions)
+    empty = base.tokenize([""])
+    base.unet.requires_grad_(True).train()
+    base.text_encoder.requires_grad_(True).train()
+    params = [*base.unet.parameters(), *base.text_encoder.parameters()]
+    optimizer = adamw(params, config.rate, 1e-2)
+    schedule = Schedule(config.rate, config.steps, config.warmup, config.decay)
+    ema = EMA(params, config.ema)
+    start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
+
+    # --- train
+    with Journal(out / "journal.jsonl", config.steps, start, "base") as journal:
+        for step in range(start, config.steps):
+            g = generator(config.seed, "base", step)
+            index = torch.randint(0, len(people), (config.batch,), generator=g)
+            mean, std = latents[index].float().unbind(1)
+            z = mean + std * torch.randn(mean.shape, generator=g)
+            dropped = torch.rand(config.batch, 1, generator=g) < config.prompt_dropout
+            words = torch.where(dropped, empty, ids[index])
+            t = torch.randint(0, base.schedule.config.num_train_timesteps, (config.batch,), generator=g)
+            loss = diffusion_loss(base, z, torch.randn(z.shape, generator=g), t, words).mean()
+            set_rate(optimizer, schedule(step))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            ema.update(step)
+            journal.step(step + 1, loss.item())
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
+                _preview(base, ema, out / f"samples-{step + 1:06d}.png")
+
+    # --- write
+    ema.copy_to_params()
+    save_base(base, out / "base")
+    save_json(
+        out / "report.json",
+        {
+            "steps": config.steps,
+            "samples": config.steps * config.batch,
+            "data": people.digest,
+            "vae": hash_files(Path(config.vae)) if config.init is None else None,
+            "init": base.digest if config.init is not None else None,
+        },
+    )
+    print(f"base in {out / 'base'}, samples in {out}")
+    return out
+
+
+def _preview(base: Base, ema: EMA, path: Path) -> None:
+    """Draw every style from fixed noise with the averaged weights."""
+    from torchvision.utils import save_image
+
+    from hyperdb.diffusion.sample import sample, start_noise
+    from hyperdb.heads.captions import STYLE_PROMPTS, prompt
+    prompts = [p for style in STYLE_PROMPTS for p in [prompt(style)] * 8]
+    ema.swap()
+    latents = sample(base, prompts, start_noise(base, list(range(8)) * (len(prompts) // 8)))
+    images = base.decode(latents)
+    ema.swap()
+    save_image(images.float() / 255, path, nrow=16)
