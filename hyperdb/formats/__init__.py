@@ -1,0 +1,1 @@
+"""Files that personalisations are kept in."""

@@ -1,0 +1,42 @@
+"""The hypernetwork: one face image in, LiDB tokens out (paper section 4.2). Configurations live here and import no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hyperdb.runtime.errors import UserError
+
+
+@dataclass
+class EncoderConfig:
+    """A timm vision transformer by name.
+
+    `size`, `patch` and `depth` override the named model's own (None keeps them); `weights` is a safetensors file,
+    `pretrained` asks timm for its own; a frozen encoder is not stored in the hypernetwork's file.
+    """
+
+    name: str = "vit_tiny_patch16_224"
+    size: int | None = 64
+    patch: int | None = 8
+    depth: int | None = 6
+    weights: str | None = None
+    pretrained: bool = False
+    frozen: bool = False
+
+
+@dataclass
+class HypernetConfig:
+    """The iterative decoder (eq. 3): `iterations` is s, `head` is shared by all layers or one a layer."""
+
+    width: int = 256
+    heads: int = 4
+    layers: int = 2
+    iterations: int = 4
+    head: str = "per_layer"
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+    def __post_init__(self) -> None:
+        if self.head not in ("shared", "per_layer"):
+            raise UserError(f"hypernet.head={self.head!r}: expected shared or per_layer")
+        if self.iterations < 1 or self.width % self.heads:
+            raise UserError("hypernet.iterations must be at least 1 and hypernet.width a multiple of hypernet.heads")

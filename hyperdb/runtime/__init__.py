@@ -1,1 +1,4 @@
-"""What every stage stands on: seeds, files, journals, optimisers, provenance. Knows nothing of faces or diffusion."""
+"""What every stage stands on: seeds, files, journals, optimisers, provenance.
+
+Knows nothing of faces or diffusion.
+"""

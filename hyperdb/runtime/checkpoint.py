@@ -24,7 +24,8 @@ def save(path: Path, step: int, optimizer: torch.optim.Optimizer, ema: EMA, conf
         tensors[f"average.{i}"] = average
         for name, value in optimizer.state[param].items():
             tensors[f"state.{i}.{name}"] = torch.as_tensor(value)
-    save_tensors(path, tensors, {"step": str(step), "config": json.dumps(config, sort_keys=True, default=str)})
+    text = json.dumps(config, sort_keys=True, default=str)
+    save_tensors(path, tensors, {"step": str(step), "config": text})
 
 
 def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[str, Any]) -> int:

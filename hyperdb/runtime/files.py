@@ -102,7 +102,7 @@ def hash_files(paths: list[Path] | Path) -> str:
 
 
 def cached(path: Path, make: Callable[[], dict[str, torch.Tensor]], key: str) -> dict[str, torch.Tensor]:
-    """Return the tensors stored at `path` if they were made under the same `key`, else make and store them."""
+    """Return the tensors stored at `path` if made under the same `key`, else make and store them."""
     if path.is_file():
         tensors, metadata = load_tensors(path)
         if metadata.get("key") == key:

@@ -55,8 +55,9 @@ class EMA:
 
     def copy_to_params(self) -> None:
         """Overwrite the parameters with the average."""
+        params: list[torch.Tensor] = [*self.params]
         with torch.no_grad():
-            torch._foreach_copy_(self.params, self.average)
+            torch._foreach_copy_(params, self.average)
 
     def swap(self) -> None:
         """Exchange the parameters and the average (call it twice around an evaluation)."""

@@ -21,7 +21,7 @@ def _git(*arguments: str) -> str | None:
 
 def provenance() -> dict[str, Any]:
     """Return git commit, dirty flag, library versions and the processor; None where unknown."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("hyperdb", "torch", "diffusers", "transformers", "timm", "numpy"):
         try:
             versions[package] = version(package)

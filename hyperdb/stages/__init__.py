@@ -1,0 +1,1 @@
+"""What the command line runs: each a `Config` and `run(config)`, an artefact on disk in the end."""

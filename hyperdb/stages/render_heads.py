@@ -143,7 +143,7 @@ def _person_rows(config: Config, seed: int) -> list[tuple[dict[str, Any], str]]:
         for column in ("style", "place", "expression", "accessory"):
             row[column] = names[column].index(getattr(view, column))
         for column in ("sex", "skin", "hair"):
-            row[column] = names[column].index(labels[column])
+            row[column] = names[column].index(str(labels[column]))
         row |= {"age": labels["age_value"], "yaw": view.yaw, "pitch": view.pitch}
         row["coefficients"] = coefficients
         rows.append((row, heads.caption(labels, view, rng)))

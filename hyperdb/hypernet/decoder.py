@@ -1,0 +1,47 @@
+"""The iterative transformer decoder over one weight token a layer (paper section 4.2, eq. 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Head(nn.Module):
+    """Linear map of each layer's token `[I, N, width] -> [I, N, D]`, shared by all layers or one a layer.
+
+    Small normal weights, not zeros: a zero head would send no gradient to the trunk.
+    """
+
+    def __init__(self, tokens: int, width: int, out: int, shared: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1 if shared else tokens, width, out) * 0.1 / width**0.5)
+        self.bias = nn.Parameter(torch.zeros(tokens, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("inw,nwd->ind", x, self.weight.expand(x.shape[1], -1, -1)) + self.bias
+
+
+class IterativeDecoder(nn.Module):
+    """Features `[I, P, C]` -> standardised tokens `[I, N, D]`, refined `iterations` times from zero."""
+
+    def __init__(
+        self, tokens: int, token_width: int, feature_dim: int, width: int, heads: int, layers: int, iterations: int,
+        shared_head: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.iterations, self.shape = iterations, (tokens, token_width)
+        self.memory = nn.Sequential(nn.Linear(feature_dim, width), nn.LayerNorm(width))
+        self.embed = nn.Linear(token_width, width)
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        layer = nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.trunk = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(width))
+        self.head = Head(tokens, width, token_width, shared_head)
+
+    # eq. 3: theta_k = T(f, theta_{k-1}), k = 1..s, each step adding a delta
+    def forward(self, features: Tensor) -> Tensor:
+        f = self.memory(features)  #                                                [I, P, width]
+        theta = features.new_zeros(len(features), *self.shape)  #                   [I, N, D]
+        for _ in range(self.iterations):
+            x = self.embed(theta) + self.position  #                                [I, N, width]
+            theta = theta + self.head(self.trunk(x, f))
+        return theta

@@ -1,0 +1,101 @@
+"""The whole hypernetwork: image -> encoder (once) -> iterative decoder -> LiDB tokens. It never writes into modules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.lidb import LiDB
+from hyperdb.hypernet import EncoderConfig, HypernetConfig
+from hyperdb.hypernet.decoder import IterativeDecoder
+from hyperdb.hypernet.encoder import Encoder
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_tensors, save_tensors
+
+KIND = "hyperdb-hypernet-1"
+
+
+class Hypernet(nn.Module):
+    """Images `[I, 3, H, W]` uint8 -> tokens `[I, N, D]`: `centre + spread * decoder(encoder(image))`.
+
+    `centre` and `spread` `[N, D]` are the mean and standard deviation of the fits it learns from; without fits the
+    LiDB template (A nonzero, B zero) and `default_spread`.
+    """
+
+    metadata: dict[str, str]
+    centre: Tensor
+    spread: Tensor
+    mask: Tensor
+
+    def __init__(self, config: HypernetConfig, lidb: LiDB, default_spread: float = 0.1) -> None:
+        super().__init__()
+        self.config, self.lidb = config, lidb
+        self.encoder = Encoder(config.encoder)
+        tokens, width = lidb.mask.shape
+        self.decoder = IterativeDecoder(
+            tokens, width, self.encoder.dim, config.width, config.heads, config.layers, config.iterations,
+            config.head == "shared",
+        )  # fmt: skip
+        self.register_buffer("mask", lidb.mask.clone(), persistent=False)
+        self.register_buffer("centre", lidb.template.clone())
+        self.register_buffer("spread", torch.full((tokens, width), default_spread))
+
+    def standardise(self, tokens: Tensor) -> None:
+        """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's."""
+        std = tokens.std(0)
+        floor = 0.1 * std.square().mean(1, keepdim=True).sqrt() + 1e-4
+        self.centre.copy_(tokens.mean(0))
+        self.spread.copy_(torch.maximum(std, floor))
+
+    def forward(self, images: Tensor) -> Tensor:
+        theta = self.decoder(self.encoder(images))
+        return (self.centre + self.spread * theta.float()) * self.mask
+
+    def save(self, path: Path, metadata: dict[str, str]) -> Path:
+        """Write weights in fp16 with layout, LiDB settings and `metadata`; a frozen encoder is left out."""
+        frozen = self.encoder.frozen
+        state = {k: v.half() for k, v in self.state_dict().items() if not (frozen and k.startswith("encoder."))}
+        header = {
+            "kind": KIND,
+            "layout": self.lidb.layout.to_text(),
+            "lidb": json.dumps(asdict(self.lidb.config)),
+            "fingerprint": self.lidb.fingerprint,
+            "config": json.dumps(asdict(self.config)),
+        }
+        return save_tensors(path, state, {**header, **metadata})
+
+    @classmethod
+    def load(cls, path: Path) -> Hypernet:
+        """Read a hypernetwork. Raises `UserError` for a foreign or damaged file."""
+        tensors, metadata = load_tensors(path)
+        if metadata.get("kind") != KIND:
+            raise UserError(f"{path} is not a hyperdb hypernetwork; train one with `hyperdb train_hypernet`")
+        try:
+            settings = json.loads(metadata["config"])
+            encoder = EncoderConfig(**settings.pop("encoder"))
+            lidb = LiDBConfig(**json.loads(metadata["lidb"])).build(Layout.from_text(metadata["layout"]))
+            if not encoder.frozen:  # its weights are in the file
+                encoder.weights, encoder.pretrained = None, False
+            model = cls(HypernetConfig(**settings, encoder=encoder), lidb)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} has a damaged header ({error})") from error
+        if lidb.fingerprint != metadata.get("fingerprint"):
+            raise UserError(f"{path} was made with other LiDB bases than this version builds; train it again")
+        own = model.state_dict()
+        for name, value in tensors.items():
+            if name not in own or own[name].shape != value.shape:
+                raise UserError(f"{path}: unexpected tensor {name} {list(value.shape)}")
+            if not torch.isfinite(value).all():
+                raise UserError(f"{path}: {name} has non-finite values")
+        missing = [k for k in own if k not in tensors and not (encoder.frozen and k.startswith("encoder."))]
+        if missing:
+            raise UserError(f"{path} lacks {missing[0]}")
+        model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+        model.metadata = metadata
+        return model.eval()
