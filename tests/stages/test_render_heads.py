@@ -17,7 +17,7 @@ def _bytes(folder: Path) -> dict[str, dict]:
     found = {}
     for path in sorted(folder.glob("shard-*")):
         with safe_open(path, framework="numpy") as file:
-            found[path.name] = {key: file.get_tensor(key).tobytes() for key in file.keys()}
+            found[path.name] = {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118 (not a dict)
             found[path.name] |= file.metadata()
     return found
 
