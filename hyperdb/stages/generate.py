@@ -1,0 +1,261 @@
+"""Draw pictures of a personalised face, or of the base alone.
+
+    hyperdb generate adapter=runs/personalize/ada prompt='a pencil sketch of a [V] face' num_images=8
+
+Writes `00000.png` ..., `grid.png` (the first 64) and `manifest.json` into `out`. Picture i is a function of
+seed + i, whatever the batch. Every PNG says what made it, so running the command again draws only what is
+missing or was made otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import warnings
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperdb.diffusion import PLACEHOLDER, DiffusionConfig
+from hyperdb.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from hyperdb.diffusion.base import Base
+
+ADAPTERS = ("adapter.safetensors", "lidb.safetensors")  # of a folder, the first that is there
+# A smaller vocabulary was made word by word, so a word it must spell was in no caption. CLIP's 49,408 tokens
+# spell many a word that it knows well.
+SMALL_VOCABULARY = 10_000
+IN_GRID = 64
+
+
+@dataclass
+class Config:
+    """What to draw and of whom; `[V]` in prompts stands for the person."""
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    adapter: str | None = None  # a file of `hyperdb personalize` or its folder; null: the base alone
+    prompt: str = "a photo of a [V] face"
+    negative_prompt: str = ""
+    num_images: int = 8
+    strength: float = 1.0  # of the adapter: 0 is the base, 1 as trained
+    steps: int | None = None  # null: diffusion.steps
+    guidance: float | None = None  # null: diffusion.guidance; 1 is without guidance
+    scheduler: str = "ddim"  # ddim, dpm, euler, pndm or unipc
+    seed: int = 0  # picture i has seed + i
+    batch: int = 8  # pictures drawn at once; changes the memory needed, not the pictures
+    name: str = "default"
+    out: str = "runs/generate/default"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_images <= 10_000:
+            raise UserError(f"num_images={self.num_images}: expected 1 to 10000")
+        if self.batch < 1:
+            raise UserError(f"batch={self.batch}: expected at least 1")
+        if self.steps is not None and not 1 <= self.steps <= 1000:
+            raise UserError(f"steps={self.steps}: expected 1 to 1000, or null for the base's own")
+        for name in ("strength", "guidance"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"{name}={value}: expected a finite number")
+        for name in ("prompt", "negative_prompt"):
+            if re.search(r"[\x00\ud800-\udfff]", getattr(self, name)):  # the shell's bytes if not UTF-8
+                raise UserError(f"{name} has characters that are not text; type it again")
+
+
+# --- the person --------------------------------------------------------------------------------------
+
+
+def find_adapter(path: str) -> Path:
+    """Return the adapter file meant by a file or by the folder of a `personalize` run."""
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        raise UserError(f"no adapter at {path}; `hyperdb personalize` makes one, adapter=null draws without")
+    for name in ADAPTERS:
+        if (given / name).is_file():
+            return given / name
+    raise UserError(f"{path} holds neither {' nor '.join(ADAPTERS)}; give the folder of a `personalize` run")
+
+
+def _load(config: Config) -> tuple[Base, Path | None]:
+    """Read adapter and base, the cheap and likely errors first, and put the adapter on."""
+    from hyperdb.diffusion.sample import SCHEDULERS
+
+    if config.scheduler not in SCHEDULERS:
+        raise UserError(f"scheduler={config.scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
+    if config.adapter is None:
+        return config.diffusion.load(), None
+
+    from hyperdb.formats.native import Personalization
+
+    file = find_adapter(config.adapter)
+    person = Personalization.load(file)
+    settings = config.diffusion
+    if person.rare_token != settings.rare_token:
+        warnings.warn(
+            f"{PLACEHOLDER} stands for {person.rare_token!r}, the adapter's own, not for "
+            f"diffusion.rare_token={settings.rare_token!r}",
+            stacklevel=2,
+        )
+        settings = replace(settings, rare_token=person.rare_token)
+    base = settings.load()
+    person.apply(base, config.strength)
+    return base, file
+
+
+# --- the words ---------------------------------------------------------------------------------------
+
+
+def cut_words(base: Base, prompt: str) -> str:
+    """Return the end of a prompt that the base's text encoder has no room for, "" if all of it fits."""
+    tokens = base.tokenizer.tokenize(base.config.prompt(prompt))
+    room = base.tokenizer.model_max_length - 2  # a begin and an end token
+    return base.tokenizer.convert_tokens_to_string(tokens[room:]).strip() if len(tokens) > room else ""
+
+
+def _notices(config: Config, base: Base, guidance: float) -> list[str]:
+    """Say what of the request has no or little effect."""
+    found = []
+    for name in ("prompt", "negative_prompt"):
+        prompt = getattr(config, name)
+        if cut := cut_words(base, prompt):
+            limit = base.tokenizer.model_max_length
+            found.append(f"{name} is longer than {limit} tokens; the base does not see: {cut}")
+        unknown = base.unknown_words(prompt) if len(base.tokenizer) < SMALL_VOCABULARY else []
+        if unknown:
+            found.append(
+                f"{name} has words that this base was never taught and will not draw: {', '.join(unknown)}"
+            )
+    if config.negative_prompt and guidance == 1:
+        found.append("negative_prompt has no effect at guidance=1")
+    if config.adapter is None and config.strength != 1:
+        found.append(f"strength={config.strength} has no effect without adapter")
+    if config.adapter is not None and PLACEHOLDER not in config.prompt:
+        found.append(f"prompt has no {PLACEHOLDER}, the word that stands for the person: expect less likeness")
+    return found
+
+
+# --- the pictures ------------------------------------------------------------------------------------
+
+
+def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidance: float) -> dict[str, Any]:
+    """Return all that decides the pixels, but the seed."""
+    from hyperdb import __version__
+
+    return {
+        "prompt": config.prompt,
+        "negative_prompt": config.negative_prompt,
+        "rare_token": base.config.rare_token,
+        "base": base.config.path,
+        "base_digest": base.digest,
+        "adapter_digest": None if adapter is None else hashlib.sha256(adapter.read_bytes()).hexdigest()[:16],
+        "strength": config.strength,
+        "scheduler": config.scheduler,
+        "steps": steps,
+        "guidance": guidance,
+        "size": base.config.size,
+        "dtype": base.config.dtype,
+        "software": f"hyperdb {__version__}",
+        "synthetic": True,
+    }
+
+
+def _text(recipe: dict[str, Any], **more: Any) -> dict[str, str]:
+    """Write a recipe as PNG text, in which a missing value is "none" and True is "true"."""
+    merged = {**recipe, **more}
+    return {k: "none" if v is None else "true" if v is True else str(v) for k, v in merged.items()}
+
+
+def _is_made(path: Path, text: dict[str, str]) -> bool:
+    """Whether a whole picture of this very recipe is there."""
+    from hyperdb.faces.image import read_image, read_text
+
+    if not path.is_file() or read_text(path) != text:
+        return False
+    try:
+        read_image(path)
+    except UserError:  # cut short by a full disk, say: draw it again
+        return False
+    return True
+
+
+def _draw(config: Config, base: Base, seeds: list[int], steps: int, guidance: float) -> NDArray[np.uint8]:
+    """Return pictures [B, H, W, 3], one a seed."""
+    from hyperdb.diffusion.sample import sample, start_noise
+
+    latents = sample(
+        base,
+        [config.prompt] * len(seeds),
+        start_noise(base, seeds),
+        steps,
+        guidance,
+        config.negative_prompt,
+        config.scheduler,
+    )
+    return base.decode(latents).permute(0, 2, 3, 1).contiguous().numpy()  #  [B, 3, H, W] -> [B, H, W, 3]
+
+
+def run(config: Config) -> Path:
+    """Draw what is missing and return the folder."""
+    from tqdm import tqdm
+
+    from hyperdb.faces.image import grid, read_image, save_png
+    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.provenance import provenance
+
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={config.out} is a file; choose another folder")
+    base, adapter = _load(config)
+    steps = base.config.steps if config.steps is None else config.steps
+    guidance = base.config.guidance if config.guidance is None else config.guidance
+    for notice in _notices(config, base, guidance):
+        warnings.warn(notice, stacklevel=2)
+
+    # --- draw
+    recipe = _recipe(config, base, adapter, steps, guidance)
+    seeds = [config.seed + i for i in range(config.num_images)]
+    texts = [_text(recipe, seed=seed) for seed in seeds]
+    paths = [out / f"{i:05d}.png" for i in range(config.num_images)]
+    missing = [i for i, path in enumerate(paths) if not _is_made(path, texts[i])]
+    batches = [missing[i : i + config.batch] for i in range(0, len(missing), config.batch)]
+    if missing:
+        (out / "manifest.json").unlink(missing_ok=True)  # it would speak of other pictures
+    with tqdm(total=len(batches) * steps, desc="generate", unit="step", delay=2, dynamic_ncols=True) as bar:
+
+        def count(*_: object) -> None:
+            bar.update()
+
+        counter = base.unet.register_forward_hook(count)
+        for batch in batches:
+            pictures = _draw(config, base, [seeds[i] for i in batch], steps, guidance)
+            for i, picture in zip(batch, pictures, strict=True):
+                save_png(paths[i], picture, texts[i])
+        counter.remove()
+
+    # --- look at it, list it
+    shown = [read_image(path) for path in paths[:IN_GRID]]
+    columns = min(8, math.ceil(math.sqrt(len(shown))))
+    save_png(out / "grid.png", grid(shown, columns), _text(recipe, seed=config.seed))
+    files = [{"file": path.name, "seed": seed} for path, seed in zip(paths, seeds, strict=True)]
+    save_json(
+        out / "manifest.json",
+        {
+            **recipe,
+            "adapter": None if adapter is None else str(adapter),
+            "pictures": files,
+            "provenance": provenance(),
+        },
+    )
+    older = sum(bool(re.fullmatch(r"\d{5}", p.stem)) for p in out.glob("*.png")) - len(paths)
+    kept = f" ({len(paths) - len(missing)} were there)" if len(missing) < len(paths) else ""
+    print(f"{len(paths)} pictures in {out}{kept}; side by side in {out / 'grid.png'}")
+    if older:
+        print(f"{out} also holds {older} pictures of an earlier run; manifest.json lists this one's")
+    return out

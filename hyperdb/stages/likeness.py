@@ -1,0 +1,66 @@
+"""Draw people with their adapters and judge the likeness: shared by validation and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hyperdb.adapters.base import select
+from hyperdb.adapters.inject import Injection
+from hyperdb.diffusion.sample import sample, start_noise
+
+if TYPE_CHECKING:
+    from hyperdb.adapters.base import Factors
+    from hyperdb.diffusion.base import Base
+    from hyperdb.metrics.feature import Feature
+
+
+@torch.no_grad()
+def draw(
+    base: Base,
+    factors: Factors | None,
+    people: int,
+    prompts: list[str],
+    seeds: list[int],
+    steps: int | None = None,
+    strength: float = 1.0,
+    batch: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Return images `[I, K, 3, H, W]` uint8: for each of `people` the K prompts at the K seeds, the same for everyone.
+
+    `factors` have an identity axis of `people` (or 1, or are None: the base alone).
+    """
+    injection = Injection(base.targets())
+    noise = start_noise(base, seeds)
+    group = max(1, batch // len(prompts))
+    found = []
+    try:
+        for first in range(0, people, group):
+            count = min(group, people - first)
+            if factors is not None:
+                shared = next(iter(factors.values()))[0].shape[0] == 1
+                part = factors if shared else select(factors, slice(first, first + count))
+                injection.set(part, strength, repeat=1 if base.config.guidance == 1 else 2)
+            latents = sample(base, prompts * count, noise.repeat(count, 1, 1, 1), steps)
+            found.append(base.decode(latents).unflatten(0, (count, len(prompts))))
+            if progress is not None:
+                progress(count)
+    finally:
+        injection.remove()
+    return torch.cat(found)
+
+
+def galleries(feature: Feature, views: Tensor) -> Tensor:
+    """Return each person's unit mean embedding `[I, C]` over views `[I, K, 3, H, W]`; undetected views are left out."""
+    embeddings = feature(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    return torch.nn.functional.normalize(embeddings.nanmean(1), dim=-1)
+
+
+def face_cosine(feature: Feature, images: Tensor, gallery: Tensor) -> Tensor:
+    """Return the cosine `[I, K]` of images `[I, K, 3, H, W]` with `gallery [I, C]`; 0 where no face is found."""
+    embeddings = feature(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    return (embeddings * gallery[:, None]).sum(-1).nan_to_num(0.0)

@@ -1,0 +1,110 @@
+"""Pretrain a small image encoder on rendered people: who is it, seen twice, and which face shape.
+
+For bases whose encoder cannot be downloaded; SD1.5 uses a pretrained ViT-H (paper section 4.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from hyperdb.hypernet import EncoderConfig
+
+
+@dataclass
+class Config:
+    """Two photos of each of `batch` people a step: a supervised contrastive loss, and regression of their morphs."""
+
+    data: str = "data/heads"
+    name: str = "default"
+    out: str = "runs/train_encoder/default"
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    steps: int = 1200
+    batch: int = 32
+    rate: float = 1e-3
+    temperature: float = 0.1
+    morph_weight: float = 1.0
+    held_out: int = 100  # people kept aside to measure on
+    save_every: int = 200
+    seed: int = 0
+
+
+def run(config: Config) -> Path:
+    """Write the encoder's weights to `out/encoder.safetensors`."""
+    import torch
+    import torch.nn.functional as F
+
+    from hyperdb.data.people import load_people
+    from hyperdb.hypernet.encoder import Encoder
+    from hyperdb.runtime import checkpoint
+    from hyperdb.runtime.errors import UserError
+    from hyperdb.runtime.files import save_json, save_tensors
+    from hyperdb.runtime.journal import Journal
+    from hyperdb.runtime.optim import EMA, Schedule, adamw, set_rate
+    from hyperdb.runtime.seed import derive, generator
+
+    # --- data: people with at least two photos
+    people = load_people(config.data)
+    photo = people.is_style("photo")
+    pairs = [rows[photo[rows]] for rows in people.rows]
+    pairs = [rows for rows in pairs if len(rows) >= 2]
+    if len(pairs) <= config.held_out + config.batch:
+        raise UserError(f"{config.data} has {len(pairs)} people with two photos; render more or lower held_out and batch")
+    held, pairs = pairs[-config.held_out :], pairs[: -config.held_out]
+    morphs = people.labels["coefficients"].float()
+    morphs = (morphs - morphs.mean(0)) / morphs.std(0).clamp_min(1e-3)
+
+    # --- model
+    torch.manual_seed(derive(config.seed, "encoder weights"))  # the only way to seed timm's initialisation
+    encoder = Encoder(config.encoder)
+    project = torch.nn.Linear(encoder.dim, 128)
+    regress = torch.nn.Linear(encoder.dim, morphs.shape[1])
+    params = [*encoder.parameters(), *project.parameters(), *regress.parameters()]
+    optimizer = adamw(params, config.rate, 0.05)
+    schedule = Schedule(config.rate, config.steps, warmup=100)
+    ema = EMA(params, 0.995)
+    out = Path(config.out)
+    start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
+
+    def pooled(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return encoder(images)[:, 1:].mean(1).float()
+
+    # --- train
+    with Journal(out / "journal.jsonl", config.steps, start, "encoder") as journal:
+        for step in range(start, config.steps):
+            g = generator(config.seed, "encoder", step)
+            who = torch.randperm(len(pairs), generator=g)[: config.batch].tolist()
+            rows = torch.stack([pairs[i][torch.randperm(len(pairs[i]), generator=g)[:2]] for i in who], 1).flatten()
+            images = people.images[rows]
+            gain = 1 + 0.15 * torch.randn(len(rows), 3, 1, 1, generator=g)  # light and white balance say nothing
+            h = pooled((images.float() * gain).clamp(0, 255))
+            z = F.normalize(project(h), dim=1)
+            logits = z @ z.mT / config.temperature - 1e4 * torch.eye(len(z))
+            partner = torch.arange(len(z)).roll(len(z) // 2)
+            contrast = F.cross_entropy(logits, partner)
+            shape = F.mse_loss(regress(h), morphs[rows])
+            loss = contrast + config.morph_weight * shape
+            set_rate(optimizer, schedule(step))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            ema.update(step)
+            journal.step(step + 1, loss.item(), contrast=round(contrast.item(), 4), shape=round(shape.item(), 4))
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
+
+    # --- measure on held-out people, write
+    ema.copy_to_params()
+    encoder.eval()
+    with torch.no_grad():
+        first, second = (pooled(people.images[torch.stack([rows[k] for rows in held])]) for k in (0, 1))
+        z1, z2 = (F.normalize(project(h), dim=1) for h in (first, second))
+        rank1 = ((z1 @ z2.mT).argmax(1) == torch.arange(len(held))).float().mean().item()
+        error = F.mse_loss(regress(first), morphs[torch.stack([rows[0] for rows in held])]).item()
+    save_tensors(out / "encoder.safetensors", encoder.vit.state_dict())
+    report = {"rank1_held_out": rank1, "people_held_out": len(held), "morph_r2": round(1 - error, 4), "steps": config.steps}
+    save_json(out / "report.json", {**report, "data": people.digest})
+    print(f"rank-1 of {len(held)} unseen people {rank1:.2f}, morph R2 {1 - error:.2f}; encoder in {out}")
+    return out

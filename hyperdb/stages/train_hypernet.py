@@ -1,0 +1,315 @@
+"""Train the hypernetwork: one photo -> LiDB tokens, learned over many people (paper section 4.2, eq. 2)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperdb.adapters import LiDBConfig
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.hypernet import HypernetConfig
+from hyperdb.runtime.errors import UserError
+from hyperdb.stages.finetune import PriorConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperdb.data.people import People
+    from hyperdb.data.weights import WeightStore
+    from hyperdb.diffusion.base import Base
+    from hyperdb.hypernet.model import Hypernet
+
+
+@dataclass
+class Config:
+    """L = alpha * diffusion + beta * weight space (eq. 2), with `prior_weight` times the class prior.
+
+    `weights`: a store of `hyperdb precompute`, or null (beta is then not used); `people`: how many identities of `data`;
+    `target_view`: same denoises the conditioning photo (the paper), other another photo of that person.
+    """
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    adapter: LiDBConfig = field(default_factory=LiDBConfig)
+    hypernet: HypernetConfig = field(default_factory=HypernetConfig)
+    prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
+    data: str = "data/heads"
+    validation: str | None = "data/heads_validation"
+    weights: str | None = "runs/precompute/default"
+    people: int | None = None
+    init: str | None = None  # a hypernetwork file to go on from
+    name: str = "default"
+    out: str = "runs/train_hypernet/default"
+    alpha: float = 1.0
+    beta: float = 0.1
+    weight_loss: str = "gauge_free"  # or plain, the L2 of eq. 2
+    target_view: str = "other"
+    face_weight: float = 0.0  # extra weight of the middle of the frame in the diffusion loss
+    prior_weight: float = 0.25
+    prior_rows: int = 8
+    steps: int = 2000
+    batch: int = 16  # people a step
+    levels: int = 2  # noise levels a person a step
+    rate: float = 5e-4
+    encoder_rate: float = 1e-4
+    warmup: int = 100
+    decay: float = 0.5
+    ema: float = 0.995
+    default_spread: float = 0.1
+    validate_every: int = 500
+    validation_people: int = 16
+    save_every: int = 100
+    tracker: str | None = None  # wandb or tensorboard
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight_loss not in ("gauge_free", "plain"):
+            raise UserError(f"weight_loss={self.weight_loss!r}: expected gauge_free or plain")
+        if self.target_view not in ("same", "other"):
+            raise UserError(f"target_view={self.target_view!r}: expected same or other")
+        if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):
+            raise UserError("nothing to learn from: set alpha > 0, or beta > 0 with weights=STORE")
+
+
+def run(config: Config) -> Path:
+    """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
+    import torch
+    from accelerate import Accelerator
+
+    from hyperdb.adapters.inject import Injection
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.data.people import latent_moments, load_people
+    from hyperdb.data.weights import load_store
+    from hyperdb.diffusion.loss import predict, stratified_timesteps, target
+    from hyperdb.hypernet import loss as weight_space
+    from hyperdb.hypernet.model import Hypernet
+    from hyperdb.runtime import checkpoint
+    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.journal import Journal
+    from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.seed import derive, generator
+    from hyperdb.stages.finetune import load_prior, prior_rows
+
+    # --- base, people, fits
+    base = config.diffusion.load()
+    layout = Layout.of(base.targets())
+    people = load_people(config.data, limit=config.people, size=config.diffusion.size)
+    photo = people.is_style("photo")
+    photos = [rows[photo[rows]] for rows in people.rows]
+    usable = torch.tensor([i for i, rows in enumerate(photos) if len(rows)])
+    if len(usable) == 0:
+        raise UserError(f"{config.data} holds no photos of people")
+    store = load_store(config.weights, layout) if config.weights is not None and config.beta > 0 else None
+    if store is not None and asdict(store.lidb.config) != asdict(config.adapter):
+        raise UserError(f"{config.weights} was made with adapter {asdict(store.lidb.config)}; set the same or refit")
+    lidb = store.lidb if store is not None else config.adapter.build(layout)
+    lidb = lidb.to(base.device)
+    out = Path(config.out)
+    moments = latent_moments(base, people, out / "moments.safetensors")
+    prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
+
+    # --- model
+    accelerator = Accelerator(
+        cpu=base.device.type == "cpu", log_with=config.tracker, project_dir=str(out) if config.tracker else None
+    )
+    if config.tracker:
+        accelerator.init_trackers("hyperdb", config={"name": config.name, "seed": config.seed})
+    torch.manual_seed(derive(config.seed, "hypernet weights"))  # the only way to seed the modules' initialisation
+    if config.init is not None:
+        model = Hypernet.load(Path(config.init))
+        layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
+    else:
+        model = Hypernet(config.hypernet, lidb, config.default_spread)
+        if store is not None:
+            model.standardise(store.tokens)
+    fit_row = store.rows_of(people.seed[[int(r[0]) for r in people.rows]]) if store is not None else None
+    scale = weight_space.scales(lidb, store.tokens, config.weight_loss).to(base.device) if store is not None else None
+    weight_loss = getattr(weight_space, config.weight_loss)
+    model = model.to(base.device).train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = adamw(trainable, config.rate)
+    inside = {id(p) for p in model.encoder.parameters()}
+    optimizer.param_groups.clear()
+    for rate, inner in ((config.rate, False), (config.encoder_rate, True)):
+        chosen = [p for p in trainable if (id(p) in inside) == inner]
+        if chosen:
+            optimizer.add_param_group({"params": chosen, "lr": rate, "peak": rate})
+    schedule = Schedule(1.0, config.steps, config.warmup, config.decay)
+    ema = EMA(trainable, config.ema)
+    start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    injection = Injection(base.targets())
+    instance = base.tokenize([config.diffusion.instance_prompt])
+    focus = _focus(config.face_weight, base.latent_shape).to(base.device)
+    validation = _Validation(config, base, lidb) if config.validation is not None else None
+
+    # --- train
+    with Journal(out / "journal.jsonl", config.steps, start, "hypernetwork") as journal:
+        for step in range(start, config.steps):
+            g = generator(config.seed, "hypernet", accelerator.process_index, step)
+            who = usable[torch.randint(0, len(usable), (config.batch,), generator=g)]
+            shown, wanted = _views(photos, who, config.target_view, g)
+            z_mean, z_std = moments[wanted].float().to(base.device).unbind(1)
+            t = stratified_timesteps(config.batch, config.levels, base.schedule.config.num_train_timesteps, g)
+            t = t.flatten().to(base.device)  #                                      [I * S], identity-major
+            z_mean, z_std = (m.repeat_interleave(config.levels, 0) for m in (z_mean, z_std))
+            jitter, noise = (torch.randn(z_mean.shape, generator=g).to(base.device) for _ in "zn")
+            z = z_mean + z_std * jitter
+            with base.autocast():
+                tokens = wrapped(people.images[shown])  #                           [I, N, D]
+            terms: dict[str, Tensor] = {}
+            # eq. 2, first term: on everyone
+            if config.alpha > 0:
+                factors = lidb.factors({"tokens": tokens})
+                with injection.using(factors):
+                    ids = instance.expand(len(t), -1)
+                    error = (predict(base, z, noise, t, ids) - target(base.schedule, z, noise, t)).square()
+                    terms["diffusion"] = config.alpha * (error * focus).mean()
+                if prior is not None:
+                    # each row of the prior under the adapter of another person of the batch
+                    pz, pnoise, pt, pids, own = prior_rows(base, prior, config.prior_rows, config.seed, step)
+                    few = {k: (d[: config.prior_rows], u[: config.prior_rows]) for k, (d, u) in factors.items()}
+                    with injection.using(few):
+                        kept = (predict(base, pz, pnoise, pt, pids) - own).square().mean()
+                    terms["prior"] = config.prior_weight * kept
+            # eq. 2, second term: where a fit exists
+            if store is not None and fit_row is not None and scale is not None:
+                rows = fit_row[who]
+                if (rows >= 0).any():
+                    fitted = store.tokens[rows[rows >= 0]].to(base.device)
+                    distance = weight_loss(lidb, tokens[(rows >= 0).to(base.device)], fitted, scale)
+                    terms["weights"] = config.beta * distance.sum() / config.batch
+            loss = torch.stack(list(terms.values())).sum()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            ema.update(step)
+            journal.step(step + 1, loss.item(), **{k: round(v.item(), 5) for k, v in terms.items()})
+            last = step + 1 == config.steps
+            if validation is not None and ((step + 1) % config.validate_every == 0 or last):
+                ema.swap()
+                scores = validation.measure(model, out / "previews" / f"step-{step + 1:06d}.png", store, weight_loss, scale)
+                ema.swap()
+                journal.record(step + 1, **{f"validation/{k}": v for k, v in scores.items()})
+                if config.tracker:
+                    accelerator.log({f"validation/{k}": v for k, v in scores.items()}, step=step + 1)
+            if (step + 1) % config.save_every == 0 or last:
+                if accelerator.is_main_process:
+                    checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
+            if config.tracker:
+                accelerator.log({"loss": loss.item()}, step=step + 1)
+
+    # --- write
+    injection.remove()
+    ema.copy_to_params()
+    made_from = {"base": base.digest, "data": people.digest, "weights": store.index["fingerprint"] if store else ""}
+    model.save(out / "hypernet.safetensors", {**made_from, "steps": str(config.steps)})
+    save_json(out / "report.json", {"config": asdict(config), **made_from, **provenance()})
+    if config.tracker:
+        accelerator.end_training()
+    print(f"hypernetwork in {out / 'hypernet.safetensors'}, previews in {out / 'previews'}")
+    return out
+
+
+def _views(photos: list[Tensor], who: Tensor, target_view: str, g: Any) -> tuple[Tensor, Tensor]:
+    """Draw each person's conditioning photo and the photo to denoise, as rows of the data."""
+    import torch
+
+    shown, wanted = [], []
+    for i in who.tolist():
+        order = torch.randperm(len(photos[i]), generator=g)
+        shown.append(photos[i][order[0]])
+        other = target_view == "other" and len(order) > 1
+        wanted.append(photos[i][order[1 if other else 0]])
+    return torch.stack(shown), torch.stack(wanted)
+
+
+def _focus(weight: float, shape: tuple[int, int, int]) -> Tensor:
+    """Return the loss weight of each latent position `[h, w]`, of mean 1: more in the middle of the frame."""
+    import torch
+
+    y, x = torch.linspace(-1, 1, shape[1]), torch.linspace(-1, 1, shape[2])
+    focus = 1 + weight * torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 0.3)
+    return focus / focus.mean()
+
+
+class _Validation:
+    """Unseen people, fixed seeds: diffusion loss and face cosine under the own and under another person's prediction."""
+
+    def __init__(self, config: Config, base: Base, lidb: Any) -> None:
+        import torch
+
+        from hyperdb.data.people import load_people
+
+        assert config.validation is not None
+        self.base, self.lidb, self.config = base, lidb, config
+        people = load_people(config.validation, limit=config.validation_people, size=config.diffusion.size)
+        photo = people.is_style("photo")
+        rows = [r[photo[r]] for r in people.rows if photo[r].sum() >= 2]
+        if len(rows) < 2:
+            raise UserError(f"{config.validation} needs at least two people with two photos each")
+        views = min(len(r) for r in rows)
+        self.people = people
+        self.shown = people.images[torch.stack([r[0] for r in rows])]  #            [I, 3, H, W]
+        others = torch.stack([r[1:views] for r in rows])  #                         [I, K]
+        self.others = people.images[others.flatten()].unflatten(0, others.shape)
+        self.seeds = people.seed[torch.stack([r[0] for r in rows])]
+        self.moments = base.moments(self.others[:, 0])
+        self.gallery: Tensor | None = None
+
+    def measure(
+        self, model: Hypernet, picture: Path, store: WeightStore | None, weight_loss: Any, scale: Tensor | None
+    ) -> dict[str, float]:
+        """Return the scores and write the preview sheet: photo, own prediction, another person's, sketch."""
+        import torch
+
+        from hyperdb.adapters.base import select
+        from hyperdb.adapters.inject import Injection
+        from hyperdb.diffusion.loss import diffusion_loss, stratified_timesteps
+        from hyperdb.faces.image import grid, save_png
+        from hyperdb.metrics.face import SFace
+        from hyperdb.runtime.seed import generator
+        from hyperdb.stages.likeness import draw, face_cosine, galleries
+
+        base, count, feature = self.base, len(self.shown), SFace()
+        if self.gallery is None:
+            self.gallery = galleries(feature, self.others)
+        model.eval()
+        with torch.no_grad(), base.autocast():
+            tokens = model(self.shown)
+        model.train()
+        own = self.lidb.factors({"tokens": tokens})
+        shuffled = select(own, [(i + 1) % count for i in range(count)])
+        scores: dict[str, float] = {}
+        # the same noise and noise levels at every validation
+        g = generator(self.config.seed, "validation")
+        t = stratified_timesteps(count, 4, base.schedule.config.num_train_timesteps, g).flatten().to(base.device)
+        z = self.moments[:, 0].repeat_interleave(4, 0).to(base.device)
+        noise = torch.randn(z.shape, generator=g).to(base.device)
+        ids = base.tokenize([self.config.diffusion.instance_prompt]).expand(len(t), -1)
+        injection = Injection(base.targets())
+        for name, factors in (("own", own), ("shuffled", shuffled)):
+            with torch.no_grad(), injection.using(factors):
+                scores[f"diffusion_{name}"] = round(diffusion_loss(base, z, noise, t, ids).mean().item(), 5)
+        injection.remove()
+        if store is not None and scale is not None:
+            rows = store.rows_of(self.seeds)
+            if (rows >= 0).any():
+                distance = weight_loss(self.lidb, tokens[rows >= 0].cpu(), store.tokens[rows[rows >= 0]], scale.cpu())
+                scores["weights"] = round(distance.mean().item(), 5)
+        prompts = [self.config.diffusion.instance_prompt] * 2
+        drawn = {n: draw(base, f, count, prompts, [0, 1]) for n, f in (("own", own), ("shuffled", shuffled))}
+        for name, images in drawn.items():
+            scores[f"face_cosine_{name}"] = round(face_cosine(feature, images, self.gallery).mean().item(), 4)
+        style = self.config.prior.prompts[-1].replace(self.config.diffusion.class_word, f"[V] {self.config.diffusion.class_word}")
+        styled = draw(base, own, count, [style], [0])
+        few = min(count, 10)
+        rows_of = [self.shown[:few], drawn["own"][:few, 0], drawn["own"][:few, 1], drawn["shuffled"][:few, 0], styled[:few, 0]]
+        pixels = torch.cat(rows_of).permute(0, 2, 3, 1).numpy()
+        labels = ["photo", "predicted", "predicted", "another's", "styled"]
+        save_png(picture, grid(list(pixels), few, rows=labels))
+        return scores
