@@ -122,6 +122,8 @@ def save_base(base: Base, out: Path) -> None:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+    from hyperdb.runtime.files import load_json, save_json
+
     scheduler = DDIMScheduler.from_config(
         base.schedule.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
     )
@@ -136,6 +138,9 @@ def save_base(base: Base, out: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out, safe_serialization=True)
+    # without a dtype asked for, transformers takes the config's and diffusers float32: make them the same
+    text_config = out / "text_encoder" / "config.json"
+    save_json(text_config, {**load_json(text_config), "dtype": "float32"})
 
 
 def run(config: Config) -> Path:
