@@ -54,18 +54,19 @@ class Prior:
     ids: Tensor
 
 
-def load_prior(base: Base, config: PriorConfig, cache: Path) -> Prior:
-    """Sample the class pictures once and keep them in `cache`."""
+def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | None = None) -> Prior:
+    """Sample the class pictures once and keep them in `cache`; `shipped` ones of the same base and prompts are used."""
     from hyperdb.diffusion.sample import sample, start_noise
     from hyperdb.runtime.files import load_tensors, save_tensors
 
     key = f"{base.digest} {config.prompts} {config.images} {config.seed}"
     prompts = [config.prompts[i % len(config.prompts)] for i in range(config.images)]
-    tensors: dict[str, Tensor] | None = None
-    if cache.is_file():
-        tensors, metadata = load_tensors(cache)
-        tensors = tensors if metadata.get("key") == key else None
-    if tensors is None:
+    for path in filter(None, (shipped, cache)):
+        if path.is_file():
+            tensors, metadata = load_tensors(path)
+            if metadata.get("key") == key:
+                break
+    else:
         noise = start_noise(base, [config.seed + i for i in range(config.images)])
         parts = [
             sample(base, prompts[k : k + 16], noise[k : k + 16]).cpu().half() for k in range(0, config.images, 16)

@@ -129,19 +129,22 @@ def _notices(config: Config, base: Base, guidance: float) -> list[str]:
             found.append(f"{name} is longer than {limit} tokens; the base does not see: {cut}")
         unknown = base.unknown_words(prompt) if len(base.tokenizer) < SMALL_VOCABULARY else []
         if unknown:
-            found.append(
-                f"{name} has words that this base was never taught and will not draw: {', '.join(unknown)}"
-            )
+            words = ", ".join(unknown)
+            found.append(f"{name} has words that this base was never taught and cannot draw: {words}")
     if config.negative_prompt and guidance == 1:
         found.append("negative_prompt has no effect at guidance=1")
     if config.adapter is None and config.strength != 1:
         found.append(f"strength={config.strength} has no effect without adapter")
     if config.adapter is not None and PLACEHOLDER not in config.prompt:
-        found.append(f"prompt has no {PLACEHOLDER}, the word that stands for the person: expect less likeness")
+        found.append(f"prompt has no {PLACEHOLDER}, the word for the person: expect less likeness")
     return found
 
 
 # --- the pictures ------------------------------------------------------------------------------------
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidance: float) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidan
         "rare_token": base.config.rare_token,
         "base": base.config.path,
         "base_digest": base.digest,
-        "adapter_digest": None if adapter is None else hashlib.sha256(adapter.read_bytes()).hexdigest()[:16],
+        "adapter_digest": None if adapter is None else _digest(adapter),
         "strength": config.strength,
         "scheduler": config.scheduler,
         "steps": steps,

@@ -1,0 +1,232 @@
+"""One photo of a face -> an adapter that knows this face (paper sections 4.2 and 4.3).
+
+The hypernetwork predicts LiDB weights; 40 iterations of rank-relaxed fine-tuning finish the likeness.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperdb.adapters import LiDBConfig, LoRAConfig
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.runtime.errors import UserError
+from hyperdb.stages.finetune import FitConfig, PriorConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from hyperdb.diffusion.base import Base
+    from hyperdb.formats.native import Personalization
+
+
+@dataclass
+class Config:
+    """`image`: a photo in any common format; `hypernet`: a trained one's folder, `default` (the base's own) or null.
+
+    Without a hypernetwork the fast fine-tuning runs alone.
+    """
+
+    image: str = "???"
+    name: str = "default"
+    out: str = "runs/personalize/default"
+    hypernet: str | None = "default"
+    face: int | None = None  # which face, 1 is the largest; null: the largest, with a notice
+    align: bool = True  # false: the picture is already an aligned crop
+    preview: bool = True
+    preview_styles: list[str] = field(
+        default_factory=lambda: [
+            "a pencil sketch of a [V] face",
+            "a cartoon of a [V] face",
+            "an oil painting of a [V] face",
+            "a clay sculpture of a [V] face",
+            "a bronze statue of a [V] face",
+            "a photo of a [V] face, on the beach",
+        ]
+    )
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    adapter: LiDBConfig = field(default_factory=LiDBConfig)  # without a hypernetwork: the (empty) LiDB part
+    relaxed: LoRAConfig = field(default_factory=LoRAConfig)
+    finetune: FitConfig = field(default_factory=FitConfig)
+    prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
+    seed: int = 0
+
+
+class Personalizer:
+    """A base and its hypernetwork, loaded once: `personalize(image)` as often as you like."""
+
+    def __init__(self, config: Config) -> None:
+        from hyperdb.adapters.layout import Layout
+        from hyperdb.diffusion import resolve
+        from hyperdb.diffusion.targets import base_hash
+        from hyperdb.hypernet.model import Hypernet
+        from hyperdb.stages.finetune import load_prior
+
+        self.config = config
+        name = config.diffusion.hypernet if config.hypernet == "default" else config.hypernet
+        if name is None and config.hypernet is not None:
+            raise UserError(
+                f"no hypernetwork is known for the base {config.diffusion.path}: train one with `hyperdb train_hypernet` "
+                "and set hypernet=FOLDER, or run the fast fine-tuning alone with hypernet=null"
+            )
+        folder = resolve(name) if name is not None else None
+        if folder is not None and not (folder / "hypernet.safetensors").is_file():
+            raise UserError(f"no hypernetwork at {folder}; set hypernet=FOLDER or hypernet=null")
+        self.base: Base = config.diffusion.load()
+        self.layout = Layout.of(self.base.targets())
+        self.base_hash = base_hash(self.base.targets())
+        self.hypernet = None
+        if folder is not None:
+            self.hypernet = Hypernet.load(folder / "hypernet.safetensors").to(self.base.device)
+            self.layout.require(self.hypernet.lidb.layout, f"the hypernetwork {folder}")
+        self.lidb = self.hypernet.lidb if self.hypernet is not None else config.adapter.build(self.layout)
+        self.lidb.to(self.base.device)
+        self.prior = None
+        if config.finetune.prior_weight > 0:
+            shipped = folder / "prior.safetensors" if folder is not None else None
+            self.prior = load_prior(self.base, config.prior, Path(config.out) / "prior.safetensors", shipped)
+
+    def crop(self, image: str | Path | np.ndarray) -> np.ndarray:
+        """Read, detect, align and crop one face: `[size, size, 3]` uint8. Raises `UserError` naming the file."""
+        return crop_face(image, self.config)
+
+    def predict(self, crop: np.ndarray) -> Tensor:
+        """Return the hypernetwork's tokens `[1, N, D]` for a crop; without a hypernetwork the empty template."""
+        import torch
+
+        if self.hypernet is None:
+            return self.lidb.init(1)["tokens"]
+        images = torch.from_numpy(crop).permute(2, 0, 1)[None]
+        with torch.no_grad(), self.base.autocast():
+            return self.hypernet(images)
+
+    def finetune(self, crop: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Train the relaxed factors on top of the predicted ones (paper section 4.3)."""
+        import torch
+
+        from hyperdb.stages.finetune import fit
+
+        lora = self.config.relaxed.build(self.layout)
+        moments = self.base.moments(torch.from_numpy(crop).permute(2, 0, 1)[None])[:, None]
+        frozen = {k: (d.detach(), u.detach()) for k, (d, u) in self.lidb.factors({"tokens": tokens}).items()}
+        return lora.factors(fit(self.base, lora, moments, self.config.finetune, frozen, self.prior, progress))
+
+    def wrap(self, tokens: Tensor, relaxed: dict[str, tuple[Tensor, Tensor]] | None = None) -> Personalization:
+        """Make the file's object of tokens and relaxed factors."""
+        from hyperdb.formats.native import Personalization
+
+        words = self.config.diffusion
+        return Personalization(
+            self.layout, tokens[0].cpu(), self.lidb.config, self.base_hash, words.rare_token, words.class_word,
+            {k: (d.cpu(), u.cpu()) for k, (d, u) in (relaxed or {}).items()},
+        )  # fmt: skip
+
+    def personalize(self, image: str | Path | np.ndarray, finetune: bool = True) -> Personalization:
+        """Return the adapter of one photo: prediction, then (unless `finetune` is False) the fast fine-tuning."""
+        crop = self.crop(image)
+        tokens = self.predict(crop)
+        return self.wrap(tokens, self.finetune(crop, tokens) if finetune else None)
+
+    def pipeline(self) -> Any:
+        """Return the base as a plain diffusers `StableDiffusionPipeline`, float32."""
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        base = self.base
+        return StableDiffusionPipeline(
+            base.vae, base.text_encoder, base.tokenizer, base.unet, DDIMScheduler.from_config(base.schedule.config),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+
+
+def crop_face(image: str | Path | np.ndarray, config: Config) -> np.ndarray:
+    """Return the aligned face of a picture, `[size, size, 3]` uint8; notices go to standard output."""
+    import numpy as np
+
+    from hyperdb.faces.align import face_crop
+    from hyperdb.faces.image import read_image
+
+    name = str(image) if isinstance(image, str | Path) else "the picture"
+    rgb = np.asarray(image) if not isinstance(image, str | Path) else read_image(Path(image))
+    crop, notice = face_crop(rgb, config.diffusion.size, config.diffusion.crop, config.face, name, config.align)
+    if notice:
+        print(notice)
+    return crop
+
+
+def run(config: Config) -> Path:
+    """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`."""
+    from tqdm import tqdm
+
+    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.provenance import provenance
+
+    clock, seconds = time.perf_counter(), {}
+
+    def lap(phase: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[phase] = round(now - clock, 3)
+        clock = now
+
+    crop = crop_face(config.image, config)
+    lap("crop")
+    model = Personalizer(config)
+    lap("load")
+    tokens = model.predict(crop)
+    lap("predict")
+    with tqdm(total=config.finetune.steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
+        relaxed = model.finetune(crop, tokens, lambda step, loss: bar.update(1) and bar.set_postfix_str(f"loss {loss:.4f}"))
+    lap("finetune")
+    out = Path(config.out)
+    predicted, finished = model.wrap(tokens), model.wrap(tokens, relaxed)
+    predicted.save_lidb(out / "lidb.safetensors")
+    finished.save(out / "adapter.safetensors")
+    report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "base": model.base.digest}
+    report["bytes"] = {p.name: p.stat().st_size for p in sorted(out.glob("*.safetensors")) if p.name != "prior.safetensors"}
+    lap("save")
+    if config.preview:
+        report["face_cosine_to_photo"] = _preview(model, crop, predicted, finished, out / "preview.png")
+        lap("preview")
+    save_json(out / "report.json", {**report, "seconds": seconds, **provenance()})
+    total = sum(seconds.values())
+    print(f"{out / 'adapter.safetensors'} in {total:.1f} s (prediction {seconds['predict']:.2f} s, "
+          f"fine-tuning {seconds['finetune']:.1f} s)")  # fmt: skip
+    if config.preview:
+        print(f"pictures: {out / 'preview.png'}")
+    print(f"next: hyperdb generate adapter={out} prompt='a pencil sketch of a [V] face'")
+    return out
+
+
+def _preview(
+    model: Personalizer, crop: np.ndarray, predicted: Personalization, finished: Personalization, path: Path
+) -> dict[str, float]:
+    """Draw photo, base, prediction, fine-tuned and styles on one sheet; return the face cosines to the photo."""
+    import torch
+
+    from hyperdb.faces.image import grid, save_png
+    from hyperdb.metrics.face import SFace
+    from hyperdb.stages.likeness import draw, face_cosine, galleries
+
+    base, seeds = model.base, [0, 1, 2]
+    photo = torch.from_numpy(crop).permute(2, 0, 1)
+    instance = [base.config.instance_prompt] * len(seeds)
+    rows = {
+        "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
+        "prediction": draw(base, predicted.factors(), 1, instance, seeds)[0],
+        "fine-tuned": draw(base, finished.factors(), 1, instance, seeds)[0],
+    }
+    styles = model.config.preview_styles
+    styled = draw(base, finished.factors(), 1, styles, [0] * len(styles))[0]
+    feature = SFace()
+    gallery = galleries(feature, photo[None, None])
+    cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
+    pictures = [photo, *rows["base"][:1], *rows["prediction"][:1], *rows["fine-tuned"], *styled]
+    labels = ["photo", "base", "prediction", *["fine-tuned"] * 3]
+    scale = max(1, 192 // photo.shape[-1])
+    pixels = [p.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for p in pictures]
+    text = {"software": "hyperdb", "synthetic": "all but the first picture", "base": base.digest}
+    save_png(path, grid(pixels, 6, labels=labels), text)
+    return {name: value if value == value else 0.0 for name, value in cosines.items()}
