@@ -73,24 +73,30 @@ class Base:
         # frozen weights rest in the compute dtype on a GPU; on a CPU autocast keeps small ones in float32
         dtype = DTYPES[config.dtype] if device.type != "cpu" else torch.float32
 
+        def unusable(name: str, why: str) -> UserError:
+            return UserError(
+                f"the base model {config.path!r} has no usable {name} ({why}); "
+                "download it, or use diffusion=embedded"
+            )
+
         def part(kind: Any, name: str, **more: Any) -> Any:
             try:
                 return kind.from_pretrained(source, subfolder=name, revision=config.revision, **more)
             except (OSError, ValueError) as error:
-                raise UserError(
-                    f"the base model {config.path!r} has no usable {name} ({str(error).splitlines()[0]}); "
-                    "download it, or use diffusion=embedded"
-                ) from error
+                raise unusable(name, str(error).splitlines()[0]) from error
 
         unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype, variant=config.variant)
         text_encoder = part(CLIPTextModel, "text_encoder", dtype=dtype, variant=config.variant)
         vae = part(AutoencoderKL, "vae", torch_dtype=torch.float32, variant=config.variant)
+        tokenizer = part(CLIPTokenizer, "tokenizer")
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up for missing files
+            raise unusable("tokenizer", "it has no words")
         return cls(
             config,
             unet.to(device),
             text_encoder.to(device),
             vae.to(device),
-            part(CLIPTokenizer, "tokenizer"),
+            tokenizer,
             part(DDPMScheduler, "scheduler"),
             digest,
         )

@@ -1,0 +1,188 @@
+"""A Stable Diffusion folder becomes a frozen base: words, latents, devices, errors that say what to do."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORDS
+from torch import nn
+
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.base import Base, pick_device
+from hyperdb.diffusion.targets import base_hash
+from hyperdb.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def config(tiny_base: Path) -> DiffusionConfig:
+    return DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def base(config: DiffusionConfig) -> Base:
+    return config.load()
+
+
+def images(n: int, size: int = 32) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+
+# --- loading
+
+
+def test_everything_is_frozen_float32_and_in_eval_mode(base: Base) -> None:
+    for model in (base.unet, base.text_encoder, base.vae):
+        assert not model.training
+        assert all(not p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_digest_is_of_the_weights(base: Base, config: DiffusionConfig, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(config.path, copy)
+    assert replace(config, path=str(copy)).load().digest == base.digest
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert replace(config, path=str(copy)).load().digest != base.digest
+
+
+def test_fp16_on_a_cpu_is_refused(config: DiffusionConfig) -> None:
+    with pytest.raises(UserError, match=r"use diffusion\.dtype=bf16"):
+        replace(config, dtype="fp16").load()
+
+
+def test_missing_folder_is_named(config: DiffusionConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no base model at .*nowhere; set diffusion.path"):
+        replace(config, path=str(tmp_path / "nowhere")).load()
+    with pytest.raises(UserError, match=r"no base model at .*nothing"):
+        replace(config, path="package:embedded/nothing").load()
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "tokenizer", "scheduler"])
+def test_missing_part_is_named(config: DiffusionConfig, tmp_path: Path, part: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(config.path, copy)
+    shutil.rmtree(copy / part)
+    with pytest.raises(UserError, match=f"has no usable {part} "):
+        replace(config, path=str(copy)).load()
+
+
+def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert pick_device("auto").type == expected
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="'gpu': expected auto, cpu, cuda or mps"):
+        pick_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"dtype": "int8"}, "dtype"),
+        ({"attention": "flash"}, "attention"),
+        ({"size": 60}, "size=60"),
+        ({"size": 24}, "size=24"),
+        ({"rare_token": " "}, "rare_token"),
+        ({"rare_token": "[V]"}, "rare_token"),
+        ({"crop": 0.1}, "crop"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_settings_out_of_range_are_named(wrong: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DiffusionConfig(**wrong)
+
+
+# --- words
+
+
+def test_each_word_of_the_vocabulary_is_one_token(base: Base) -> None:
+    for word in WORDS:
+        assert len(base.tokenizer.tokenize(word)) == 1, word
+    assert len(base.tokenizer.tokenize("a pencil sketch of sks face, on the beach")) == 10
+
+
+def test_the_tokenizer_survives_saving(base: Base, tmp_path: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    base.tokenizer.save_pretrained(tmp_path)
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    text = "a photo of sks face, 2 bicycles Très"
+    assert again.model_max_length == base.tokenizer.model_max_length == 24
+    assert again(text).input_ids == base.tokenizer(text).input_ids
+    words = "a photo of sks face"
+    assert again.decode(again(words).input_ids, skip_special_tokens=True) == words
+
+
+def test_tokenize_pads_cuts_and_replaces_the_placeholder(base: Base) -> None:
+    ids = base.tokenize(["a [V] face", "a sks face", "", "a face " * 30])
+    assert ids.shape == (4, 24)
+    assert torch.equal(ids[0], ids[1])
+    begin, end = base.tokenizer.bos_token_id, base.tokenizer.eos_token_id
+    assert ids[:, 0].tolist() == [begin] * 4
+    assert ids[2, 1:].tolist() == [end] * 23
+    assert ids[3, -1] == end
+
+
+def test_unknown_words_are_named_once_and_in_order(base: Base) -> None:
+    assert base.unknown_words("a [V] face, on the BEACH") == []
+    assert base.unknown_words("a zebra on 2 très zebra, faces") == ["zebra", "très", "faces"]
+
+
+# --- pictures
+
+
+def test_moments_are_the_scaled_posterior(base: Base) -> None:
+    pictures = images(5)
+    moments = base.moments(pictures, batch=2)
+    assert moments.shape == (5, 2, *base.latent_shape) == (5, 2, 4, 16, 16)
+    with torch.no_grad():
+        posterior = base.vae.encode(pictures.float() / 127.5 - 1).latent_dist
+    torch.testing.assert_close(moments[:, 0], posterior.mean * 0.7)
+    torch.testing.assert_close(moments[:, 1], posterior.std * 0.7)
+    torch.testing.assert_close(base.moments(pictures.numpy()), moments)
+
+
+def test_decode_is_the_decoder_of_unscaled_latents(base: Base) -> None:
+    latents = torch.randn(3, *base.latent_shape, generator=torch.Generator().manual_seed(0))
+    pictures = base.decode(latents, batch=2)
+    assert pictures.shape == (3, 3, 32, 32)
+    assert pictures.dtype == torch.uint8
+    with torch.no_grad():
+        exact = (base.vae.decode(latents / 0.7).sample + 1) * 127.5
+    assert (pictures.float() - exact.clamp(0, 255)).abs().max() <= 0.51
+
+
+# --- layers
+
+
+def test_targets_are_every_attention_and_geglu_by_name(base: Base) -> None:
+    targets = base.targets()
+    assert all(isinstance(layer, nn.Linear) for layer in targets.values())
+    transformers = sum(name.endswith("ff.net.0.proj") for name in targets)
+    assert transformers > 0
+    assert sum(name.startswith("unet.") for name in targets) == 9 * transformers  # 2 x q, k, v, out and GEGLU
+    assert sum(name.startswith("text_encoder.encoder.layers.1.") for name in targets) == 4
+    assert sum(name.startswith("text_encoder.") for name in targets) == 8
+    cross = targets["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"]
+    assert (cross.out_features, cross.in_features) == (32, 32)
+
+
+def test_base_hash_is_the_same_in_every_dtype_and_not_after_fine_tuning(config: DiffusionConfig) -> None:
+    base = config.load()
+    before = base_hash(base.targets())
+    base.unet.to(torch.bfloat16)
+    assert base_hash(base.targets()) == before
+    base.unet.float()
+    g = torch.Generator().manual_seed(0)
+    for layer in base.targets().values():
+        layer.weight.data += 1e-2 * torch.randn(layer.weight.shape, generator=g)
+    assert base_hash(base.targets()) != before
