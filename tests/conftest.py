@@ -21,7 +21,7 @@ def in_tmp(tmp_path, monkeypatch):
     return tmp_path
 
 
-WORDS = "a photo of face pencil sketch sks zwx smiling on the beach , 2".split()
+WORDS = ["a", "photo", "of", "face", "pencil", "sketch", "sks", "zwx", "smiling", "on", "the", "beach", ","]
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,10 @@ def sample(
     steps = base.config.steps if steps is None else steps
     guidance = base.config.guidance if guidance is None else guidance
     solver = SCHEDULERS[scheduler].from_config(base.schedule.config)
-    solver.set_timesteps(steps, device=base.device)
+    try:
+        solver.set_timesteps(steps, device=base.device)
+    except ValueError as error:  # pndm begins with Runge-Kutta steps and needs 4
+        raise UserError(f"scheduler={scheduler} cannot draw in {steps} steps; take more, or ddim") from error
     guided = guidance != 1
     ids = base.tokenize(([negative] * len(prompts) if guided else []) + prompts)
     with base.autocast():

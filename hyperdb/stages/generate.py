@@ -114,9 +114,9 @@ def _load(config: Config) -> tuple[Base, Path | None]:
 
 def cut_words(base: Base, prompt: str) -> str:
     """Return the end of a prompt that the base's text encoder has no room for, "" if all of it fits."""
-    tokens = base.tokenizer.tokenize(base.config.prompt(prompt))
+    ids = base.tokenizer(base.config.prompt(prompt), add_special_tokens=False, verbose=False).input_ids
     room = base.tokenizer.model_max_length - 2  # a begin and an end token
-    return base.tokenizer.convert_tokens_to_string(tokens[room:]).strip() if len(tokens) > room else ""
+    return base.tokenizer.decode(ids[room:]).strip()
 
 
 def _notices(config: Config, base: Base, guidance: float) -> list[str]:
@@ -228,8 +228,6 @@ def run(config: Config) -> Path:
     paths = [out / f"{i:05d}.png" for i in range(config.num_images)]
     missing = [i for i, path in enumerate(paths) if not _is_made(path, texts[i])]
     batches = [missing[i : i + config.batch] for i in range(0, len(missing), config.batch)]
-    if missing:
-        (out / "manifest.json").unlink(missing_ok=True)  # it would speak of other pictures
     with tqdm(total=len(batches) * steps, desc="generate", unit="step", delay=2, dynamic_ncols=True) as bar:
 
         def count(*_: object) -> None:
@@ -238,6 +236,7 @@ def run(config: Config) -> Path:
         counter = base.unet.register_forward_hook(count)
         for batch in batches:
             pictures = _draw(config, base, [seeds[i] for i in batch], steps, guidance)
+            (out / "manifest.json").unlink(missing_ok=True)  # it would speak of other pictures
             for i, picture in zip(batch, pictures, strict=True):
                 save_png(paths[i], picture, texts[i])
         counter.remove()

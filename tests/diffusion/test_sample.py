@@ -91,9 +91,11 @@ def test_steps_and_guidance_default_to_the_base(base: Base) -> None:
     assert torch.equal(ours, sample(base, PROMPTS, noise, base.config.steps, base.config.guidance))
 
 
-def test_unknown_scheduler_is_named(base: Base) -> None:
+def test_unknown_or_unfit_scheduler_is_named(base: Base) -> None:
     with pytest.raises(UserError, match="scheduler='plms': expected one of ddim, dpm, euler, pndm, unipc"):
         sample(base, PROMPTS, start_noise(base, [0, 1]), scheduler="plms")
+    with pytest.raises(UserError, match="scheduler=pndm cannot draw in 3 steps"):
+        sample(base, PROMPTS, start_noise(base, [0, 1]), 3, scheduler="pndm")
 
 
 def test_start_noise_is_private_to_each_seed(base: Base) -> None:
