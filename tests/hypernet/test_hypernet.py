@@ -1,0 +1,154 @@
+"""The hypernetwork: shapes, refinement, gradient paths, weight-space losses, its file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hyperdb.adapters.inject import Injection
+from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.lidb import LiDB
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.loss import diffusion_loss
+from hyperdb.hypernet import EncoderConfig, HypernetConfig, loss
+from hyperdb.hypernet.model import Hypernet
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_tensors, save_tensors
+
+ENCODER = EncoderConfig(name="vit_tiny_patch16_224", size=32, patch=16, depth=1)
+CONFIG = HypernetConfig(width=32, heads=2, layers=2, iterations=2, encoder=ENCODER)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu").load()
+
+
+@pytest.fixture
+def lidb(base):
+    return LiDB(Layout.of(base.targets()), a=12, b=8)
+
+
+@pytest.fixture
+def model(lidb):
+    torch.manual_seed(0)
+    return Hypernet(CONFIG, lidb)
+
+
+def _images(count=3):
+    return torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("head", ["shared", "per_layer"])
+def test_one_token_a_layer_and_zero_padding(lidb, head):
+    model = Hypernet(HypernetConfig(width=32, heads=2, head=head, encoder=ENCODER), lidb)
+    tokens = model(_images())
+    assert tokens.shape == (3, *lidb.mask.shape)
+    assert (tokens[:, ~lidb.mask] == 0).all()
+
+
+def test_refinement_changes_the_prediction_and_starts_at_zero(lidb, model):
+    features = model.encoder(_images())
+    model.decoder.iterations = 0
+    assert (model.decoder(features) == 0).all()
+    model.decoder.iterations = 1
+    once = model.decoder(features)
+    model.decoder.iterations = 2
+    assert not torch.allclose(once, model.decoder(features))
+
+
+def test_the_image_is_encoded_once(model, monkeypatch):
+    calls = []
+    forward = model.encoder.vit.forward_features
+    monkeypatch.setattr(model.encoder.vit, "forward_features", lambda x: calls.append(1) or forward(x))
+    model(_images())
+    assert len(calls) == 1
+
+
+def test_encoder_gets_gradient_from_the_diffusion_loss_alone(base, lidb, model):
+    """The trap of zero heads and zero tokens: a step must move something, and the trunk must hear of it."""
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    injection = Injection(base.targets())
+    ids = base.tokenize(["a [V] face"]).expand(3, -1)
+    g = torch.Generator().manual_seed(0)
+    z, noise = (torch.randn(3, *base.latent_shape, generator=g) for _ in "zn")
+    t = torch.tensor([100, 500, 900])
+    for _ in range(2):
+        optimizer.zero_grad()
+        with injection.using(lidb.factors({"tokens": model(_images())})):
+            diffusion_loss(base, z, noise, t, ids).mean().backward()
+        gradients = [p.grad.abs().sum() for p in model.encoder.parameters() if p.grad is not None]
+        optimizer.step()
+    injection.remove()
+    assert torch.stack(gradients).sum() > 0
+    assert all(p.grad is None for p in base.unet.parameters())
+
+
+def test_gauge_free_loss_equals_the_dense_residual_distance(base):
+    for rank in (1, 3):
+        lidb = LiDB(Layout.of(base.targets()), a=12, b=8, rank=rank)
+        g = torch.Generator().manual_seed(0)
+        one, two = (torch.randn(2, *lidb.mask.shape, generator=g) * lidb.mask for _ in "ab")
+        ones = torch.ones(len(lidb.layout))
+        found = loss.gauge_free(lidb, one, two, ones)
+        f1, f2 = lidb.factors({"tokens": one}), lidb.factors({"tokens": two})
+        dense = [(f1[n][1] @ f1[n][0] - f2[n][1] @ f2[n][0]).square().sum((1, 2)) for n in f1]
+        assert torch.allclose(found, torch.stack(dense).mean(0), rtol=1e-4)
+
+
+def test_gauge_changes_plain_but_not_gauge_free(lidb):
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, *lidb.mask.shape, generator=g) * lidb.mask
+    A, B = lidb.split(tokens)
+    moved = lidb.join(2 * A, B / 2)
+    ones = torch.ones(len(lidb.layout))
+    assert loss.gauge_free(lidb, moved, tokens, ones).abs().max() < 1e-2
+    assert loss.plain(lidb, moved, tokens, ones).min() > 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "gauge_free"])
+def test_scales_make_predicting_the_mean_cost_one(lidb, kind):
+    g = torch.Generator().manual_seed(0)
+    tokens = (lidb.template + 0.1 * torch.randn(6, *lidb.mask.shape, generator=g)) * lidb.mask
+    scale = loss.scales(lidb, tokens, kind)
+    mean = tokens.mean(0, keepdim=True).expand_as(tokens)
+    assert getattr(loss, kind)(lidb, mean, tokens, scale).mean() == pytest.approx(1, rel=1e-3)
+
+
+def test_file_round_trip(model, tmp_path):
+    model.standardise(torch.randn(5, *model.mask.shape))
+    path = model.save(tmp_path / "h.safetensors", {"base": "abc"})
+    again = Hypernet.load(path)
+    assert again.metadata["base"] == "abc"
+    assert torch.allclose(again(_images()), model.eval()(_images()), atol=2e-2)
+
+
+def test_a_frozen_encoder_is_not_stored(lidb, tmp_path):
+    frozen = EncoderConfig(name="vit_tiny_patch16_224", size=32, patch=16, depth=1, frozen=True)
+    model = Hypernet(HypernetConfig(width=32, heads=2, encoder=frozen), lidb)
+    path = model.save(tmp_path / "h.safetensors", {})
+    assert not any(name.startswith("encoder.") for name in load_tensors(path)[0])
+    model(_images()).sum().backward()
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+
+def test_foreign_and_damaged_files_are_refused(model, tmp_path):
+    path = model.save(tmp_path / "h.safetensors", {})
+    tensors, metadata = load_tensors(path)
+    cases = {
+        "kind": (tensors, {**metadata, "kind": "other"}),
+        "layout": (tensors, {**metadata, "layout": "nonsense"}),
+        "fingerprint": (tensors, {**metadata, "fingerprint": "0" * 16}),
+        "shape": ({**tensors, "centre": tensors["centre"][:1]}, metadata),
+        "missing": ({k: v for k, v in tensors.items() if k != "spread"}, metadata),
+        "nan": ({**tensors, "centre": tensors["centre"] * float("nan")}, metadata),
+    }
+    for name, (bad, header) in cases.items():
+        broken = save_tensors(tmp_path / f"{name}.safetensors", bad, header)
+        with pytest.raises(UserError):
+            Hypernet.load(broken)
+
+
+def test_an_unknown_encoder_is_a_user_error(lidb):
+    with pytest.raises(UserError, match="no_such_vit"):
+        Hypernet(HypernetConfig(width=32, heads=2, encoder=EncoderConfig(name="no_such_vit")), lidb)

@@ -1,0 +1,138 @@
+"""Atomic files, journals, checkpoints, seeds: what resume and safety stand on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hyperdb.runtime import checkpoint, journal
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import atomic, hash_files, load_json, load_tensors, save_json, save_tensors
+from hyperdb.runtime.optim import EMA, Schedule, adamw
+from hyperdb.runtime.seed import derive, generator, numpy_rng
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    save_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert load_json(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_json_refuses_nan(tmp_path):
+    with pytest.raises(ValueError):
+        save_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_files_give_one_clear_line(tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"not a tensor file")
+    for read, path in ((load_tensors, bad), (load_json, bad), (load_tensors, tmp_path / "none"), (load_json, tmp_path / "no")):
+        with pytest.raises(UserError, match=str(path)):
+            read(path)
+
+
+def test_hash_depends_on_names_and_bytes(tmp_path):
+    (tmp_path / "a").write_text("1")
+    first = hash_files(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert hash_files(tmp_path) != first
+
+
+def test_streams_are_private_and_stable():
+    before = torch.get_rng_state()
+    assert derive(0, "a", 1) == derive(0, "a", 1) != derive(0, "a", 2)
+    assert derive(0, "a") == 2205312049763640213
+    one, two = (torch.randn(3, generator=generator(7, "x", 1)) for _ in "ab")
+    assert torch.equal(one, two)
+    assert not torch.equal(one, torch.randn(3, generator=generator(7, "x", 2)))
+    assert numpy_rng(1, "x").integers(100) == numpy_rng(1, "x").integers(100)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_journal_of_a_resumed_run_equals_that_of_one_run(tmp_path):
+    def write(path, start, stop):
+        with journal.Journal(path, 6, start) as j:
+            for step in range(start, stop):
+                j.step(step + 1, 1.0, every=1)
+
+    write(tmp_path / "whole", 0, 6)
+    write(tmp_path / "parts", 0, 5)  # a checkpoint at step 3, killed after 5
+    write(tmp_path / "parts", 3, 6)
+    steps = [[r["step"] for r in journal.read(tmp_path / n)] for n in ("whole", "parts")]
+    assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
+
+
+def test_journal_names_the_step_of_a_bad_loss(tmp_path):
+    with journal.Journal(tmp_path / "j", 3) as j, pytest.raises(journal.NonFiniteError, match="step 2"):
+        j.step(2, float("nan"))
+
+
+def test_journal_ignores_a_torn_last_line(tmp_path):
+    path = tmp_path / "j"
+    path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
+    assert journal.read(path) == [{"step": 1}]
+
+
+def _train(steps, path, start_from_checkpoint=False, config=None):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = adamw(model.parameters(), 1e-2)
+    ema = EMA(model.parameters(), 0.9)
+    start = checkpoint.load(path, optimizer, ema, config or {}) if start_from_checkpoint else 0
+    for step in range(start, steps):
+        x = torch.randn(8, 4, generator=generator(0, step))
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema.update(step)
+    checkpoint.save(path, steps, optimizer, ema, config or {})
+    return [p.detach().clone() for p in model.parameters()] + ema.average
+
+
+def test_resume_is_bit_for_bit(tmp_path):
+    whole = _train(7, tmp_path / "a.safetensors")
+    _train(3, tmp_path / "b.safetensors")
+    parts = _train(7, tmp_path / "b.safetensors", start_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path):
+    _train(2, tmp_path / "a.safetensors", config={"rate": 1})
+    with pytest.raises(UserError, match="rate"):
+        _train(4, tmp_path / "a.safetensors", start_from_checkpoint=True, config={"rate": 2})
+
+
+def test_schedule_warms_up_holds_and_falls():
+    schedule = Schedule(1.0, 100, warmup=10, decay=0.5)
+    assert schedule(0) == pytest.approx(0.1)
+    assert schedule(9) == schedule(30) == schedule(50) == 1.0
+    assert 0.4 < schedule(75) < 0.6
+    assert schedule(99) < 0.02
+
+
+def test_ema_swap_is_its_own_inverse(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model.parameters(), 0.5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    kept, average = model.weight.clone(), ema.average[0].clone()
+    ema.swap()
+    assert torch.equal(model.weight, average)
+    ema.swap()
+    assert torch.equal(model.weight, kept)
+
+
+def test_tensors_round_trip(tmp_path):
+    x = {"a": torch.arange(6.0).reshape(2, 3).T}
+    save_tensors(tmp_path / "x.safetensors", x, {"k": "v"})
+    tensors, metadata = load_tensors(tmp_path / "x.safetensors")
+    assert torch.equal(tensors["a"], x["a"])
+    assert metadata["k"] == "v"

@@ -1,0 +1,167 @@
+"""The whole chain at tiny size: encoder, fits, hypernetwork with resume, personalisation, evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperdb import config as configuration
+from hyperdb.faces.image import save_png
+from hyperdb.formats.native import Personalization
+from hyperdb.hypernet.model import Hypernet
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_tensors
+
+TINY = [
+    "diffusion.size=32",
+    "diffusion.steps=2",
+    "diffusion.dtype=fp32",
+    "prior.images=2",
+    "prior.prompts=[a photo of a face]",
+    "adapter.a=12",
+    "adapter.b=8",
+]
+HYPER = [
+    *TINY,
+    "validation=null",
+    "hypernet.width=32",
+    "hypernet.heads=2",
+    "hypernet.iterations=2",
+    "hypernet.encoder.size=32",
+    "hypernet.encoder.patch=16",
+    "hypernet.encoder.depth=1",
+    "hypernet.encoder.weights=null",
+    "batch=2",
+    "prior_rows=1",
+    "warmup=1",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_base, rendered, tmp_path_factory):
+    """Fits and a hypernetwork over four rendered people."""
+    root = tmp_path_factory.mktemp("chain")
+    base = f"diffusion.path={tiny_base}"
+    fits, hyper = root / "fits", root / "hyper"
+    words = [base, *TINY, f"data={rendered}", "identities=3", "batch=2", "fit.steps=2", "fit.levels=2"]
+    configuration.run("precompute", [*words, f"out={fits}"])
+    words = [base, *HYPER, f"data={rendered}", f"weights={fits}", "steps=4"]
+    configuration.run("train_hypernet", [*words, f"out={hyper}"])
+    return {"root": root, "base": base, "fits": fits, "hyper": hyper, "data": rendered}
+
+
+def test_fits_are_complete_and_kept(made):
+    index = json.loads((made["fits"] / "index.json").read_text())
+    assert index["identities"] == 3
+    stamps = {p.name: p.stat().st_mtime_ns for p in made["fits"].glob("fits-*")}
+    (made["fits"] / "fits-00001.safetensors").unlink()
+    words = [made["base"], *TINY, f"data={made['data']}", "identities=3", "batch=2", "fit.steps=2", "fit.levels=2"]
+    configuration.run("precompute", [*words, f"out={made['fits']}"])
+    again = {p.name: p.stat().st_mtime_ns for p in made["fits"].glob("fits-*")}
+    assert again["fits-00000.safetensors"] == stamps["fits-00000.safetensors"]
+    assert again["fits-00001.safetensors"] != stamps["fits-00001.safetensors"]
+
+
+def test_fits_of_another_configuration_are_not_mixed_in(made):
+    words = [made["base"], *TINY, f"data={made['data']}", "identities=3", "batch=2", "fit.steps=3", "fit.levels=2"]
+    with pytest.raises(UserError, match="another"):
+        configuration.run("precompute", [*words, f"out={made['fits']}"])
+
+
+def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
+    from hyperdb.runtime import checkpoint
+
+    out = made["root"] / "resumed"
+    words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=4", "save_every=2", f"out={out}"]
+    save = checkpoint.save
+
+    def save_and_die(path, step, *rest):
+        save(path, step, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        configuration.run("train_hypernet", words)
+    assert not (out / "hypernet.safetensors").exists()
+    monkeypatch.setattr(checkpoint, "save", save)
+    configuration.run("train_hypernet", words)
+    whole, parts = (load_tensors(f / "hypernet.safetensors")[0] for f in (made["hyper"], out))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.parametrize(
+    "words", [["weight_loss=plain", "target_view=same"], ["alpha=0"], ["beta=0", "prior_weight=0"], ["face_weight=2"]]
+)
+def test_every_loss_setting_trains(made, words, tmp_path):
+    base = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=1", f"out={tmp_path}"]
+    configuration.run("train_hypernet", [*base, *words])
+    assert Hypernet.load(tmp_path / "hypernet.safetensors").metadata["steps"] == "1"
+
+
+def test_validation_writes_scores_and_previews(made, tmp_path):
+    words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=1", f"out={tmp_path}"]
+    configuration.run("train_hypernet", [*words, f"validation={made['data']}", "validation_people=2"])
+    records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    names = {k for r in records for k in r if k.startswith("validation/")}
+    assert {"validation/face_cosine_own", "validation/face_cosine_shuffled", "validation/diffusion_own"} <= names
+    assert (tmp_path / "previews" / "step-000001.png").is_file()
+
+
+@pytest.fixture
+def photo(rendered, tmp_path):
+    from hyperdb.data.people import load_people
+
+    image = load_people(rendered).images[0].permute(1, 2, 0).numpy()
+    return save_png(tmp_path / "me (1).png", image)
+
+
+def _personalize(made, photo, out, *more):
+    words = [made["base"], *TINY, f"image={photo}", f"out={out}", "align=false", "finetune.steps=2", *more]
+    return configuration.run("personalize", words)
+
+
+def test_personalize_writes_everything(made, photo, tmp_path):
+    out = tmp_path / "out"
+    _personalize(made, photo, out, f"hypernet={made['hyper']}")
+    names = {p.name for p in out.iterdir()}
+    assert {"lidb.safetensors", "adapter.safetensors", "preview.png", "report.json"} <= names
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["seconds"]) >= {"crop", "load", "predict", "finetune"}
+    predicted, finished = (Personalization.load(out / n) for n in ("lidb.safetensors", "adapter.safetensors"))
+    assert not predicted.relaxed
+    assert finished.relaxed
+    assert torch.equal(predicted.tokens, finished.tokens)
+
+
+def test_without_a_hypernetwork_the_fine_tuning_runs_alone(made, photo, tmp_path):
+    _personalize(made, photo, tmp_path / "out", "hypernet=null", "preview=false")
+    alone = Personalization.load(tmp_path / "out" / "adapter.safetensors")
+    assert all((up == 0).all() for _, up in alone.lidb.factors({"tokens": alone.tokens[None]}).values())
+
+
+def test_a_base_without_hypernetwork_says_so(made, photo, tmp_path):
+    with pytest.raises(UserError, match="hypernet=null"):
+        _personalize(made, photo, tmp_path / "out", "diffusion.hypernet=null")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_photos_leave_nothing_behind(made, tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    blank = save_png(tmp_path / "blank.png", torch.full((64, 64, 3), 128, dtype=torch.uint8).numpy())
+    for image in (tmp_path / "none.png", tmp_path / "text.png", blank):
+        words = [made["base"], *TINY, f"image={image}", f"out={tmp_path / 'out'}", f"hypernet={made['hyper']}"]
+        with pytest.raises(UserError, match=Path(image).name):
+            configuration.run("personalize", words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_writes_rows_and_pairs(made, tmp_path):
+    words = [made["base"], *TINY, f"data={made['data']}", f"hypernet={made['hyper']}", f"out={tmp_path}"]
+    configuration.run("evaluate", [*words, "people=3", "views=1", "images=1", "finetune.steps=1", "batch=2"])
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert set(result["rows"]) == {"floor", "shuffled", "hyper_only", "hyper_40", "ceiling"}
+    assert {"hyper_only-floor", "hyper_only-shuffled"} <= set(result["paired"])
+    assert (tmp_path / "people.png").is_file()

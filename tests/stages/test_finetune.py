@@ -1,0 +1,94 @@
+"""The trainer of adapters: batched fits equal single ones, the frozen base stays, the prior holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.lidb import LiDB
+from hyperdb.adapters.lora import LoRA
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.stages.finetune import FitConfig, PriorConfig, fit, load_prior
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu", steps=2).load()
+
+
+@pytest.fixture(scope="module")
+def lidb(base):
+    return LiDB(Layout.of(base.targets()), a=12, b=8)
+
+
+@pytest.fixture(scope="module")
+def moments(base):
+    g = torch.Generator().manual_seed(3)
+    return torch.rand(3, 1, 2, *base.latent_shape, generator=g)
+
+
+@pytest.fixture(scope="module")
+def prior(base, tmp_path_factory):
+    config = PriorConfig(prompts=["a photo of a face", "a pencil sketch of a face"], images=4)
+    return load_prior(base, config, tmp_path_factory.mktemp("prior") / "prior.safetensors")
+
+
+def test_a_person_does_not_depend_on_the_batch(base, lidb, moments, prior):
+    config = FitConfig(steps=3, levels=2, rate=1e-2, prior_weight=0.5, prior_rows=1)
+    together = fit(base, lidb, moments, config, prior=prior)["tokens"]
+    alone = torch.cat([fit(base, lidb, moments[i : i + 1], config, prior=prior)["tokens"] for i in range(3)])
+    assert torch.allclose(together, alone, atol=2e-4)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_the_same_image_gives_the_same_fit(base, lidb, moments):
+    """Learnable targets: one initial A and one stream of noise make a fit a function of the image."""
+    twice = fit(base, lidb, moments[:1].repeat(2, 1, 1, 1, 1, 1), FitConfig(steps=3, levels=2, rate=1e-2))["tokens"]
+    assert torch.allclose(twice[0], twice[1], atol=1e-5)
+
+
+def test_fitting_lowers_the_loss(base, lidb, moments):
+    losses: list[float] = []
+    fit(base, lidb, moments, FitConfig(steps=30, levels=4, rate=3e-2), progress=lambda _, loss: losses.append(loss))
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_the_frozen_part_is_under_the_trained_one(base, lidb, moments):
+    tokens = fit(base, lidb, moments[:1], FitConfig(steps=2, levels=1, rate=1e-1))["tokens"]
+    frozen = {k: (d.detach(), u.detach()) for k, (d, u) in lidb.factors({"tokens": tokens}).items()}
+    losses: dict[str, list[float]] = {"with": [], "without": []}
+    lora = LoRA(lidb.layout, 2)
+    one = FitConfig(steps=1, levels=2, rate=1e-3)
+    fit(base, lora, moments[:1], one, frozen, progress=lambda _, loss: losses["with"].append(loss))
+    fit(base, lora, moments[:1], one, None, progress=lambda _, loss: losses["without"].append(loss))
+    assert losses["with"] != losses["without"]
+
+
+def test_no_gradient_for_frozen_weights_and_no_hooks_left(base, lidb, moments):
+    fit(base, lidb, moments[:1], FitConfig(steps=1, levels=1))
+    for module in (base.unet, base.text_encoder, base.vae):
+        assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+    assert not any(m._forward_hooks for m in base.targets().values())
+
+
+def test_a_strong_prior_keeps_the_base(base, lidb, moments, prior):
+    def size(weight: float) -> float:
+        config = FitConfig(steps=15, levels=2, rate=1e-2, prior_weight=weight, prior_rows=4)
+        factors = lidb.factors(fit(base, lidb, moments[:1], config, prior=prior))
+        return sum((up @ down).square().sum().item() for down, up in factors.values())
+
+    assert size(100.0) < size(0.01)
+
+
+def test_prior_is_cached_and_remade_for_other_prompts(base, tmp_path):
+    path = tmp_path / "p.safetensors"
+    first = load_prior(base, PriorConfig(prompts=["a face"], images=2), path)
+    stamp = path.stat().st_mtime_ns
+    assert torch.equal(first.latents, load_prior(base, PriorConfig(prompts=["a face"], images=2), path).latents)
+    assert path.stat().st_mtime_ns == stamp
+    shipped = load_prior(base, PriorConfig(prompts=["a face"], images=2), tmp_path / "none.safetensors", path)
+    assert torch.equal(first.latents, shipped.latents)
+    assert not (tmp_path / "none.safetensors").exists()
+    load_prior(base, PriorConfig(prompts=["a photo of a face"], images=2), path)
+    assert path.stat().st_mtime_ns != stamp

@@ -1,0 +1,89 @@
+"""The trainings of the embedded base at tiny size: they run, resume, and write a folder diffusers loads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hyperdb import config as configuration
+from hyperdb.runtime import checkpoint
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_tensors
+
+
+@pytest.fixture(scope="module")
+def vae(rendered, tmp_path_factory):
+    out = tmp_path_factory.mktemp("autoencoder")
+    words = [f"data={rendered}", f"out={out}", "channels=[8,16]", "steps=2", "batch=2", "held_out=2"]
+    configuration.run("train_autoencoder", words)
+    return out / "vae"
+
+
+def _base_words(rendered, vae, out):
+    return [
+        f"data={rendered}", f"vae={vae}", f"out={out}", "channels=[16,32]", "heads=[1,2]", "text_width=32",
+        "text_layers=1", "steps=4", "batch=2", "save_every=2",
+    ]  # fmt: skip
+
+
+def test_autoencoder_reports_and_scales(vae):
+    report = json.loads((vae.parent / "report.json").read_text())
+    assert report["psnr_held_out"] > 0
+    assert 0.01 < json.loads((vae / "config.json").read_text())["scaling_factor"] < 100
+    assert (vae.parent / "reconstructions.png").is_file()
+
+
+def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    configuration.run("train_base", _base_words(rendered, vae, whole))
+    save = checkpoint.save
+
+    def save_and_die(path, step, *rest):
+        save(path, step, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        configuration.run("train_base", _base_words(rendered, vae, parts))
+    monkeypatch.setattr(checkpoint, "save", save)
+    configuration.run("train_base", _base_words(rendered, vae, parts))
+    name = "base/unet/diffusion_pytorch_model.safetensors"
+    one, two = (load_tensors(f / name)[0] for f in (whole, parts))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    pipeline = StableDiffusionPipeline.from_pretrained(whole / "base", safety_checker=None)
+    assert pipeline.tokenizer.model_max_length == 24
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    # a further segment from the written weights
+    segment = [f"data={rendered}", f"init={whole / 'base'}", f"out={tmp_path / 'segment'}", "steps=1", "batch=2"]
+    configuration.run("train_base", segment)
+    assert json.loads((tmp_path / "segment" / "report.json").read_text())["init"]
+
+
+def test_a_missing_autoencoder_is_named(rendered, tmp_path):
+    with pytest.raises(UserError, match="train_autoencoder"):
+        configuration.run("train_base", [f"data={rendered}", f"vae={tmp_path / 'no'}", f"out={tmp_path / 'out'}"])
+
+
+def test_every_word_of_the_captions_is_one_token(rendered):
+    from hyperdb.heads.captions import vocabulary
+    from hyperdb.stages.train_base import build_tokenizer
+
+    tokenizer = build_tokenizer(vocabulary(), 24)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in vocabulary())
+    assert len(tokenizer.tokenize("zebra")) > 1
+    assert tokenizer("a photo of a sks face")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_encoder_needs_enough_people(rendered, tmp_path):
+    with pytest.raises(UserError, match="two photos"):
+        configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}"])
+
+
+def test_encoder_trains(rendered, tmp_path):
+    words = [f"data={rendered}", f"out={tmp_path}", "batch=2", "held_out=1", "steps=2", "encoder.size=32"]
+    configuration.run("train_encoder", [*words, "encoder.patch=16", "encoder.depth=1"])
+    assert 0 <= json.loads((tmp_path / "report.json").read_text())["rank1_held_out"] <= 1
