@@ -164,6 +164,7 @@ def run(config: Config) -> Path:
         base.digest = hash_files(Path(config.vae))
     else:
         base = DiffusionConfig(path=config.init, device="cpu", attention="eager").load()
+        base.config.size = base.vae.config.sample_size
     out = Path(config.out)
     latents = latent_moments(base, people, out / "moments.safetensors")
     ids = base.tokenize(people.captions)

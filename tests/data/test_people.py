@@ -1,0 +1,165 @@
+"""Rendered shards and aligned folders become one set of people; incomplete folders are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hyperdb.data.people import People, latent_moments, load_people
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.base import Base
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_tensors
+
+
+@pytest.fixture(scope="module")
+def people(rendered: Path) -> People:
+    return load_people(rendered)
+
+
+@pytest.fixture
+def base(tiny_base: Path) -> Base:
+    return DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu").load()
+
+
+def test_rendered_shards_in_order(people: People, rendered: Path) -> None:
+    assert len(people) == 12
+    assert people.images.shape == (12, 3, 32, 32)
+    assert people.images.dtype == torch.uint8
+    assert people.identities == 4
+    assert people.identity.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [rows.tolist() for rows in people.rows] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    second, _ = load_tensors(rendered / "shard-00001.safetensors")
+    assert torch.equal(people.images[6:], second["image"].permute(0, 3, 1, 2))
+    assert torch.equal(people.seed[6:], second["seed"])
+    assert len(people.captions) == 12
+    assert all("face" in caption for caption in people.captions)
+
+
+def test_labels_have_words(people: People) -> None:
+    assert people.labels["coefficients"].shape[0] == 12
+    assert people.is_style("photo").tolist() == [True, True, False] * 4
+    assert people.is_style("clay").logical_not().any()
+    styles = {people.names["style"][i] for i in people.labels["style"].tolist()}
+    assert "photo" in styles
+    assert len(styles) > 1
+
+
+def test_identities_are_numbered_by_first_appearance() -> None:
+    seed = torch.tensor([40, 7, 40, 99, 7])
+    people = People(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), seed, list("abcde"))
+    assert people.identity.tolist() == [0, 1, 0, 2, 1]
+    assert [rows.tolist() for rows in people.rows] == [[0, 2], [1, 4], [3]]
+    assert people.is_style("photo").all()
+    assert not people.is_style("clay").any()
+
+
+def test_subset_by_mask_or_index(people: People) -> None:
+    photos = people.subset(people.is_style("photo"))
+    assert len(photos) == 8
+    assert photos.identities == 4
+    assert torch.equal(photos.images[2], people.images[3])
+    assert photos.captions[2] == people.captions[3]
+    assert torch.equal(photos.labels["age"][2:4], people.labels["age"][3:5])
+    chosen = people.subset(torch.tensor([11, 0, 10]))
+    assert chosen.seed.tolist() == people.seed[[11, 0, 10]].tolist()
+    assert chosen.identity.tolist() == [0, 1, 0]
+    assert chosen.captions == [people.captions[i] for i in (11, 0, 10)]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 9])
+def test_limit_keeps_the_first_identities(people: People, rendered: Path, limit: int) -> None:
+    few = load_people(rendered, limit)
+    assert few.identities == min(limit, 4)
+    assert torch.equal(few.images, people.images[: 3 * limit])
+
+
+def test_a_folder_without_index_is_not_complete(rendered: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no faces; make it with `hyperdb render_heads out="):
+        load_people(tmp_path / "nowhere")
+    shutil.copytree(rendered, tmp_path / "part")
+    (tmp_path / "part" / "index.json").unlink()
+    with pytest.raises(UserError, match="holds no faces"):
+        load_people(tmp_path / "part")
+
+
+def test_a_folder_without_a_shard_is_refused(rendered: Path, tmp_path: Path) -> None:
+    shutil.copytree(rendered, tmp_path / "part")
+    (tmp_path / "part" / "shard-00000.safetensors").unlink()
+    with pytest.raises(UserError, match="shard"):
+        load_people(tmp_path / "part")
+
+
+# --- latents
+
+
+def test_moments_are_computed_once_and_kept(
+    people: People, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, calls = tmp_path / "moments.safetensors", []
+    encode = base.moments
+    monkeypatch.setattr(base, "moments", lambda images: calls.append(len(images)) or encode(images))
+    moments = latent_moments(base, people, cache)
+    assert moments.shape == (12, 2, *base.latent_shape)
+    assert moments.dtype == torch.float16
+    torch.testing.assert_close(moments, encode(people.images).half())
+    assert calls == [12]
+    assert torch.equal(latent_moments(base, people, cache), moments)
+    assert calls == [12]
+    base.digest = "another"
+    latent_moments(base, people, cache)
+    assert calls == [12, 12]
+    latent_moments(base, people)
+    assert calls == [12, 12, 12]
+
+
+def test_moments_of_another_choice_of_images_are_computed_anew(
+    people: People, base: Base, tmp_path: Path
+) -> None:
+    """The cache of one half of the images is not mistaken for that of the other."""
+    cache = tmp_path / "moments.safetensors"
+    first, second = people.subset(torch.arange(6)), people.subset(torch.arange(6, 12))
+    latent_moments(base, first, cache)
+    found = latent_moments(base, second, cache)
+    torch.testing.assert_close(found, base.moments(second.images).half())
+
+
+# --- aligned folders
+
+
+@pytest.fixture
+def aligned(tmp_path: Path) -> Path:
+    """What `hyperdb preprocess` leaves: ada and ben in train, cy in test; 40 px."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i, (identity, split) in enumerate(
+        [("ben", "train"), ("ada", "train"), ("cy", "test"), ("ben", "train")]
+    ):
+        (tmp_path / "faces").mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "faces" / f"{i}.png")
+        records.append({"file": f"faces/{i}.png", "identity": identity, "split": split})
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return tmp_path
+
+
+def test_aligned_folder(aligned: Path) -> None:
+    people = load_people(aligned, size=40)
+    assert people.identity.tolist() == [0, 1, 0]
+    with Image.open(aligned / "faces" / "1.png") as image:
+        assert torch.equal(people.images[1], torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert people.captions == ["a photo of a face"] * 3
+    assert people.is_style("photo").all()
+    assert load_people(aligned, split="test", size=32).images.shape == (1, 3, 32, 32)
+    assert load_people(aligned, limit=1, size=32).identities == 1
+
+
+def test_aligned_folder_without_the_split(aligned: Path) -> None:
+    with pytest.raises(UserError, match="no images of the split 'validation'"):
+        load_people(aligned, split="validation")

@@ -1,0 +1,39 @@
+"""The README's figures are those of the results files, its commands exist, and the tree stays light."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hyperdb import config
+from hyperdb.report.table import markdown
+from hyperdb.runtime.files import load_json
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_the_results_files():
+    results = load_json(ROOT / "experiments" / "embedded" / "first_evidence" / "results.json")
+    assert markdown(results) in README
+
+
+def test_every_command_named_is_a_stage_with_those_settings():
+    lines = re.findall(r"^hyperdb ([a-z_]+)([^\n#]*)", README, flags=re.MULTILINE)
+    assert lines
+    for stage, rest in lines:
+        assert stage in config.STAGES, stage
+        keys = [w.partition("=")[0] for w in re.findall(r"[a-z_.]+=", rest)]
+        known = {key for key, _ in config.settings(config.stage_module(stage).Config)} | {"experiment"}
+        assert {k for k in keys} <= known, (stage, keys)
+
+
+def test_weights_in_the_tree_stay_light():
+    files = list((ROOT / "hyperdb").rglob("*.safetensors")) + list((ROOT / "hyperdb").rglob("*.npz"))
+    total = sum(f.stat().st_size for f in files)
+    assert 10e6 < total < 80e6
+
+
+def test_every_folder_of_the_tree_is_explained():
+    packages = {p.name for p in (ROOT / "hyperdb").iterdir() if (p / "__init__.py").is_file()}
+    assert all(f"{name}/" in README for name in packages)
