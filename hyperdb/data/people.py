@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,10 @@ from hyperdb.runtime.files import hash_files, load_json, load_tensors, save_tens
 
 @dataclass
 class People:
-    """`n` images `[n, 3, H, W]` uint8; `identity [n]` numbers the person, 0 .. I-1 in order of first appearance.
+    """`n` images `[n, 3, H, W]` uint8; `identity [n]` numbers the person, 0 .. I-1 by first appearance.
 
-    `seed [n]` is the person's own number (a render's seed, a dataset's id); `labels` holds further columns `[n, ...]`,
-    `names` the words behind label columns that are indices.
+    `seed [n]` is the person's own number (a render's seed, a dataset's id); `labels` holds further columns
+    `[n, ...]`, `names` the words behind label columns that are indices.
     """
 
     images: Tensor
@@ -72,7 +73,9 @@ def load_people(path: str | Path, limit: int | None = None, split: str = "train"
     elif (path / "manifest.jsonl").is_file():
         people = _aligned(path, split, size)
     else:
-        raise UserError(f"{path} holds no faces; make it with `hyperdb render_heads out={path}` or `hyperdb preprocess`")
+        raise UserError(
+            f"{path} holds no faces; make it with `hyperdb render_heads out={path}` or `hyperdb preprocess`"
+        )
     if limit is not None and people.identities > limit:
         people = people.subset(people.identity < limit)
     if len(people) == 0:
@@ -81,10 +84,12 @@ def load_people(path: str | Path, limit: int | None = None, split: str = "train"
 
 
 def _rendered(path: Path, limit: int | None) -> People:
-    shards = sorted(path.glob("shard-*.safetensors"))
+    shards, index = sorted(path.glob("shard-*.safetensors")), load_json(path / "index.json")
+    if len(shards) != index["shards"]:
+        found = f"{len(shards)} of {index['shards']} shards"
+        raise UserError(f"{path} has {found}; run the `hyperdb render_heads` that made it again")
     if limit is not None:
-        identities = load_json(path / "index.json").get("config", {}).get("shard", 1)
-        shards = shards[: -(-limit // max(1, identities))]
+        shards = shards[: -(-limit // max(1, index["config"]["shard"]))]
     columns: dict[str, list[Tensor]] = {}
     captions: list[str] = []
     names: dict[str, list[str]] = {}
@@ -96,7 +101,8 @@ def _rendered(path: Path, limit: int | None) -> People:
             columns.setdefault(name, []).append(value)
     merged = {name: torch.cat(values) for name, values in columns.items()}
     images = merged.pop("image").permute(0, 3, 1, 2).contiguous()
-    return People(images, merged.pop("seed"), captions, merged, names, hash_files(shards[:1] + [path / "index.json"]))
+    digest = hash_files([*shards[:1], path / "index.json"])
+    return People(images, merged.pop("seed"), captions, merged, names, digest)
 
 
 def _aligned(path: Path, split: str, size: int) -> People:
@@ -109,8 +115,9 @@ def _aligned(path: Path, split: str, size: int) -> People:
         with Image.open(path / record["file"]) as image:
             pixels.append(np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)))
     people = {name: i for i, name in enumerate(dict.fromkeys(r["identity"] for r in records))}
+    stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
     return People(
-        torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() if pixels else torch.empty(0, 3, size, size),
+        torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(),
         torch.tensor([people[r["identity"]] for r in records], dtype=torch.long),
         ["a photo of a face"] * len(records),
         digest=hash_files([path / "manifest.jsonl"]),
@@ -118,8 +125,8 @@ def _aligned(path: Path, split: str, size: int) -> People:
 
 
 def latent_moments(base: Base, people: People, cache: Path | None = None) -> Tensor:
-    """Return the latents' mean and standard deviation `[n, 2, c, h, w]` float16, computed once and kept in `cache`."""
-    key = f"{base.digest} {people.digest} {len(people)}"
+    """Return the latents' mean and standard deviation `[n, 2, c, h, w]` float16; kept in `cache` if given."""
+    key = f"{base.digest} {hashlib.sha256(people.images.contiguous().numpy()).hexdigest()}"
     if cache is not None and cache.is_file():
         tensors, metadata = load_tensors(cache)
         if metadata.get("key") == key:
