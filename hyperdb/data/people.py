@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hyperdb.diffusion.base import Base
 from hyperdb.runtime.errors import UserError
@@ -58,7 +60,7 @@ class People:
             [self.captions[i] for i in index.tolist()],
             {k: v[index] for k, v in self.labels.items()},
             self.names,
-            self.digest,
+            hashlib.sha256(self.digest.encode() + index.numpy().tobytes()).hexdigest()[:16],
         )
 
 
@@ -124,14 +126,23 @@ def _aligned(path: Path, split: str, size: int) -> People:
     )
 
 
-def latent_moments(base: Base, people: People, cache: Path | None = None) -> Tensor:
-    """Return the latents' mean and standard deviation `[n, 2, c, h, w]` float16; kept in `cache` if given."""
-    key = f"{base.digest} {hashlib.sha256(people.images.contiguous().numpy()).hexdigest()}"
-    if cache is not None and cache.is_file():
+def latent_moments(base: Base, people: People, folder: Path) -> Tensor:
+    """Return the latents' mean and standard deviation `[n, 2, c, h, w]` float16, computed once for a VAE.
+
+    They are kept in `folder`, beside the images, under the VAE's own hash: every base around the same autoencoder and
+    every stage shares them.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(base.vae.state_dict().items()):
+        digest.update(name.encode() + value.half().cpu().numpy().tobytes())
+    key = f"{digest.hexdigest()[:16]} {people.digest} {len(people)}"
+    cache = folder / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
+    if cache.is_file():
         tensors, metadata = load_tensors(cache)
         if metadata.get("key") == key:
             return tensors["moments"]
-    moments = torch.cat([base.moments(part).half() for part in people.images.split(512)])
-    if cache is not None:
-        save_tensors(cache, {"moments": moments}, {"key": key})
+    parts = people.images.split(256)
+    bar = tqdm(parts, desc="encoding images", dynamic_ncols=True, disable=len(parts) < 4)
+    moments = torch.cat([base.moments(part).half() for part in bar])
+    save_tensors(cache, {"moments": moments}, {"key": key})
     return moments

@@ -54,6 +54,7 @@ class Base:
         self.schedule = schedule
         if config.attention == "eager":
             unet.set_attn_processor(AttnProcessor())
+            text_encoder.set_attn_implementation("eager")
         for model in (unet, text_encoder, vae):
             model.requires_grad_(False).eval()
 

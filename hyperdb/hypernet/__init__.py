@@ -37,6 +37,6 @@ class HypernetConfig:
 
     def __post_init__(self) -> None:
         if self.head not in ("shared", "per_layer"):
-            raise UserError(f"hypernet.head={self.head!r}: expected shared or per_layer")
+            raise UserError(f"model.head={self.head!r}: expected shared or per_layer")
         if self.iterations < 1 or self.width % self.heads:
-            raise UserError("hypernet.iterations must be at least 1 and hypernet.width a multiple of hypernet.heads")
+            raise UserError("model.iterations must be at least 1 and model.width a multiple of hypernet.heads")

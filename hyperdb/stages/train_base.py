@@ -166,7 +166,7 @@ def run(config: Config) -> Path:
         base = DiffusionConfig(path=config.init, device="cpu", attention="eager").load()
         base.config.size = base.vae.config.sample_size
     out = Path(config.out)
-    latents = latent_moments(base, people, out / "moments.safetensors")
+    latents = latent_moments(base, people, Path(config.data))
     ids = base.tokenize(people.captions)
     empty = base.tokenize([""])
     base.unet.requires_grad_(True).train()

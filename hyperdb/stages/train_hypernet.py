@@ -31,7 +31,7 @@ class Config:
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     adapter: LiDBConfig = field(default_factory=LiDBConfig)
-    hypernet: HypernetConfig = field(default_factory=HypernetConfig)
+    model: HypernetConfig = field(default_factory=HypernetConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
     data: str = "data/heads"
     validation: str | None = "data/heads_validation"
@@ -106,7 +106,7 @@ def run(config: Config) -> Path:
     lidb = store.lidb if store is not None else config.adapter.build(layout)
     lidb = lidb.to(base.device)
     out = Path(config.out)
-    moments = latent_moments(base, people, out / "moments.safetensors")
+    moments = latent_moments(base, people, Path(config.data))
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
 
     # --- model
@@ -120,7 +120,7 @@ def run(config: Config) -> Path:
         model = Hypernet.load(Path(config.init))
         layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
     else:
-        model = Hypernet(config.hypernet, lidb, config.default_spread)
+        model = Hypernet(config.model, lidb, config.default_spread)
         if store is not None:
             model.standardise(store.tokens)
     fit_row = store.rows_of(people.seed[[int(r[0]) for r in people.rows]]) if store is not None else None

@@ -48,7 +48,7 @@ def test_hash_depends_on_names_and_bytes(tmp_path):
 def test_streams_are_private_and_stable():
     before = torch.get_rng_state()
     assert derive(0, "a", 1) == derive(0, "a", 1) != derive(0, "a", 2)
-    assert derive(0, "a") == 2205312049763640213
+    assert derive(0, "a") == 8898938347678966206
     one, two = (torch.randn(3, generator=generator(7, "x", 1)) for _ in "ab")
     assert torch.equal(one, two)
     assert not torch.equal(one, torch.randn(3, generator=generator(7, "x", 2)))

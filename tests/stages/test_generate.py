@@ -74,7 +74,8 @@ def test_base_alone(config: Config, base: Base, capsys: pytest.CaptureFixture[st
 
 def test_every_picture_says_what_made_it(config: Config, base: Base, adapter: Path) -> None:
     words = {"prompt": "a [V] face, on the beach", "negative_prompt": "pencil\nsketch", "seed": 7}
-    out = run(replace(config, **words, adapter=str(adapter), strength=0.5, guidance=2.0, steps=4, scheduler="pndm"))
+    drawing = {"strength": 0.5, "guidance": 2.0, "steps": 4, "scheduler": "pndm"}
+    out = run(replace(config, **words, **drawing, adapter=str(adapter)))
     for i in range(3):
         text = read_text(out / f"{i:05d}.png")
         digest = text.pop("adapter_digest")
