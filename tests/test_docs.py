@@ -25,7 +25,7 @@ def test_every_command_named_is_a_stage_with_those_settings():
         assert stage in config.STAGES, stage
         keys = [w.partition("=")[0] for w in re.findall(r"[a-z_.]+=", rest)]
         known = {key for key, _ in config.settings(config.stage_module(stage).Config)} | {"experiment"}
-        assert {k for k in keys} <= known, (stage, keys)
+        assert set(keys) <= known, (stage, keys)
 
 
 def test_weights_in_the_tree_stay_light():

@@ -28,9 +28,10 @@ def resolve(path: str) -> Path:
 class DiffusionConfig:
     """A base model and how it is asked for pictures.
 
-    `path` is a folder, a hub id, or `package:NAME`; `hypernet` the hypernetwork's folder for this base, if any; `[V]` in prompts stands for `rare_token`; `crop` scales the
-    FFHQ crop that photos of faces get (1 = FFHQ) and `size` is the side of the images in pixels. `attention` is sdpa
-    or eager; eager trains 3 times faster on a CPU at 16 x 16 latents, where the fused backward in bf16 is slow.
+    `path` is a folder, a hub id, or `package:NAME`; `hypernet` the hypernetwork's folder for this base, if any;
+    `[V]` in prompts stands for `rare_token`; `crop` scales the FFHQ crop that photos of faces get (1 = FFHQ) and `size`
+    is the side of the images in pixels. `attention` is sdpa or eager; eager trains 3 times faster on a CPU at 16 x 16
+    latents, where the fused backward in bf16 is slow.
     """
 
     path: str = "package:embedded/base"

@@ -1,4 +1,4 @@
-"""The hypernetwork: one face image in, LiDB tokens out (paper section 4.2). Configurations live here and import no torch."""
+"""The hypernetwork: one face image in, LiDB tokens out (paper section 4.2). Its configurations import no torch."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ class HypernetConfig:
         if self.head not in ("shared", "per_layer"):
             raise UserError(f"model.head={self.head!r}: expected shared or per_layer")
         if self.iterations < 1 or self.width % self.heads:
-            raise UserError("model.iterations must be at least 1 and model.width a multiple of hypernet.heads")
+            raise UserError("model.iterations must be at least 1 and model.width a multiple of model.heads")

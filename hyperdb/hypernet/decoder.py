@@ -18,6 +18,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(tokens, out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[I, N, width]` to `[I, N, D]`."""
         return torch.einsum("inw,nwd->ind", x, self.weight.expand(x.shape[1], -1, -1)) + self.bias
 
 
@@ -39,6 +40,7 @@ class IterativeDecoder(nn.Module):
 
     # eq. 3: theta_k = T(f, theta_{k-1}), k = 1..s, each step adding a delta
     def forward(self, features: Tensor) -> Tensor:
+        """Refine tokens `[I, N, D]` from zero, looking at features `[I, P, C]`."""
         f = self.memory(features)  #                                                [I, P, width]
         theta = features.new_zeros(len(features), *self.shape)  #                   [I, N, D]
         for _ in range(self.iterations):

@@ -49,6 +49,7 @@ class Encoder(nn.Module):
         self.vit.load_state_dict(inner or tensors, strict=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Encode images `[I, 3, H, W]` in [0, 255] as features `[I, P, C]`."""
         x = images.to(self.mean.device).float() / 255
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)

@@ -54,6 +54,7 @@ class Hypernet(nn.Module):
         self.spread.copy_(torch.maximum(std, floor))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Predict tokens `[I, N, D]` of images `[I, 3, H, W]` uint8."""
         theta = self.decoder(self.encoder(images))
         return (self.centre + self.spread * theta.float()) * self.mask
 

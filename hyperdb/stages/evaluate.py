@@ -125,7 +125,7 @@ def run(config: Config) -> Path:
     target = target if target.is_absolute() else Path(config.out) / target
     save_json(target, result)
     few = min(count, 12)
-    pixels = [x for x in reference[:few]] + [x for row in images for x in images[row][:few, 0]]
+    pixels = list(reference[:few]) + [x for row in images for x in images[row][:few, 0]]
     sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *images])
     save_png(target.with_name("people.png"), sheet, {"software": "hyperdb", "results": hash_files([target])})
     for row, score in result["rows"].items():

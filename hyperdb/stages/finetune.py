@@ -1,4 +1,4 @@
-"""The one trainer of adapters on images: per-identity fits, and the rank-relaxed fast fine-tuning (paper section 4.3)."""
+"""The one trainer of adapters on images: per-identity fits and the fast fine-tuning (paper sections 4.2, 4.3)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
     return Prior(tensors["latents"].float(), base.tokenize(prompts))
 
 
-def prior_rows(base: Base, prior: Prior, rows: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def prior_rows(
+    base: Base, prior: Prior, rows: int, seed: int, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Draw one step's prior rows: latents, noise, timesteps, ids and the base's own prediction, each `[P, ...]`.
 
     Call it while no adapter is active.

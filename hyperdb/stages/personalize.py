@@ -69,8 +69,8 @@ class Personalizer:
         name = config.diffusion.hypernet if config.hypernet == "default" else config.hypernet
         if name is None and config.hypernet is not None:
             raise UserError(
-                f"no hypernetwork is known for the base {config.diffusion.path}: train one with `hyperdb train_hypernet` "
-                "and set hypernet=FOLDER, or run the fast fine-tuning alone with hypernet=null"
+                f"no hypernetwork is known for the base {config.diffusion.path}: train one with "
+                "`hyperdb train_hypernet` and set hypernet=FOLDER, or run the fast fine-tuning alone with hypernet=null"
             )
         folder = resolve(name) if name is not None else None
         if folder is not None and not (folder / "hypernet.safetensors").is_file():
@@ -178,14 +178,19 @@ def run(config: Config) -> Path:
     tokens = model.predict(crop)
     lap("predict")
     with tqdm(total=config.finetune.steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
-        relaxed = model.finetune(crop, tokens, lambda step, loss: bar.update(1) and bar.set_postfix_str(f"loss {loss:.4f}"))
+
+        def progress(_: int, loss: float) -> None:
+            bar.update(1)
+            bar.set_postfix_str(f"loss {loss:.4f}")
+
+        relaxed = model.finetune(crop, tokens, progress)
     lap("finetune")
     out = Path(config.out)
     predicted, finished = model.wrap(tokens), model.wrap(tokens, relaxed)
     predicted.save_lidb(out / "lidb.safetensors")
     finished.save(out / "adapter.safetensors")
     report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "base": model.base.digest}
-    report["bytes"] = {p.name: p.stat().st_size for p in sorted(out.glob("*.safetensors")) if p.name != "prior.safetensors"}
+    report["bytes"] = {n: (out / n).stat().st_size for n in ("lidb.safetensors", "adapter.safetensors")}
     lap("save")
     if config.preview:
         report["face_cosine_to_photo"] = _preview(model, crop, predicted, finished, out / "preview.png")

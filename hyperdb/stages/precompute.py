@@ -75,7 +75,7 @@ def run(config: Config) -> Path:
                 flat = [row for r in index for row in r]
                 moments = base.moments(people.images[flat]).unflatten(0, (len(group), config.views))
                 losses: list[float] = []
-                params = fit(base, lidb, moments, config.fit, None, prior, lambda _, loss: losses.append(loss))
+                params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x, seen=losses: seen.append(x))
                 weights.save_shard(out, number, params["tokens"].cpu(), seeds, key)
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(group))

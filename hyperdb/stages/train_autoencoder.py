@@ -114,7 +114,12 @@ def run(config: Config) -> Path:
     vae.save_pretrained(out / "vae")
     save_json(
         out / "report.json",
-        {"steps": config.steps, "psnr_held_out": round(psnr, 2), "parameters": vae.num_parameters(), "data": people.digest},
+        {
+            "steps": config.steps,
+            "psnr_held_out": round(psnr, 2),
+            "parameters": vae.num_parameters(),
+            "data": people.digest,
+        },
     )
     _picture(out / "reconstructions.png", x, y)
     print(f"held-out PSNR {psnr:.2f} dB; autoencoder in {out / 'vae'}, pictures in {out / 'reconstructions.png'}")

@@ -109,7 +109,11 @@ def _new_base(config: Config, words: list[str]) -> Base:
         )
     )
     schedule = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        steps_offset=1,
     )
     settings = DiffusionConfig(size=vae.config.sample_size, device="cpu", attention="eager")
     return Base(settings, unet, text_encoder, vae, tokenizer, schedule, digest="")

@@ -49,7 +49,7 @@ def run(config: Config) -> Path:
     pairs = [rows[photo[rows]] for rows in people.rows]
     pairs = [rows for rows in pairs if len(rows) >= 2]
     if len(pairs) <= config.held_out + config.batch:
-        raise UserError(f"{config.data} has {len(pairs)} people with two photos; render more or lower held_out and batch")
+        raise UserError(f"{config.data} has {len(pairs)} people with two photos; render more or lower held_out, batch")
     held, pairs = pairs[-config.held_out :], pairs[: -config.held_out]
     morphs = people.labels["coefficients"].float()
     morphs = (morphs - morphs.mean(0)) / morphs.std(0).clamp_min(1e-3)
@@ -104,7 +104,7 @@ def run(config: Config) -> Path:
         rank1 = ((z1 @ z2.mT).argmax(1) == torch.arange(len(held))).float().mean().item()
         error = F.mse_loss(regress(first), morphs[torch.stack([rows[0] for rows in held])]).item()
     save_tensors(out / "encoder.safetensors", encoder.vit.state_dict())
-    report = {"rank1_held_out": rank1, "people_held_out": len(held), "morph_r2": round(1 - error, 4), "steps": config.steps}
-    save_json(out / "report.json", {**report, "data": people.digest})
+    report = {"rank1_held_out": rank1, "people_held_out": len(held), "morph_r2": round(1 - error, 4)}
+    save_json(out / "report.json", {**report, "steps": config.steps, "data": people.digest})
     print(f"rank-1 of {len(held)} unseen people {rank1:.2f}, morph R2 {1 - error:.2f}; encoder in {out}")
     return out

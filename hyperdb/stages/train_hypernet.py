@@ -15,7 +15,6 @@ from hyperdb.stages.finetune import PriorConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hyperdb.data.people import People
     from hyperdb.data.weights import WeightStore
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
 class Config:
     """L = alpha * diffusion + beta * weight space (eq. 2), with `prior_weight` times the class prior.
 
-    `weights`: a store of `hyperdb precompute`, or null (beta is then not used); `people`: how many identities of `data`;
-    `target_view`: same denoises the conditioning photo (the paper), other another photo of that person.
+    `weights`: a store of `hyperdb precompute`, or null (beta is then not used); `people`: how many identities of
+    `data`; `target_view`: same denoises the conditioning photo (the paper), other another photo of that person.
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -192,14 +191,14 @@ def run(config: Config) -> Path:
             last = step + 1 == config.steps
             if validation is not None and ((step + 1) % config.validate_every == 0 or last):
                 ema.swap()
-                scores = validation.measure(model, out / "previews" / f"step-{step + 1:06d}.png", store, weight_loss, scale)
+                picture = out / "previews" / f"step-{step + 1:06d}.png"
+                scores = validation.measure(model, picture, store, weight_loss, scale)
                 ema.swap()
                 journal.record(step + 1, **{f"validation/{k}": v for k, v in scores.items()})
                 if config.tracker:
                     accelerator.log({f"validation/{k}": v for k, v in scores.items()}, step=step + 1)
-            if (step + 1) % config.save_every == 0 or last:
-                if accelerator.is_main_process:
-                    checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
+            if accelerator.is_main_process and ((step + 1) % config.save_every == 0 or last):
+                checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
             if config.tracker:
                 accelerator.log({"loss": loss.item()}, step=step + 1)
 
@@ -238,7 +237,7 @@ def _focus(weight: float, shape: tuple[int, int, int]) -> Tensor:
 
 
 class _Validation:
-    """Unseen people, fixed seeds: diffusion loss and face cosine under the own and under another person's prediction."""
+    """Unseen people, fixed seeds: diffusion loss and face cosine under the own and another's prediction."""
 
     def __init__(self, config: Config, base: Base, lidb: Any) -> None:
         import torch
@@ -305,11 +304,13 @@ class _Validation:
         drawn = {n: draw(base, f, count, prompts, [0, 1]) for n, f in (("own", own), ("shuffled", shuffled))}
         for name, images in drawn.items():
             scores[f"face_cosine_{name}"] = round(face_cosine(feature, images, self.gallery).mean().item(), 4)
-        style = self.config.prior.prompts[-1].replace(self.config.diffusion.class_word, f"[V] {self.config.diffusion.class_word}")
+        word = self.config.diffusion.class_word
+        style = self.config.prior.prompts[-1].replace(word, f"[V] {word}")
         styled = draw(base, own, count, [style], [0])
         few = min(count, 10)
-        rows_of = [self.shown[:few], drawn["own"][:few, 0], drawn["own"][:few, 1], drawn["shuffled"][:few, 0], styled[:few, 0]]
-        pixels = torch.cat(rows_of).permute(0, 2, 3, 1).numpy()
+        one, two = drawn["own"][:few, :2].unbind(1)
+        sheet = [self.shown[:few], one, two, drawn["shuffled"][:few, 0], styled[:few, 0]]
+        pixels = torch.cat(sheet).permute(0, 2, 3, 1).numpy()
         labels = ["photo", "predicted", "predicted", "another's", "styled"]
         save_png(picture, grid(list(pixels), few, rows=labels))
         return scores

@@ -17,9 +17,14 @@ from hyperdb.runtime.seed import derive, generator, numpy_rng
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     save_json(path, {"a": 1})
-    with pytest.raises(RuntimeError), atomic(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert load_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
@@ -33,7 +38,8 @@ def test_json_refuses_nan(tmp_path):
 def test_foreign_files_give_one_clear_line(tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"not a tensor file")
-    for read, path in ((load_tensors, bad), (load_json, bad), (load_tensors, tmp_path / "none"), (load_json, tmp_path / "no")):
+    none = tmp_path / "none"
+    for read, path in ((load_tensors, bad), (load_json, bad), (load_tensors, none), (load_json, none)):
         with pytest.raises(UserError, match=str(path)):
             read(path)
 

@@ -75,7 +75,8 @@ def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
     from hyperdb.runtime import checkpoint
 
     out = made["root"] / "resumed"
-    words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=4", "save_every=2", f"out={out}"]
+    words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=4", f"out={out}"]
+    words.append("save_every=2")
     save = checkpoint.save
 
     def save_and_die(path, step, *rest):
