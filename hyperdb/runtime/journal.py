@@ -16,29 +16,29 @@ class NonFiniteError(FloatingPointError):
 
 
 class Journal:
-    """Write `path` (JSON lines) and show a bar from `start` to `total` steps.
+    """Write `path` (JSON lines, a record every `every` steps) and show a bar from `start` to `total` steps.
 
     On resume, records at or after `start` are dropped first, so an interrupted and resumed
     run leaves the same journal as an uninterrupted one.
     """
 
-    def __init__(self, path: Path, total: int, start: int = 0, name: str = "") -> None:
+    def __init__(self, path: Path, total: int, start: int = 0, name: str = "", every: int = 50) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read(path) if r["step"] <= start] if path.exists() and start else []
         path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self.path = path
+        self.every = every
         self._file = path.open("a")
         self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, smoothing=0.05)
         self._smooth: float | None = None
         self._began = time.monotonic()
 
-    def step(self, step: int, loss: float, every: int = 50, **values: float) -> None:
-        """Advance the bar by one; every `every` steps write a record. Raises `NonFiniteError`."""
+    def step(self, step: int, loss: float, **values: float) -> None:
+        """Advance the bar by one; every so many steps write a record. Raises `NonFiniteError`."""
         if not math.isfinite(loss):
             raise NonFiniteError(f"the loss is {loss} at step {step}; lower the learning rate or use fp32")
         self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
         self._bar.update(1)
-        if step % every == 0:
+        if step % self.every == 0:
             self._bar.set_postfix_str(f"loss {self._smooth:.4f}")
             self.record(step, loss=round(self._smooth, 6), **values)
 

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from hyperdb.stages.personalize import Config as PersonalizeConfig
+
 
 @dataclass
-class Config:
-    """`person`: a seed of the test split; the photo is scikit-image's astronaut (NASA, public domain)."""
+class Config(PersonalizeConfig):
+    """`person`: a seed of the validation or test split; the photo is scikit-image's astronaut (NASA, public domain)."""
 
-    person: int = 1_100_003
+    image: str = "none"
     out: str = "runs/demo"
+    person: int = 1_100_003
 
 
 def run(config: Config) -> Path:
     """Write `out/rendered` and `out/astronaut`, each what `hyperdb personalize` writes."""
     from skimage.data import astronaut
 
-    from hyperdb import config as configuration
     from hyperdb.faces.image import save_png
     from hyperdb.heads import Identity, View, render, split_of
     from hyperdb.runtime.errors import UserError
+    from hyperdb.stages import personalize
 
     if split_of(config.person) == "train":
         raise UserError(f"person={config.person} belongs to the training split; take one from 1100000 to 1199999")
     out = Path(config.out)
-    pictures = {
-        "rendered": render(Identity(config.person), View(), size=256),
-        "astronaut": astronaut(),
-    }
+    pictures = {"rendered": render(Identity(config.person), View(), size=256), "astronaut": astronaut()}
     for name, pixels in pictures.items():
         print(f"--- {name}")
         photo = save_png(out / f"{name}.png", pixels)
-        configuration.run("personalize", [f"image={photo}", f"name={name}", f"out={out / name}"])
+        personalize.run(dataclasses.replace(config, image=str(photo), out=str(out / name)))
     print("\nThe pictures:")
     for name in pictures:
         print(f"  {out / name / 'preview.png'}")

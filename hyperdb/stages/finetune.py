@@ -128,8 +128,9 @@ def fit(
     people, views = moments.shape[:2]
     moments = moments.float().to(base.device)
     adapter = adapter.to(base.device)
-    params = {k: torch.nn.Parameter(v.clone()) for k, v in adapter.init(people).items()}
-    optimizer = adamw(params.values(), config.rate)
+    leaves = {k: torch.nn.Parameter(v.clone()) for k, v in adapter.init(people).items()}
+    params: dict[str, Tensor] = dict(leaves)
+    optimizer = adamw(leaves.values(), config.rate)
     schedule = Schedule(config.rate, config.steps, decay=config.decay)
     injection = Injection(base.targets())
     instance = base.tokenize([base.config.instance_prompt])

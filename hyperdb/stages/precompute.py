@@ -66,6 +66,7 @@ def run(config: Config) -> Path:
     }
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.fit.prior_weight > 0 else None
     groups = [rows[k : k + config.batch] for k in range(0, len(rows), config.batch)]
+    losses: list[float] = []
     with tqdm(total=len(rows), desc="fits", unit="person", dynamic_ncols=True) as bar:
         for number, group in enumerate(groups):
             index = [r for _, r in group]
@@ -74,8 +75,8 @@ def run(config: Config) -> Path:
             if not weights.shard_is_done(out, number, key):
                 flat = [row for r in index for row in r]
                 moments = base.moments(people.images[flat]).unflatten(0, (len(group), config.views))
-                losses: list[float] = []
-                params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x, seen=losses: seen.append(x))
+                losses.clear()
+                params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x))
                 weights.save_shard(out, number, params["tokens"].cpu(), seeds, key)
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(group))

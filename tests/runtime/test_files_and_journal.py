@@ -64,9 +64,9 @@ def test_streams_are_private_and_stable():
 
 def test_journal_of_a_resumed_run_equals_that_of_one_run(tmp_path):
     def write(path, start, stop):
-        with journal.Journal(path, 6, start) as j:
+        with journal.Journal(path, 6, start, every=1) as j:
             for step in range(start, stop):
-                j.step(step + 1, 1.0, every=1)
+                j.step(step + 1, 1.0)
 
     write(tmp_path / "whole", 0, 6)
     write(tmp_path / "parts", 0, 5)  # a checkpoint at step 3, killed after 5
