@@ -14,7 +14,7 @@ class Config(PersonalizeConfig):
     """`person`: a seed of the validation or test split; the photo is scikit-image's astronaut (NASA, public domain)."""
 
     image: str = "none"
-    out: str = "runs/demo"
+    out: str = "runs/demo/default"
     person: int = 1_100_003
 
 
