@@ -11,6 +11,7 @@ import os
 import sys
 import textwrap
 import traceback
+import warnings
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -172,6 +173,7 @@ def _take_cfg(words: list[str]) -> tuple[list[str], bool]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    warnings.formatwarning = lambda message, *_, **__: f"hyperdb: warning: {message}\n"  # one line, no source path
     try:
         dispatch(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

@@ -59,7 +59,7 @@ class People:
             [self.captions[i] for i in index.tolist()],
             {k: v[index] for k, v in self.labels.items()},
             self.names,
-            hashlib.sha256(self.digest.encode() + index.numpy().tobytes()).hexdigest()[:16],
+            self.digest,
         )
 
 
@@ -128,13 +128,14 @@ def _aligned(path: Path, split: str, size: int) -> People:
 def latent_moments(base: Base, people: People, folder: Path) -> Tensor:
     """Return the latents' mean and standard deviation `[n, 2, c, h, w]` float16, computed once for a VAE.
 
-    They are kept in `folder`, beside the images, under the VAE's own hash: every base around the same autoencoder and
-    every stage shares them.
+    They are kept in `folder`, beside the images, under the hashes of VAE and pixels: every base around the same
+    autoencoder and every stage shares them.
     """
     digest = hashlib.sha256()
     for name, value in sorted(base.vae.state_dict().items()):
         digest.update(name.encode() + value.half().cpu().numpy().tobytes())
-    key = f"{digest.hexdigest()[:16]} {people.digest} {len(people)}"
+    pixels = hashlib.sha256(people.images.numpy().tobytes())
+    key = f"{digest.hexdigest()[:16]} {pixels.hexdigest()[:16]}"
     cache = folder / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
     if cache.is_file():
         tensors, metadata = load_tensors(cache)

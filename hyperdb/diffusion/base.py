@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from hyperdb.diffusion import DiffusionConfig, resolve
 from hyperdb.diffusion.targets import find_targets
@@ -67,6 +68,7 @@ class Base:
         folder = resolve(config.path)
         if folder.is_dir():
             source, digest = str(folder), hash_files(sorted(folder.rglob("*.safetensors")))
+            disable_progress_bar()  # a local folder loads in a moment
         elif config.path.startswith(("package:", "/", ".", "~")):
             raise UserError(f"no base model at {folder}; set diffusion.path to a Stable Diffusion folder or hub id")
         else:

@@ -48,7 +48,7 @@ class Config:
         ]
     )
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    adapter: LiDBConfig = field(default_factory=LiDBConfig)  # without a hypernetwork: the (empty) LiDB part
+    lidb: LiDBConfig = field(default_factory=LiDBConfig)  # without a hypernetwork: the (empty) LiDB part
     relaxed: LoRAConfig = field(default_factory=LoRAConfig)
     finetune: FitConfig = field(default_factory=FitConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
@@ -82,7 +82,7 @@ class Personalizer:
         if folder is not None:
             self.hypernet = Hypernet.load(folder / "hypernet.safetensors").to(self.base.device)
             self.layout.require(self.hypernet.lidb.layout, f"the hypernetwork {folder}")
-        self.lidb = self.hypernet.lidb if self.hypernet is not None else config.adapter.build(self.layout)
+        self.lidb = self.hypernet.lidb if self.hypernet is not None else config.lidb.build(self.layout)
         self.lidb.to(self.base.device)
         self.prior = None
         if config.finetune.prior_weight > 0:

@@ -19,7 +19,7 @@ class Config:
     """`identities` people, `batch` of them in one pass of the UNet; `views` photos of each (the paper: 1)."""
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    adapter: LiDBConfig = field(default_factory=LiDBConfig)
+    lidb: LiDBConfig = field(default_factory=LiDBConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
     data: str = "data/heads"
@@ -52,7 +52,7 @@ def run(config: Config) -> Path:
     from hyperdb.stages.finetune import fit, load_prior
 
     base = config.diffusion.load()
-    lidb = config.adapter.build(Layout.of(base.targets()))
+    lidb = config.lidb.build(Layout.of(base.targets()))
     people = load_people(config.data, limit=config.first + config.identities, size=config.diffusion.size)
     rows = [(i, r) for i, r in enumerate(reference_rows(people, config.views)) if r and i >= config.first]
     out = Path(config.out)
@@ -61,7 +61,7 @@ def run(config: Config) -> Path:
         "data": people.digest,
         "fit": asdict(config.fit),
         "prior": asdict(config.prior) if config.fit.prior_weight > 0 else None,
-        "lidb": asdict(config.adapter),
+        "lidb": asdict(config.lidb),
         "views": config.views,
     }
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.fit.prior_weight > 0 else None

@@ -29,7 +29,7 @@ class Config:
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    adapter: LiDBConfig = field(default_factory=LiDBConfig)
+    lidb: LiDBConfig = field(default_factory=LiDBConfig)
     model: HypernetConfig = field(default_factory=HypernetConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
     data: str = "data/heads"
@@ -100,9 +100,9 @@ def run(config: Config) -> Path:
     if len(usable) == 0:
         raise UserError(f"{config.data} holds no photos of people")
     store = load_store(config.weights, layout) if config.weights is not None and config.beta > 0 else None
-    if store is not None and asdict(store.lidb.config) != asdict(config.adapter):
-        raise UserError(f"{config.weights} was made with adapter {asdict(store.lidb.config)}; set the same or refit")
-    lidb = store.lidb if store is not None else config.adapter.build(layout)
+    if store is not None and asdict(store.lidb.config) != asdict(config.lidb):
+        raise UserError(f"{config.weights} was made with lidb {asdict(store.lidb.config)}; set the same or refit")
+    lidb = store.lidb if store is not None else config.lidb.build(layout)
     lidb = lidb.to(base.device)
     out = Path(config.out)
     moments = latent_moments(base, people, Path(config.data))

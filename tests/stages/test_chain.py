@@ -21,8 +21,8 @@ TINY = [
     "diffusion.dtype=fp32",
     "prior.images=2",
     "prior.prompts=[a photo of a face]",
-    "adapter.a=12",
-    "adapter.b=8",
+    "lidb.a=12",
+    "lidb.b=8",
 ]
 HYPER = [
     *TINY,
