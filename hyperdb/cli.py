@@ -11,8 +11,8 @@ import os
 import sys
 import textwrap
 import traceback
-import warnings
 import typing
+import warnings
 from collections.abc import Sequence
 from typing import Any
 

@@ -30,7 +30,7 @@ class Config:
 
     out: str = "data/heads"
     split: str = "train"
-    identities: int = 6000
+    identities: int = 4000
     views: int = 6
     photo_views: int = 2
     size: int = 64
