@@ -41,6 +41,7 @@ class Config:
     out: str = "runs/train_hypernet/default"
     alpha: float = 1.0
     beta: float = 0.1
+    fit_share: float = 0.25  # share of a batch drawn from the people who have a fit
     weight_loss: str = "gauge_free"  # or plain, the L2 of eq. 2
     target_view: str = "other"
     face_weight: float = 0.0  # extra weight of the middle of the frame in the diffusion loss
@@ -66,6 +67,8 @@ class Config:
             raise UserError(f"weight_loss={self.weight_loss!r}: expected gauge_free or plain")
         if self.target_view not in ("same", "other"):
             raise UserError(f"target_view={self.target_view!r}: expected same or other")
+        if not 0 <= self.fit_share <= 1:
+            raise UserError(f"fit_share={self.fit_share}: expected 0 to 1")
         if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):
             raise UserError("nothing to learn from: set alpha > 0, or beta > 0 with weights=STORE")
 
@@ -123,6 +126,8 @@ def run(config: Config) -> Path:
         if store is not None:
             model.standardise(store.tokens)
     fit_row = store.rows_of(people.seed[[int(r[0]) for r in people.rows]]) if store is not None else None
+    fitted_people = usable[fit_row[usable] >= 0] if fit_row is not None else usable[:0]
+    few_fitted = round(config.batch * config.fit_share) if len(fitted_people) else 0
     scale = weight_space.scales(lidb, store.tokens, config.weight_loss).to(base.device) if store is not None else None
     weight_loss = getattr(weight_space, config.weight_loss)
     model = model.to(base.device).train()
@@ -147,7 +152,8 @@ def run(config: Config) -> Path:
     with Journal(out / "journal.jsonl", config.steps, start, "hypernetwork") as journal:
         for step in range(start, config.steps):
             g = generator(config.seed, "hypernet", accelerator.process_index, step)
-            who = usable[torch.randint(0, len(usable), (config.batch,), generator=g)]
+            drawn = [fitted_people] * few_fitted + [usable] * (config.batch - few_fitted)
+            who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
             shown, wanted = _views(photos, who, config.target_view, g)
             z_mean, z_std = moments[wanted].float().to(base.device).unbind(1)
             t = stratified_timesteps(config.batch, config.levels, base.schedule.config.num_train_timesteps, g)
