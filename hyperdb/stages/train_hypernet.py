@@ -77,6 +77,7 @@ def run(config: Config) -> Path:
     """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
     import torch
     from accelerate import Accelerator
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from hyperdb.adapters.inject import Injection
     from hyperdb.adapters.layout import Layout
@@ -143,6 +144,8 @@ def run(config: Config) -> Path:
     ema = EMA(trainable, config.ema)
     start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    # see `DiffusionConfig.attention`: the fused backward is slow in bf16 on a CPU
+    kernels = [SDPBackend.MATH] if config.diffusion.attention == "eager" else list(SDPBackend.__members__.values())[1:]
     injection = Injection(base.targets())
     instance = base.tokenize([config.diffusion.instance_prompt])
     focus = _focus(config.face_weight, base.latent_shape).to(base.device)
@@ -161,7 +164,7 @@ def run(config: Config) -> Path:
             z_mean, z_std = (m.repeat_interleave(config.levels, 0) for m in (z_mean, z_std))
             jitter, noise = (torch.randn(z_mean.shape, generator=g).to(base.device) for _ in "zn")
             z = z_mean + z_std * jitter
-            with base.autocast():
+            with base.autocast(), sdpa_kernel(kernels):
                 tokens = wrapped(people.images[shown])  #                           [I, N, D]
             terms: dict[str, Tensor] = {}
             # eq. 2, first term: on everyone
