@@ -38,30 +38,41 @@ class Config:
     seed: int = 0
 
 
-def build_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
-    """Return a CLIP tokenizer to which each of `words` is one token and any other word a spelling."""
-    import json
+def _apply(pieces: list[str], first: str, second: str) -> list[str]:
+    """Join every adjacent (first, second) among the pieces, from the left."""
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and joined[-1] == first and piece == second:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+def build_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
+    """Return a CLIP tokenizer to which each of `words` is one token and any other word a spelling.
+
+    Each word first takes the merges that exist, in their order, then adds its own from the left: encoding replays this.
+    The same words give the same ids on every run, so a resumed training reads its captions as before.
+    """
+    from itertools import pairwise
+
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000,
-        min_frequency=1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    # training to the end merges every word into one token; encoding replays the same merges
-    tokenizer.train_from_iterator(words, trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learned["merges"]]
-    pieces = sorted(learned["vocab"], key=learned["vocab"].get)
-    finals = [c + "</w>" for c in sorted(pre_tokenizers.ByteLevel.alphabet())]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*special, *pieces, *finals]))}
+    merges: list[tuple[str, str]] = []
+    for word in sorted(words):
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            known = next((m for m in merges if m in pairwise(pieces)), None)
+            if known is None:
+                known = (pieces[0], pieces[1])
+                merges.append(known)
+            pieces = _apply(pieces, *known)
+    letters = sorted(ByteLevel.alphabet())
+    ends = [c + "</w>" for c in letters]
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *ends, *(first + second for first, second in merges)]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
