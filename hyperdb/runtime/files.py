@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,14 +99,3 @@ def hash_files(paths: list[Path] | Path) -> str:
     for name, path in zip(names, paths, strict=True):
         digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
-
-
-def cached(path: Path, make: Callable[[], dict[str, torch.Tensor]], key: str) -> dict[str, torch.Tensor]:
-    """Return the tensors stored at `path` if made under the same `key`, else make and store them."""
-    if path.is_file():
-        tensors, metadata = load_tensors(path)
-        if metadata.get("key") == key:
-            return tensors
-    tensors = make()
-    save_tensors(path, tensors, {"key": key})
-    return tensors
