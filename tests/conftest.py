@@ -28,14 +28,10 @@ WORDS = ["a", "photo", "of", "face", "pencil", "sketch", "sks", "zwx", "smiling"
 def tiny_base(tmp_path_factory):
     """Return the folder of an untrained Stable Diffusion of 32 px, v-prediction, that knows WORDS."""
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import AutoencoderKL
 
-    from hyperdb.diffusion import DiffusionConfig
-    from hyperdb.diffusion.base import Base
-    from hyperdb.stages.train_base import build_tokenizer, save_base
+    from hyperdb.stages.train_base import Config, new_base, save_base
 
-    tokenizer = build_tokenizer(WORDS, 24)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         vae = AutoencoderKL(
@@ -48,42 +44,9 @@ def tiny_base(tmp_path_factory):
             mid_block_add_attention=False,
             scaling_factor=0.7,
         )
-        unet = UNet2DConditionModel(
-            sample_size=16,
-            in_channels=4,
-            out_channels=4,
-            cross_attention_dim=32,
-            attention_head_dim=2,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",) * 2,
-            up_block_types=("CrossAttnUpBlock2D",) * 2,
-            norm_num_groups=8,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=24,
-                projection_dim=32,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    schedule = DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        steps_offset=1,
-    )
-    settings = DiffusionConfig(size=32, device="cpu", dtype="fp32")
+        base = new_base(Config(channels=[16, 32], heads=[2, 2], text_width=32, text_layers=2), vae, WORDS)
     folder = tmp_path_factory.mktemp("tiny") / "base"
-    save_base(Base(settings, unet, text_encoder, vae, tokenizer, schedule, digest=""), folder)
+    save_base(base, folder)
     return folder
 
 

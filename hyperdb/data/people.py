@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,12 @@ class People:
         if "style" not in self.labels:
             return torch.full((len(self),), name == "photo")
         return self.labels["style"] == self.names["style"].index(name)
+
+    @cached_property
+    def photos(self) -> list[Tensor]:
+        """Each person's rows in the style photo, possibly none."""
+        photo = self.is_style("photo")
+        return [rows[photo[rows]] for rows in self.rows]
 
     def subset(self, keep: Tensor) -> People:
         """Return the images selected by a mask or by indices `keep`."""

@@ -13,31 +13,30 @@ import torch
 class Schedule:
     """Linear warm-up, constant, then cosine decay over the last `decay` fraction of the steps."""
 
-    rate: float
     steps: int
     warmup: int = 0
     decay: float = 1.0
 
     def __call__(self, step: int) -> float:
-        """Return the learning rate of 0-based `step`."""
+        """Return the factor, in (0, 1], of the learning rate of 0-based `step`."""
         if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
+            return (step + 1) / self.warmup
         begin = self.steps * (1 - self.decay)
         if step <= begin or self.decay == 0:
-            return self.rate
+            return 1.0
         progress = (step - begin) / max(1, self.steps - begin)
-        return self.rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def adamw(params: Iterable[torch.nn.Parameter], rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW with betas (.9, .99), fused."""
+    """AdamW with betas (.9, .99), fused; `add_param_group({"params": ..., "lr": ...})` gives others their own rate."""
     return torch.optim.AdamW(list(params), lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the learning rate of every parameter group to `factor` of the one it was made with."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
 
 class EMA:

@@ -48,9 +48,7 @@ def run(config: Config) -> Path:
 
     # --- people: one reference, `views` judges
     people = load_people(config.data, limit=config.people, size=config.diffusion.size)
-    photo = people.is_style("photo")
-    rows = [r[photo[r]] for r in people.rows]
-    rows = [r for r in rows if len(r) > config.views]
+    rows = [r for r in people.photos if len(r) > config.views]
     if len(rows) < 2:
         raise UserError(f"{config.data} needs at least two people with {config.views + 1} photos each")
     count = len(rows)

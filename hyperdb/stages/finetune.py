@@ -131,7 +131,7 @@ def fit(
     leaves = {k: torch.nn.Parameter(v.clone()) for k, v in adapter.init(people).items()}
     params: dict[str, Tensor] = dict(leaves)
     optimizer = adamw(leaves.values(), config.rate)
-    schedule = Schedule(config.rate, config.steps, decay=config.decay)
+    schedule = Schedule(config.steps, decay=config.decay)
     injection = Injection(base.targets())
     instance = base.tokenize([base.config.instance_prompt])
     guarded = prior is not None and config.prior_weight > 0

@@ -33,12 +33,8 @@ class Config:
 
 def reference_rows(people: People, views: int) -> list[list[int]]:
     """Return the first `views` photo rows of each person, repeating where there are fewer; none: an empty list."""
-    photo = people.is_style("photo")
-    chosen = []
-    for rows in people.rows:
-        photos = rows[photo[rows]].tolist()
-        chosen.append([photos[k % len(photos)] for k in range(views)] if photos else [])
-    return chosen
+    rows = [photos.tolist() for photos in people.photos]
+    return [[r[k % len(r)] for k in range(views)] if r else [] for r in rows]
 
 
 def run(config: Config) -> Path:

@@ -44,15 +44,14 @@ def run(config: Config) -> Path:
     from diffusers import AutoencoderKL
 
     from hyperdb.data.people import load_people
-    from hyperdb.runtime import checkpoint
     from hyperdb.runtime.files import save_json
-    from hyperdb.runtime.journal import Journal
-    from hyperdb.runtime.optim import EMA, Schedule, adamw, set_rate
+    from hyperdb.runtime.loop import train
+    from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.seed import derive, generator
 
     # --- data, model
     people = load_people(config.data)
-    train, held = people.images[: -config.held_out], people.images[-config.held_out :]
+    seen, held = people.images[: -config.held_out], people.images[-config.held_out :]
     size = people.images.shape[-1]
     levels = len(config.channels)
     torch.manual_seed(derive(config.seed, "autoencoder weights"))  # the only way to seed diffusers' initialisation
@@ -68,45 +67,39 @@ def run(config: Config) -> Path:
         sample_size=size,
         mid_block_add_attention=False,
     )
-    optimizer = adamw(vae.parameters(), config.rate, 1e-3)
-    schedule = Schedule(config.rate, config.steps, warmup=100)
-    ema = EMA(vae.parameters(), config.ema)
     out = Path(config.out)
-    start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
     axis = torch.linspace(-1, 1, size)
     distance = axis[:, None] ** 2 + axis[None, :] ** 2
     weight = 0.6 + config.face_weight * torch.exp(-distance / 0.3)
 
     # --- train
-    with Journal(out / "journal.jsonl", config.steps, start, "autoencoder") as journal:
-        for step in range(start, config.steps):
-            g = generator(config.seed, "autoencoder", step)
-            index = torch.randint(0, len(train), (config.batch,), generator=g)
-            x = train[index].float() / 127.5 - 1
-            x = torch.where(torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5, x.flip(-1), x)
-            with torch.autocast("cpu", torch.bfloat16):
-                posterior = vae.encode(x).latent_dist
-                z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
-                y = vae.decode(z).sample
-            y = y.float()
-            kl = posterior.kl().float().mean() / posterior.mean[0].numel()
-            loss = ((y - x).abs() * weight).mean() + config.gradient_weight * F.l1_loss(_edges(y), _edges(x))
-            loss = loss + 0.5 * F.mse_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4)) + config.kl * kl
-            set_rate(optimizer, schedule(step))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            ema.update(step)
-            journal.step(step + 1, loss.item(), kl=round(kl.item(), 4))
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
+    def backward(step: int) -> dict[str, Tensor]:
+        g = generator(config.seed, "autoencoder", step)
+        index = torch.randint(0, len(seen), (config.batch,), generator=g)
+        x = seen[index].float() / 127.5 - 1
+        x = torch.where(torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5, x.flip(-1), x)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+            y = vae.decode(z).sample
+        y = y.float()
+        terms = {
+            "pixels": ((y - x).abs() * weight).mean(),
+            "edges": config.gradient_weight * F.l1_loss(_edges(y), _edges(x)),
+            "colour": 0.5 * F.mse_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4)),
+            "kl": config.kl * posterior.kl().float().mean() / posterior.mean[0].numel(),
+        }
+        torch.stack(list(terms.values())).sum().backward()
+        return terms
+
+    optimizer, ema = adamw(vae.parameters(), config.rate, 1e-3), EMA(vae.parameters(), config.ema)
+    schedule = Schedule(config.steps, warmup=100)
+    train("autoencoder", out, asdict(config), schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure, write
-    ema.copy_to_params()
     vae.eval()
     with torch.no_grad():
-        means = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in train[:2048].split(128)])
+        means = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in seen[:2048].split(128)])
         x = held.float() / 127.5 - 1
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
     vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))

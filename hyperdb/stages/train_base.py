@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDPMScheduler
+    from torch import Tensor
     from transformers import CLIPTokenizer
 
     from hyperdb.diffusion.base import Base
@@ -76,20 +78,27 @@ def build_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
-def _new_base(config: Config, words: list[str]) -> Base:
-    """Return an untrained base around the trained autoencoder."""
+def noise_schedule() -> DDPMScheduler:
+    """Return the cosine schedule: it ends at a signal-to-noise ratio of zero, where sampling begins.
+
+    Stable Diffusion's own schedule leaves a trace of the image at its last step. On small latents that trace outweighs
+    the noise's mean, and pictures sampled from pure noise come out grey.
+    """
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", steps_offset=1)
+
+
+def new_base(config: Config, vae: AutoencoderKL, words: list[str]) -> Base:
+    """Return an untrained base around an autoencoder, whose vocabulary is `words`."""
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from hyperdb.diffusion import DiffusionConfig
     from hyperdb.diffusion.base import Base
-    from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.seed import derive
 
-    if not Path(config.vae).is_dir():
-        raise UserError(f"no autoencoder at {config.vae}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
-    vae = AutoencoderKL.from_pretrained(config.vae)
     tokenizer = build_tokenizer(words, config.text_length)
     levels = len(config.channels)
     torch.manual_seed(derive(config.seed, "base weights"))  # the only way to seed diffusers' initialisation
@@ -119,15 +128,8 @@ def _new_base(config: Config, words: list[str]) -> Base:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    schedule = DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        steps_offset=1,
-    )
     settings = DiffusionConfig(size=vae.config.sample_size, device="cpu", attention="eager")
-    return Base(settings, unet, text_encoder, vae, tokenizer, schedule, digest="")
+    return Base(settings, unet, text_encoder, vae, tokenizer, noise_schedule(), digest="")
 
 
 def save_base(base: Base, out: Path) -> None:
@@ -140,7 +142,7 @@ def save_base(base: Base, out: Path) -> None:
     from hyperdb.runtime.files import load_json, save_json
 
     scheduler = DDIMScheduler.from_config(
-        base.schedule.config, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing"
+        base.schedule.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
     )
     half = {n: copy.deepcopy(getattr(base, n)).half() for n in ("unet", "text_encoder", "vae")}
     half = {n: m.to(memory_format=torch.contiguous_format) for n, m in half.items()}
@@ -161,25 +163,29 @@ def save_base(base: Base, out: Path) -> None:
 def run(config: Config) -> Path:
     """Train from `config.data`; write the base to `out/base` and return `out`."""
     import torch
+    from diffusers import AutoencoderKL
 
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.diffusion import DiffusionConfig
     from hyperdb.diffusion.loss import diffusion_loss
     from hyperdb.heads.captions import vocabulary
-    from hyperdb.runtime import checkpoint
+    from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.files import hash_files, save_json
-    from hyperdb.runtime.journal import Journal
-    from hyperdb.runtime.optim import EMA, Schedule, adamw, set_rate
+    from hyperdb.runtime.loop import train
+    from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.seed import generator
 
     # --- data, model
     people = load_people(config.data)
     if config.init is None:
-        base = _new_base(config, vocabulary())
+        if not Path(config.vae).is_dir():
+            raise UserError(f"no autoencoder at {config.vae}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
+        base = new_base(config, AutoencoderKL.from_pretrained(config.vae), vocabulary())
         base.digest = hash_files(Path(config.vae))
     else:
         base = DiffusionConfig(path=config.init, device="cpu", attention="eager").load()
         base.config.size = base.vae.config.sample_size
+        base.schedule = noise_schedule()
     out = Path(config.out)
     latents = latent_moments(base, people, Path(config.data))
     ids = base.tokenize(people.captions)
@@ -187,35 +193,28 @@ def run(config: Config) -> Path:
     base.unet.requires_grad_(True).train()
     base.text_encoder.requires_grad_(True).train()
     params = [*base.unet.parameters(), *base.text_encoder.parameters()]
-    optimizer = adamw(params, config.rate, 1e-2)
-    schedule = Schedule(config.rate, config.steps, config.warmup, config.decay)
-    ema = EMA(params, config.ema)
-    start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
 
     # --- train
-    with Journal(out / "journal.jsonl", config.steps, start, "base") as journal:
-        for step in range(start, config.steps):
-            g = generator(config.seed, "base", step)
-            index = torch.randint(0, len(people), (config.batch,), generator=g)
-            mean, std = latents[index].float().unbind(1)
-            z = mean + std * torch.randn(mean.shape, generator=g)
-            dropped = torch.rand(config.batch, 1, generator=g) < config.prompt_dropout
-            words = torch.where(dropped, empty, ids[index])
-            t = torch.randint(0, base.schedule.config.num_train_timesteps, (config.batch,), generator=g)
-            loss = diffusion_loss(base, z, torch.randn(z.shape, generator=g), t, words).mean()
-            set_rate(optimizer, schedule(step))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            ema.update(step)
-            journal.step(step + 1, loss.item())
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
-                _preview(base, ema, out / f"samples-{step + 1:06d}.png")
+    def backward(step: int) -> dict[str, Tensor]:
+        g = generator(config.seed, "base", step)
+        index = torch.randint(0, len(people), (config.batch,), generator=g)
+        mean, std = latents[index].float().unbind(1)
+        z = mean + std * torch.randn(mean.shape, generator=g)
+        dropped = torch.rand(config.batch, 1, generator=g) < config.prompt_dropout
+        words = torch.where(dropped, empty, ids[index])
+        t = torch.randint(0, base.schedule.config.num_train_timesteps, (config.batch,), generator=g)
+        loss = diffusion_loss(base, z, torch.randn(z.shape, generator=g), t, words).mean()
+        loss.backward()
+        return {"diffusion": loss.detach()}
+
+    optimizer, ema = adamw(params, config.rate, 1e-2), EMA(params, config.ema)
+    schedule = Schedule(config.steps, config.warmup, config.decay)
+    train(
+        "base", out, asdict(config), schedule, optimizer, ema, backward, save_every=config.save_every,
+        saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),
+    )  # fmt: skip
 
     # --- write
-    ema.copy_to_params()
     save_base(base, out / "base")
     save_json(
         out / "report.json",

@@ -36,18 +36,15 @@ def run(config: Config) -> Path:
 
     from hyperdb.data.people import load_people
     from hyperdb.hypernet.encoder import Encoder
-    from hyperdb.runtime import checkpoint
     from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.files import save_json, save_tensors
-    from hyperdb.runtime.journal import Journal
-    from hyperdb.runtime.optim import EMA, Schedule, adamw, set_rate
+    from hyperdb.runtime.loop import train
+    from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.seed import derive, generator
 
     # --- data: people with at least two photos
     people = load_people(config.data)
-    photo = people.is_style("photo")
-    pairs = [rows[photo[rows]] for rows in people.rows]
-    pairs = [rows for rows in pairs if len(rows) >= 2]
+    pairs = [rows for rows in people.photos if len(rows) >= 2]
     if len(pairs) <= config.held_out + config.batch:
         raise UserError(f"{config.data} has {len(pairs)} people with two photos; render more or lower held_out, batch")
     held, pairs = pairs[-config.held_out :], pairs[: -config.held_out]
@@ -60,43 +57,32 @@ def run(config: Config) -> Path:
     project = torch.nn.Linear(encoder.dim, 128)
     regress = torch.nn.Linear(encoder.dim, morphs.shape[1])
     params = [*encoder.parameters(), *project.parameters(), *regress.parameters()]
-    optimizer = adamw(params, config.rate, 0.05)
-    schedule = Schedule(config.rate, config.steps, warmup=100)
-    ema = EMA(params, 0.995)
-    out = Path(config.out)
-    start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
-
     def pooled(images: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return encoder(images)[:, 1:].mean(1).float()
 
     # --- train
-    with Journal(out / "journal.jsonl", config.steps, start, "encoder") as journal:
-        for step in range(start, config.steps):
-            g = generator(config.seed, "encoder", step)
-            who = torch.randperm(len(pairs), generator=g)[: config.batch].tolist()
-            rows = torch.stack([pairs[i][torch.randperm(len(pairs[i]), generator=g)[:2]] for i in who], 1).flatten()
-            images = people.images[rows]
-            gain = 1 + 0.15 * torch.randn(len(rows), 3, 1, 1, generator=g)  # light and white balance say nothing
-            h = pooled((images.float() * gain).clamp(0, 255))
-            z = F.normalize(project(h), dim=1)
-            logits = z @ z.mT / config.temperature - 1e4 * torch.eye(len(z))
-            partner = torch.arange(len(z)).roll(len(z) // 2)
-            contrast = F.cross_entropy(logits, partner)
-            shape = F.mse_loss(regress(h), morphs[rows])
-            loss = contrast + config.morph_weight * shape
-            set_rate(optimizer, schedule(step))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            ema.update(step)
-            journal.step(step + 1, loss.item(), contrast=round(contrast.item(), 4), shape=round(shape.item(), 4))
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
+    def backward(step: int) -> dict[str, torch.Tensor]:
+        g = generator(config.seed, "encoder", step)
+        who = torch.randperm(len(pairs), generator=g)[: config.batch].tolist()
+        rows = torch.stack([pairs[i][torch.randperm(len(pairs[i]), generator=g)[:2]] for i in who], 1).flatten()
+        images = people.images[rows]
+        gain = 1 + 0.15 * torch.randn(len(rows), 3, 1, 1, generator=g)  # light and white balance say nothing
+        h = pooled((images.float() * gain).clamp(0, 255))
+        z = F.normalize(project(h), dim=1)
+        logits = z @ z.mT / config.temperature - 1e4 * torch.eye(len(z))
+        partner = torch.arange(len(z)).roll(len(z) // 2)
+        contrast = F.cross_entropy(logits, partner)
+        shape = config.morph_weight * F.mse_loss(regress(h), morphs[rows])
+        (contrast + shape).backward()
+        return {"contrast": contrast.detach(), "shape": shape.detach()}
+
+    out = Path(config.out)
+    optimizer, ema = adamw(params, config.rate, 0.05), EMA(params, 0.995)
+    schedule = Schedule(config.steps, warmup=100)
+    train("encoder", out, asdict(config), schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure on held-out people, write
-    ema.copy_to_params()
     encoder.eval()
     with torch.no_grad():
         first, second = (pooled(people.images[torch.stack([rows[k] for rows in held])]) for k in (0, 1))

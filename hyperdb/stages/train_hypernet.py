@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hyperdb.data.weights import WeightStore
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
+    from hyperdb.runtime.journal import Journal
 
 
 @dataclass
@@ -86,9 +87,8 @@ def run(config: Config) -> Path:
     from hyperdb.diffusion.loss import predict, stratified_timesteps, target
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet
-    from hyperdb.runtime import checkpoint
     from hyperdb.runtime.files import save_json
-    from hyperdb.runtime.journal import Journal
+    from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.seed import derive, generator
@@ -98,8 +98,7 @@ def run(config: Config) -> Path:
     base = config.diffusion.load()
     layout = Layout.of(base.targets())
     people = load_people(config.data, limit=config.people, size=config.diffusion.size)
-    photo = people.is_style("photo")
-    photos = [rows[photo[rows]] for rows in people.rows]
+    photos = people.photos
     usable = torch.tensor([i for i, rows in enumerate(photos) if len(rows)])
     if len(usable) == 0:
         raise UserError(f"{config.data} holds no photos of people")
@@ -132,17 +131,12 @@ def run(config: Config) -> Path:
     scale = weight_space.scales(lidb, store.tokens, config.weight_loss).to(base.device) if store is not None else None
     weight_loss = getattr(weight_space, config.weight_loss)
     model = model.to(base.device).train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(trainable, config.rate)
-    inside = {id(p) for p in model.encoder.parameters()}
-    optimizer.param_groups.clear()
-    for rate, inner in ((config.rate, False), (config.encoder_rate, True)):
-        chosen = [p for p in trainable if (id(p) in inside) == inner]
-        if chosen:
-            optimizer.add_param_group({"params": chosen, "lr": rate, "peak": rate})
-    schedule = Schedule(1.0, config.steps, config.warmup, config.decay)
-    ema = EMA(trainable, config.ema)
-    start = checkpoint.load(out / "checkpoint.safetensors", optimizer, ema, asdict(config))
+    inside = [p for p in model.encoder.parameters() if p.requires_grad]
+    outside = list(model.decoder.parameters())
+    optimizer = adamw(outside, config.rate)
+    if inside:
+        optimizer.add_param_group({"params": inside, "lr": config.encoder_rate})
+    ema = EMA([*outside, *inside], config.ema)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     # see `DiffusionConfig.attention`: the fused backward is slow in bf16 on a CPU
     kernels = [SDPBackend.MATH] if config.diffusion.attention == "eager" else list(SDPBackend.__members__.values())[1:]
@@ -152,68 +146,67 @@ def run(config: Config) -> Path:
     validation = _Validation(config, base, lidb) if config.validation is not None else None
 
     # --- train
-    with Journal(out / "journal.jsonl", config.steps, start, "hypernetwork") as journal:
-        for step in range(start, config.steps):
-            g = generator(config.seed, "hypernet", accelerator.process_index, step)
-            drawn = [fitted_people] * few_fitted + [usable] * (config.batch - few_fitted)
-            who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
-            shown, wanted = _views(photos, who, config.target_view, g)
-            z_mean, z_std = moments[wanted].float().to(base.device).unbind(1)
-            t = stratified_timesteps(config.batch, config.levels, base.schedule.config.num_train_timesteps, g)
-            t = t.flatten().to(base.device)  #                                      [I * S], identity-major
-            z_mean, z_std = (m.repeat_interleave(config.levels, 0) for m in (z_mean, z_std))
-            jitter, noise = (torch.randn(z_mean.shape, generator=g).to(base.device) for _ in "zn")
-            z = z_mean + z_std * jitter
-            with base.autocast(), sdpa_kernel(kernels):
-                tokens = wrapped(people.images[shown])  #                           [I, N, D]
-            terms: dict[str, Tensor] = {}
-            # eq. 2, first term: on everyone
-            if config.alpha > 0:
-                factors = lidb.factors({"tokens": tokens})
-                with injection.using(factors):
-                    ids = instance.expand(len(t), -1)
-                    error = (predict(base, z, noise, t, ids) - target(base.schedule, z, noise, t)).square()
-                    terms["diffusion"] = config.alpha * (error * focus).mean()
-                if prior is not None:
-                    # each row of the prior under the adapter of another person of the batch
-                    pz, pnoise, pt, pids, own = prior_rows(base, prior, config.prior_rows, config.seed, step)
-                    few = {k: (d[: config.prior_rows], u[: config.prior_rows]) for k, (d, u) in factors.items()}
-                    with injection.using(few):
-                        kept = (predict(base, pz, pnoise, pt, pids) - own).square().mean()
+    def backward(step: int) -> dict[str, Tensor]:
+        g = generator(config.seed, "hypernet", accelerator.process_index, step)
+        drawn = [fitted_people] * few_fitted + [usable] * (config.batch - few_fitted)
+        who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
+        shown, wanted = _views(photos, who, config.target_view, g)
+        z_mean, z_std = moments[wanted].float().to(base.device).unbind(1)
+        t = stratified_timesteps(config.batch, config.levels, base.schedule.config.num_train_timesteps, g)
+        t = t.flatten().to(base.device)  #                                          [I * S], identity-major
+        z_mean, z_std = (m.repeat_interleave(config.levels, 0) for m in (z_mean, z_std))
+        jitter, noise = (torch.randn(z_mean.shape, generator=g).to(base.device) for _ in "zn")
+        z = z_mean + z_std * jitter
+        with base.autocast(), sdpa_kernel(kernels):
+            predicted = wrapped(people.images[shown])  #                            [I, N, D]
+        # each term goes back as far as the tokens, while its factors are in use; then all of them through the network
+        tokens = predicted.detach().requires_grad_()
+        terms: dict[str, Tensor] = {}
+        # eq. 2, first term: on everyone
+        if config.alpha > 0:
+            with injection.using(lidb.factors({"tokens": tokens})):
+                error = predict(base, z, noise, t, instance.expand(len(t), -1)) - target(base.schedule, z, noise, t)
+                terms["diffusion"] = config.alpha * (error.square() * focus).mean()
+                terms["diffusion"].backward()
+            if prior is not None:
+                # each row of the prior under the adapter of another person of the batch
+                pz, pnoise, pt, pids, own = prior_rows(base, prior, config.prior_rows, config.seed, step)
+                with injection.using(lidb.factors({"tokens": tokens[: config.prior_rows]})):
+                    kept = (predict(base, pz, pnoise, pt, pids) - own).square().mean()
                     terms["prior"] = config.prior_weight * kept
-            # eq. 2, second term: where a fit exists
-            if store is not None and fit_row is not None and scale is not None:
-                rows = fit_row[who]
-                if (rows >= 0).any():
-                    fitted = store.tokens[rows[rows >= 0]].to(base.device)
-                    distance = weight_loss(lidb, tokens[(rows >= 0).to(base.device)], fitted, scale)
-                    terms["weights"] = config.beta * distance.sum() / config.batch
-            loss = torch.stack(list(terms.values())).sum()
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(step)
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
-            ema.update(step)
-            journal.step(step + 1, loss.item(), **{k: round(v.item(), 5) for k, v in terms.items()})
-            last = step + 1 == config.steps
-            if validation is not None and ((step + 1) % config.validate_every == 0 or last):
-                ema.swap()
-                picture = out / "previews" / f"step-{step + 1:06d}.png"
-                scores = validation.measure(model, picture, store, weight_loss, scale)
-                ema.swap()
-                journal.record(step + 1, **{f"validation/{k}": v for k, v in scores.items()})
-                if config.tracker:
-                    accelerator.log({f"validation/{k}": v for k, v in scores.items()}, step=step + 1)
-            if accelerator.is_main_process and ((step + 1) % config.save_every == 0 or last):
-                checkpoint.save(out / "checkpoint.safetensors", step + 1, optimizer, ema, asdict(config))
-            if config.tracker:
-                accelerator.log({"loss": loss.item()}, step=step + 1)
+                    terms["prior"].backward()
+        # eq. 2, second term: where a fit exists
+        if store is not None and fit_row is not None and scale is not None:
+            rows = fit_row[who]
+            if (rows >= 0).any():
+                fitted = store.tokens[rows[rows >= 0]].to(base.device)
+                distance = weight_loss(lidb, tokens[(rows >= 0).to(base.device)], fitted, scale)
+                terms["weights"] = config.beta * distance.sum() / config.batch
+                terms["weights"].backward()
+        accelerator.backward(predicted, gradient=tokens.grad)
+        return {k: v.detach() for k, v in terms.items()}
+
+    def after(done: int, terms: dict[str, float], journal: Journal) -> None:
+        scores = dict(terms)
+        if validation is not None and (done % config.validate_every == 0 or done == config.steps):
+            ema.swap()
+            picture = out / "previews" / f"step-{done:06d}.png"
+            found = validation.measure(model, picture, store, weight_loss, scale)
+            ema.swap()
+            found = {f"validation/{k}": v for k, v in found.items()}
+            journal.record(done, **found)
+            scores.update(found)
+        if config.tracker:
+            accelerator.log(scores, step=done)
+
+    schedule = Schedule(config.steps, config.warmup, config.decay)
+    train(
+        "hypernetwork", out, asdict(config), schedule, optimizer, ema, backward, after, config.save_every,
+        main=accelerator.is_main_process,
+    )  # fmt: skip
 
     # --- write
     injection.remove()
-    ema.copy_to_params()
     made_from = {"base": base.digest, "data": people.digest, "weights": store.index["fingerprint"] if store else ""}
     model.save(out / "hypernet.safetensors", {**made_from, "steps": str(config.steps)})
     save_json(out / "report.json", {"config": asdict(config), **made_from, **provenance()})
@@ -256,8 +249,7 @@ class _Validation:
         assert config.validation is not None
         self.base, self.lidb, self.config = base, lidb, config
         people = load_people(config.validation, limit=config.validation_people, size=config.diffusion.size)
-        photo = people.is_style("photo")
-        rows = [r[photo[r]] for r in people.rows if photo[r].sum() >= 2]
+        rows = [r for r in people.photos if len(r) >= 2]
         if len(rows) < 2:
             raise UserError(f"{config.validation} needs at least two people with two photos each")
         views = min(len(r) for r in rows)

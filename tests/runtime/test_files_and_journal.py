@@ -117,7 +117,7 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path):
 
 
 def test_schedule_warms_up_holds_and_falls():
-    schedule = Schedule(1.0, 100, warmup=10, decay=0.5)
+    schedule = Schedule(100, warmup=10, decay=0.5)
     assert schedule(0) == pytest.approx(0.1)
     assert schedule(9) == schedule(30) == schedule(50) == 1.0
     assert 0.4 < schedule(75) < 0.6

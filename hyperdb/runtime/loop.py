@@ -1,0 +1,57 @@
+"""The one training loop: resume, learning rate, clipping, averaging, journal, checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hyperdb.runtime import checkpoint
+from hyperdb.runtime.journal import Journal
+from hyperdb.runtime.optim import EMA, Schedule, set_rate
+
+
+def train(
+    name: str,
+    out: Path,
+    config: dict[str, Any],
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    backward: Callable[[int], Mapping[str, Tensor]],
+    after: Callable[[int, dict[str, float], Journal], object] | None = None,
+    save_every: int = 250,
+    saved: Callable[[int], object] | None = None,
+    main: bool = True,
+) -> None:
+    """Train `ema.params` to `schedule.steps`, from the checkpoint in `out` if there is one; then put the average in.
+
+    `backward(step)` computes the gradients of 0-based `step` and returns the terms of its loss, whose sum goes to
+    `out/journal.jsonl`. `after(done, terms, journal)` runs after every step, `saved(done)` after every checkpoint. Of
+    several processes only the `main` one writes. Raises `UserError` for a checkpoint of another `config`,
+    `NonFiniteError` for a bad loss.
+    """
+    path = out / "checkpoint.safetensors"
+    start = checkpoint.load(path, optimizer, ema, config)
+    with Journal(out / "journal.jsonl" if main else Path(os.devnull), schedule.steps, start, name) as journal:
+        for step in range(start, schedule.steps):
+            set_rate(optimizer, schedule(step))
+            optimizer.zero_grad()
+            terms = {k: v.item() for k, v in backward(step).items()}
+            torch.nn.utils.clip_grad_norm_(ema.params, 1.0)
+            optimizer.step()
+            ema.update(step)
+            done = step + 1
+            parts = {k: round(v, 5) for k, v in terms.items()} if len(terms) > 1 else {}
+            journal.step(done, sum(terms.values()), **parts)
+            if after is not None:
+                after(done, terms, journal)
+            if main and (done % save_every == 0 or done == schedule.steps):
+                checkpoint.save(path, done, optimizer, ema, config)
+                if saved is not None:
+                    saved(done)
+    ema.copy_to_params()
