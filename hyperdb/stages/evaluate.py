@@ -39,11 +39,12 @@ def run(config: Config) -> Path:
     from hyperdb.data.people import load_people
     from hyperdb.faces.image import grid, save_png
     from hyperdb.metrics.face import SFace
-    from hyperdb.metrics.score import bootstrap, paired
+    from hyperdb.metrics.feature import detection_rate
+    from hyperdb.metrics.score import bootstrap, cosine, paired, rank1
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.provenance import provenance
     from hyperdb.stages.finetune import fit
-    from hyperdb.stages.likeness import draw, face_cosine, galleries
+    from hyperdb.stages.likeness import draw, galleries
     from hyperdb.stages.personalize import Personalizer
 
     # --- people: one reference, `views` judges
@@ -94,14 +95,14 @@ def run(config: Config) -> Path:
                 images[row] = draw(base, factors[row], count, instance, seeds, progress=bar.update)
 
     # --- scores: the person is the unit
-    cosine = {row: face_cosine(feature, x, gallery) for row, x in images.items()}
-    per_person = {row: c.mean(1).numpy() for row, c in cosine.items()}
+    embedded = {row: feature(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for row, x in images.items()}
+    per_person = {row: cosine(x, gallery[:, None]).mean(1) for row, x in embedded.items()}
     result: dict[str, Any] = {
         "rows": {
             row: {
                 "cosine": bootstrap(values, config.seed),
-                "detected": round((cosine[row] != 0).float().mean().item(), 4),
-                "rank1": _rank1(feature, images[row], gallery),
+                "detected": round(detection_rate(embedded[row].flatten(0, 1)), 4),
+                "rank1": round(rank1(embedded[row], gallery).mean(), 4),
             }
             for row, values in per_person.items()
         },
@@ -135,13 +136,3 @@ def run(config: Config) -> Path:
     print(f"results in {target}, pictures beside it")
     return target
 
-
-def _rank1(feature: Any, images: Tensor, gallery: Tensor) -> float:
-    """Return how often a picture is nearest to its own person, of all people."""
-    import torch
-
-    embeddings = feature(images.flatten(0, 1)).unflatten(0, images.shape[:2]).nan_to_num(0.0)
-    nearest = torch.einsum("ikc,jc->ikj", embeddings, gallery).argmax(-1)
-    found = embeddings.abs().sum(-1) > 0
-    hit = (nearest == torch.arange(len(gallery))[:, None]) & found
-    return round(hit.float().mean().item(), 4)

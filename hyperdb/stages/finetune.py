@@ -39,66 +39,78 @@ class FitConfig:
 
 @dataclass
 class PriorConfig:
-    """The base's own pictures of class prompts, DreamBooth's class images: what an adapter should leave as it is."""
+    """The base's own pictures of class prompts, DreamBooth's class images: what an adapter should leave as it is.
+
+    Each of `images` pictures is kept at `levels` noise levels, with what the base predicts there.
+    """
 
     prompts: list[str]
     images: int = 64
+    levels: int = 8
     seed: int = 0
 
 
 @dataclass
 class Prior:
-    """Latents `[M, c, h, w]` and the token ids `[M, L]` of their prompts."""
+    """Rows `[levels, images, ...]`: latents, noise, timesteps, token ids, and the base's own prediction for them."""
 
     latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
     ids: Tensor
+    own: Tensor
+
+    def draw(self, rows: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Draw latents, noise, timesteps, ids and own predictions `[rows, ...]` of evenly spread noise levels."""
+        import torch
+
+        from hyperdb.runtime.seed import generator
+
+        g = generator(seed, "prior", step)
+        levels, images = self.timesteps.shape
+        level = ((torch.arange(rows) + torch.rand(rows, generator=g)) / rows * levels).long().clamp_(0, levels - 1)
+        image = torch.randint(0, images, (rows,), generator=g)
+        z, noise, t = (x[level, image] for x in (self.latents, self.noise, self.timesteps))
+        return z, noise, t, self.ids[level, image], self.own[level, image]
 
 
 def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | None = None) -> Prior:
     """Sample the class pictures once and keep them in `cache`; `shipped` ones of the same base and prompts are used."""
+    import torch
+
+    from hyperdb.diffusion.loss import predict, stratified_timesteps
     from hyperdb.diffusion.sample import sample, start_noise
     from hyperdb.runtime.files import load_tensors, save_tensors
+    from hyperdb.runtime.seed import generator
 
-    key = f"{base.digest} {config.prompts} {config.images} {config.seed}"
+    key = f"{base.digest} {config.prompts} {config.images} {config.levels} {config.seed}"
     prompts = [config.prompts[i % len(config.prompts)] for i in range(config.images)]
+    ids = base.tokenize(prompts)
+    g = generator(config.seed, "prior levels")
+    t = stratified_timesteps(config.images, config.levels, base.schedule.config.num_train_timesteps, g).mT  # [S, M]
+    noise = torch.randn((*t.shape, *base.latent_shape), generator=g)
     for path in filter(None, (shipped, cache)):
         if path.is_file():
             tensors, metadata = load_tensors(path)
             if metadata.get("key") == key:
                 break
     else:
-        noise = start_noise(base, [config.seed + i for i in range(config.images)])
-        parts = [
-            sample(base, prompts[k : k + 16], noise[k : k + 16]).cpu().half() for k in range(0, config.images, 16)
-        ]
-        import torch
-
-        tensors = {"latents": torch.cat(parts)}
+        start = start_noise(base, [config.seed + i for i in range(config.images)])
+        parts = [slice(k, k + 16) for k in range(0, config.images, 16)]
+        latents = torch.cat([sample(base, prompts[k], start[k]).cpu().half() for k in parts])
+        with torch.no_grad():
+            own = torch.stack([
+                torch.cat([
+                    predict(base, *(x.to(base.device) for x in (latents[k].float(), n[k], s[k], ids[k]))).cpu().half()
+                    for k in parts
+                ])
+                for n, s in zip(noise, t, strict=True)
+            ])  # fmt: skip
+        tensors = {"latents": latents, "own": own}
         save_tensors(cache, tensors, {"key": key})
-    return Prior(tensors["latents"].float(), base.tokenize(prompts))
-
-
-def prior_rows(
-    base: Base, prior: Prior, rows: int, seed: int, step: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Draw one step's prior rows: latents, noise, timesteps, ids and the base's own prediction, each `[P, ...]`.
-
-    Call it while no adapter is active.
-    """
-    import torch
-
-    from hyperdb.diffusion.loss import predict, stratified_timesteps
-    from hyperdb.runtime.seed import generator
-
-    g = generator(seed, "prior", step)
-    index = torch.randint(0, len(prior.latents), (rows,), generator=g)
-    z = prior.latents[index].to(base.device)
-    t = stratified_timesteps(1, rows, base.schedule.config.num_train_timesteps, g)[0].to(base.device)
-    noise = torch.randn(z.shape, generator=g).to(base.device)
-    ids = prior.ids[index]
-    with torch.no_grad():
-        own = predict(base, z, noise, t, ids)
-    return z, noise, t, ids, own
+    latents, own = (tensors[name].float() for name in ("latents", "own"))
+    rows = (latents.expand(*t.shape, -1, -1, -1), noise, t, ids.expand(*t.shape, -1), own)
+    return Prior(*(x.to(base.device) for x in rows))
 
 
 def fit(
@@ -147,7 +159,7 @@ def fit(
             wanted = target(base.schedule, z.flatten(0, 1), *_tile(people, noise, t)).unflatten(0, (people, levels))
             ids = instance.expand(levels, -1)
             if prior is not None and guarded:
-                pz, pnoise, pt, pids, own = prior_rows(base, prior, extra, config.seed, step)
+                pz, pnoise, pt, pids, own = prior.draw(extra, config.seed, step)
                 z = torch.cat([z, pz.expand(people, *pz.shape)], 1)
                 wanted = torch.cat([wanted, own.expand(people, *own.shape)], 1)
                 noise, t, ids = torch.cat([noise, pnoise]), torch.cat([t, pt]), torch.cat([ids, pids])

@@ -229,7 +229,7 @@ def _preview(
     gallery = galleries(feature, photo[None, None])
     cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
     pictures = [photo, *rows["base"][:1], *rows["prediction"][:1], *rows["fine-tuned"], *styled]
-    labels = ["photo", "base", "prediction", *["fine-tuned"] * 3]
+    labels = ["photo", "base", "prediction", *["fine-tuned"] * 3, *styles]
     scale = max(1, 192 // photo.shape[-1])
     pixels = [p.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for p in pictures]
     text = {"software": "hyperdb", "synthetic": "all but the first picture", "base": base.digest}

@@ -86,7 +86,9 @@ def noise_schedule() -> DDPMScheduler:
     """
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", steps_offset=1)
+    return DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+    )
 
 
 def new_base(config: Config, vae: AutoencoderKL, words: list[str]) -> Base:

@@ -47,7 +47,7 @@ class Config:
     target_view: str = "other"
     face_weight: float = 0.0  # extra weight of the middle of the frame in the diffusion loss
     prior_weight: float = 0.25
-    prior_rows: int = 8
+    prior_rows: int = 1  # a person a step
     steps: int = 2000
     batch: int = 16  # people a step
     levels: int = 2  # noise levels a person a step
@@ -92,7 +92,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.seed import derive, generator
-    from hyperdb.stages.finetune import load_prior, prior_rows
+    from hyperdb.stages.finetune import load_prior
 
     # --- base, people, fits
     base = config.diffusion.load()
@@ -151,36 +151,38 @@ def run(config: Config) -> Path:
         drawn = [fitted_people] * few_fitted + [usable] * (config.batch - few_fitted)
         who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
         shown, wanted = _views(photos, who, config.target_view, g)
-        z_mean, z_std = moments[wanted].float().to(base.device).unbind(1)
-        t = stratified_timesteps(config.batch, config.levels, base.schedule.config.num_train_timesteps, g)
-        t = t.flatten().to(base.device)  #                                          [I * S], identity-major
-        z_mean, z_std = (m.repeat_interleave(config.levels, 0) for m in (z_mean, z_std))
-        jitter, noise = (torch.randn(z_mean.shape, generator=g).to(base.device) for _ in "zn")
-        z = z_mean + z_std * jitter
+        people_now, levels = config.batch, config.levels
+        t = stratified_timesteps(people_now, levels, base.schedule.config.num_train_timesteps, g)
+        z_mean, z_std = moments[wanted].float()[:, :, None].unbind(1)  #            [I, 1, c, h, w]
+        jitter, noise = (torch.randn((people_now, levels, *z_mean.shape[2:]), generator=g) for _ in "zn")
+        rows = [z_mean + z_std * jitter, noise, t, instance.expand(people_now, levels, -1)]  # [I, S, ...] each
+        rows = [x.to(base.device) for x in rows]
+        goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (people_now, levels))
+        if prior is not None:
+            # further rows a person, of the prior: [I, S + P, ...]
+            kept = prior.draw(people_now * config.prior_rows, config.seed, step)
+            each = [x.unflatten(0, (-1, people_now)).transpose(0, 1) for x in kept]
+            *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))
         with base.autocast(), sdpa_kernel(kernels):
             predicted = wrapped(people.images[shown])  #                            [I, N, D]
-        # each term goes back as far as the tokens, while its factors are in use; then all of them through the network
+        # each term goes back as far as the tokens, the first while its factors are in use; then all through the network
         tokens = predicted.detach().requires_grad_()
         terms: dict[str, Tensor] = {}
         # eq. 2, first term: on everyone
         if config.alpha > 0:
             with injection.using(lidb.factors({"tokens": tokens})):
-                error = predict(base, z, noise, t, instance.expand(len(t), -1)) - target(base.schedule, z, noise, t)
-                terms["diffusion"] = config.alpha * (error.square() * focus).mean()
-                terms["diffusion"].backward()
-            if prior is not None:
-                # each row of the prior under the adapter of another person of the batch
-                pz, pnoise, pt, pids, own = prior_rows(base, prior, config.prior_rows, config.seed, step)
-                with injection.using(lidb.factors({"tokens": tokens[: config.prior_rows]})):
-                    kept = (predict(base, pz, pnoise, pt, pids) - own).square().mean()
-                    terms["prior"] = config.prior_weight * kept
-                    terms["prior"].backward()
+                out_rows = predict(base, *(x.flatten(0, 1) for x in rows)).unflatten(0, (people_now, -1))
+                square = (out_rows - goal).square()
+                terms["diffusion"] = config.alpha * (square[:, :levels] * focus).mean()
+                if prior is not None:
+                    terms["prior"] = config.prior_weight * square[:, levels:].mean()
+                torch.stack(list(terms.values())).sum().backward()
         # eq. 2, second term: where a fit exists
         if store is not None and fit_row is not None and scale is not None:
-            rows = fit_row[who]
-            if (rows >= 0).any():
-                fitted = store.tokens[rows[rows >= 0]].to(base.device)
-                distance = weight_loss(lidb, tokens[(rows >= 0).to(base.device)], fitted, scale)
+            fits = fit_row[who]
+            if (fits >= 0).any():
+                fitted = store.tokens[fits[fits >= 0]].to(base.device)
+                distance = weight_loss(lidb, tokens[(fits >= 0).to(base.device)], fitted, scale)
                 terms["weights"] = config.beta * distance.sum() / config.batch
                 terms["weights"].backward()
         accelerator.backward(predicted, gradient=tokens.grad)
