@@ -87,7 +87,11 @@ def noise_schedule() -> DDPMScheduler:
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,  # without effect here; the pipeline asks for it
     )
 
 
@@ -143,9 +147,7 @@ def save_base(base: Base, out: Path) -> None:
 
     from hyperdb.runtime.files import load_json, save_json
 
-    scheduler = DDIMScheduler.from_config(
-        base.schedule.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
-    )
+    scheduler = DDIMScheduler.from_config(base.schedule.config)
     half = {n: copy.deepcopy(getattr(base, n)).half() for n in ("unet", "text_encoder", "vae")}
     half = {n: m.to(memory_format=torch.contiguous_format) for n, m in half.items()}
     pipeline = StableDiffusionPipeline(
