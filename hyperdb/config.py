@@ -34,6 +34,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "train_autoencoder": ("hyperdb.stages.train_autoencoder", "the embedded base's autoencoder"),
     "train_base": ("hyperdb.stages.train_base", "the embedded base's text encoder and UNet"),
     "train_encoder": ("hyperdb.stages.train_encoder", "the hypernetwork's image encoder, on rendered people"),
+    "train_judge": ("hyperdb.stages.train_judge", "a classifier of style and place, to measure obedience with"),
     "precompute": ("hyperdb.stages.precompute", "faces -> their LiDB weights, the hypernetwork's targets"),
     "train_hypernet": ("hyperdb.stages.train_hypernet", "the hypernetwork: one photo -> LiDB weights"),
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),

@@ -10,9 +10,12 @@ from hyperdb.runtime.files import load_json
 
 ROWS = {
     "floor": "base without adapter",
+    "mean": "the mean adapter of the training people",
     "shuffled": "hypernetwork, another person's photo",
     "hyper_only": "hypernetwork alone",
     "hyper_40": "hypernetwork + 40 iterations",
+    "no_hyper_40": "40 iterations without the hypernetwork",
+    "lidb_fit": "LiDB fitted to the photo, 200 iterations",
     "ceiling": "the person's renders through the autoencoder",
 }
 

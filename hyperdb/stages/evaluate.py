@@ -1,131 +1,134 @@
-"""Measure the likeness on unseen people: base, prediction, another person's prediction, fine-tuned, ceiling."""
+"""Measure on unseen people: likeness, the person in a style, obedience, copying; one row a way to personalise."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.errors import UserError
+from hyperdb.stages.finetune import FitConfig
 from hyperdb.stages.personalize import Config as PersonalizeConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hyperdb.adapters.base import Factors
+    from hyperdb.data.people import People
+    from hyperdb.stages.personalize import Personalizer
+
+ROWS = ("floor", "shuffled", "mean", "hyper_only", "hyper_40", "no_hyper_40", "lidb_fit", "ceiling")
+PAIRS = (
+    ("hyper_only", "floor"),
+    ("hyper_only", "shuffled"),
+    ("hyper_only", "mean"),
+    ("hyper_40", "hyper_only"),
+    ("hyper_40", "no_hyper_40"),
+    ("hyper_40", "lidb_fit"),
+)
+
 
 @dataclass
 class Config(PersonalizeConfig):
-    """`data`: rendered people of the test split; one photo of each is the reference, the others judge.
+    """`data`: rendered people of the test split; a person's first photo is the reference, the next `views` judge.
 
-    Every row draws `images` pictures of "a [V] face" a person, with the same seeds.
+    The photos after those, through the autoencoder, are the ceiling. Every other row draws `images` pictures of
+    "a [V] face" a person and one of each of `styled` (a style, or style/place), at the same seeds. `recognisers` judge the likeness; the first one's figures have no suffix.
     """
 
     image: str = "none"
     data: str = "data/heads_test"
     people: int = 25
     images: int = 4
-    views: int = 4  # other photos of the person that the pictures are compared with
+    views: int = 4
+    styled: list[str] = field(default_factory=list)
+    recognisers: list[str] = field(default_factory=lambda: ["sface"])
+    rows: list[str] = field(default_factory=lambda: list(ROWS))
+    no_hyper: FitConfig = field(default_factory=FitConfig)  # of the row no_hyper_40
+    converged: FitConfig = field(default_factory=lambda: FitConfig(steps=200, rate=3e-2))  # of the row lidb_fit
     results: str = "results.json"
     batch: int = 5  # people fine-tuned in one pass
-    rows: list[str] = field(default_factory=lambda: ["floor", "shuffled", "hyper_only", "hyper_40", "ceiling"])
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if row not in ROWS:
+                raise UserError(f"rows={row!r}: expected of {', '.join(ROWS)}")
+        for name in self.recognisers:
+            if name not in ("sface", "dlib"):
+                raise UserError(f"recognisers={name!r}: expected sface or dlib")
 
 
 def run(config: Config) -> Path:
-    """Write `results` with means and 95 % intervals over people and a picture sheet beside it."""
+    """Write `results` with means and 95 % intervals over people, and a picture sheet beside it.
+
+    The pictures of a row are kept in `out/rows`: a run that was stopped goes on where it was.
+    """
     import torch
     from tqdm import tqdm
 
-    from hyperdb.adapters.base import concatenate, select
     from hyperdb.data.people import load_people
     from hyperdb.faces.image import grid, save_png
-    from hyperdb.metrics.face import SFace
-    from hyperdb.metrics.feature import detection_rate
-    from hyperdb.metrics.score import bootstrap, cosine, paired, rank1
-    from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
     from hyperdb.runtime.provenance import provenance
-    from hyperdb.stages.finetune import fit
-    from hyperdb.stages.likeness import draw, galleries
     from hyperdb.stages.personalize import Personalizer
 
-    # --- people: one reference, `views` judges
+    # --- people: one reference, `views` judges, the rest for the ceiling
     people = load_people(config.data, limit=config.people, size=config.diffusion.size)
-    rows = [r for r in people.photos if len(r) > config.views]
+    views = config.views
+    rows = [r for r in people.photos if len(r) > views + 1]
     if len(rows) < 2:
-        raise UserError(f"{config.data} needs at least two people with {config.views + 1} photos each")
-    count = len(rows)
+        raise UserError(f"{config.data} needs at least two people with {views + 2} photos each")
     reference = people.images[torch.stack([r[0] for r in rows])]  #                 [I, 3, H, W]
-    judges = people.images[torch.stack([r[1 : config.views + 1] for r in rows])]  # [I, K, 3, H, W]
+    judges = people.images[torch.stack([r[1 : views + 1] for r in rows])]  #        [I, K, 3, H, W]
+    cycled = [[r[views + 1 + k % (len(r) - views - 1)] for k in range(config.images)] for r in rows]
+    others = people.images[torch.tensor(cycled)]  #                                 [I, images, 3, H, W]
+    words = [style for style, _, _ in (word.partition("/") for word in config.styled)]
+    styled = _styled_views(people, rows, words)
+    best = torch.cat([others, *(styled[word][:, :1] for word in words)], 1)  #      [I, images + styled, 3, H, W]
     model = Personalizer(config)
     if model.hypernet is None:
         raise UserError("evaluate needs a hypernetwork; set hypernet=FOLDER")
-    base, feature = model.base, SFace()
-    gallery = galleries(feature, judges)
 
-    # --- rows
-    with torch.no_grad(), base.autocast():
-        tokens = model.hypernet(reference)
-    own = model.lidb.factors({"tokens": tokens})
-    seeds, instance = list(range(config.images)), [base.config.instance_prompt] * config.images
-    images: dict[str, Tensor] = {}
-    with tqdm(total=len(config.rows) * count, desc="evaluate", unit="person", dynamic_ncols=True) as bar:
+    # --- pictures of every row
+    out, made_from = Path(config.out), _made_from(config, model, people)
+    pictures: dict[str, Tensor] = {}
+    costs: dict[str, dict[str, float]] = {}
+    total = len(rows) * sum(2 if "_40" in row or row == "lidb_fit" else 1 for row in config.rows)
+    with tqdm(total=total, desc="evaluate", unit="person", dynamic_ncols=True) as bar:
         for row in config.rows:
-            if row == "ceiling":
-                decoded = [base.decode(base.moments(j)[:, 0]) for j in judges]
-                images[row] = torch.stack(decoded)[:, : config.images]
-                bar.update(count)
-            elif row == "hyper_40":
-                parts = []
-                lora = config.relaxed.build(model.layout)
-                for first in range(0, count, config.batch):
-                    chosen = slice(first, min(count, first + config.batch))
-                    frozen = {k: (d.detach(), u.detach()) for k, (d, u) in select(own, chosen).items()}
-                    moments = base.moments(reference[chosen])[:, None]
-                    relaxed = lora.factors(fit(base, lora, moments, config.finetune, frozen, model.prior))
-                    number = chosen.stop - first
-                    parts.append(draw(base, concatenate(frozen, relaxed), number, instance, seeds, progress=bar.update))
-                images[row] = torch.cat(parts)
+            path = out / "rows" / f"{row}.safetensors"
+            tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
+            if metadata.get("made_from") != made_from:
+                images, costs[row] = _pictures(row, model, config, reference, best, bar.update)
+                text = {"made_from": made_from, **{k: str(v) for k, v in costs[row].items()}}
+                save_tensors(path, {"images": images}, text)
+                tensors = {"images": images}
             else:
-                factors = {
-                    "floor": None,
-                    "hyper_only": own,
-                    "shuffled": select(own, [(i + 1) % count for i in range(count)]),
-                }
-                if row not in factors:
-                    raise UserError(f"no row {row!r}; there is: {', '.join([*factors, 'hyper_40', 'ceiling'])}")
-                images[row] = draw(base, factors[row], count, instance, seeds, progress=bar.update)
+                costs[row] = {k: float(metadata[k]) for k in ("seconds", "bytes")}
+            pictures[row] = tensors["images"]
 
     # --- scores: the person is the unit
-    embedded = {row: feature(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for row, x in images.items()}
-    per_person = {row: cosine(x, gallery[:, None]).mean(1) for row, x in embedded.items()}
+    scores = _scores(config, reference, judges, {k: v[:, 1:] for k, v in styled.items()}, pictures)
     result: dict[str, Any] = {
-        "rows": {
-            row: {
-                "cosine": bootstrap(values, config.seed),
-                "detected": round(detection_rate(embedded[row].flatten(0, 1)), 4),
-                "rank1": round(rank1(embedded[row], gallery).mean(), 4),
-            }
-            for row, values in per_person.items()
-        },
-        "paired": {
-            f"{a}-{b}": paired(per_person[a], per_person[b], config.seed)
-            for a, b in (("hyper_only", "floor"), ("hyper_only", "shuffled"), ("hyper_40", "hyper_only"))
-            if a in per_person and b in per_person
-        },
-        "people": count,
+        "rows": {row: {**_summary(score, config.seed), **costs[row]} for row, score in scores.items()},
+        "paired": _pairs(scores, config.seed),
+        "people": len(rows),
         "images_a_person": config.images,
-        "base": base.digest,
-        "hypernet": model.hypernet.metadata,
+        "styled": config.styled,
+        "base": model.base.digest,
+        "hypernet": {k: model.hypernet.metadata.get(k) for k in ("base", "data", "steps")},
         "data": people.digest,
-        "recogniser": feature.name,
+        "recognisers": config.recognisers,
+        "fits": {name: asdict(getattr(config, name)) for name in ("finetune", "no_hyper", "converged")},
         **provenance(),
     }
-    result["hypernet"] = {k: v for k, v in result["hypernet"].items() if k in ("base", "data", "steps")}
     target = Path(config.results)
-    target = target if target.is_absolute() else Path(config.out) / target
+    target = target if target.is_absolute() else out / target
     save_json(target, result)
-    few = min(count, 12)
-    pixels = list(reference[:few]) + [x for row in images for x in images[row][:few, 0]]
-    sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *images])
+    few = min(len(rows), 12)
+    pixels = list(reference[:few]) + [x for row in pictures for x in pictures[row][:few, 0]]
+    sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *pictures])
     save_png(target.with_name("people.png"), sheet, {"software": "hyperdb", "results": hash_files([target])})
     for row, score in result["rows"].items():
         c = score["cosine"]
@@ -136,3 +139,156 @@ def run(config: Config) -> Path:
     print(f"results in {target}, pictures beside it")
     return target
 
+
+def _styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[str, Tensor]:
+    """Return each person's renders in each style, `[I, K, 3, H, W]`, K >= 2. Raises `UserError` if there are none."""
+    import torch
+
+    found = {}
+    for style in dict.fromkeys(words):
+        if style not in people.names.get("style", []):
+            raise UserError(f"styled={style!r}: the people have no renders of that style")
+        mask = people.is_style(style)
+        mine = [people.rows[int(people.identity[r[0]])] for r in rows]
+        each = [r[mask[r]] for r in mine]
+        count = min(map(len, each))
+        if count < 2:
+            raise UserError(f"styled={style!r}: every person needs two renders of it; render more views")
+        found[style] = people.images[torch.stack([r[:count] for r in each])]
+    return found
+
+
+def _made_from(config: Config, model: Personalizer, people: People) -> str:
+    import hashlib
+    import json
+
+    what = {k: v for k, v in asdict(config).items() if k not in ("out", "results", "rows", "recognisers", "name")}
+    assert model.hypernet is not None
+    weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.state_dict().values()))
+    return json.dumps([what, model.base.digest, weights.hexdigest()[:16], people.digest], sort_keys=True, default=str)
+
+
+def _pictures(
+    row: str, model: Personalizer, config: Config, reference: Tensor, best: Tensor, progress: Any
+) -> tuple[Tensor, dict[str, float]]:
+    """Draw one row, `[I, images + styled, 3, H, W]` uint8, and say what one person's adapter costs."""
+    import torch
+
+    from hyperdb.adapters.base import concatenate, select
+    from hyperdb.heads import prompt
+    from hyperdb.stages.finetune import fit
+    from hyperdb.stages.likeness import draw
+
+    assert model.hypernet is not None
+    base, lidb, count = model.base, model.lidb, len(reference)
+    if row == "ceiling":  # renders of the person, as the autoencoder lets through
+        images = torch.stack([base.decode(base.moments(x)[:, 0]) for x in best])
+        progress(count)
+        return images, {"seconds": 0.0, "bytes": 0.0}
+    began = time.perf_counter()
+    with torch.no_grad(), base.autocast():
+        tokens = model.hypernet(reference)
+    predicting = (time.perf_counter() - began) / count
+    mean = (model.hypernet.centre * model.hypernet.mask)[None]
+    own = {k: (d.detach(), u.detach()) for k, (d, u) in lidb.factors({"tokens": tokens}).items()}
+    lora = config.relaxed.build(model.layout)
+
+    def trained(adapter: Any, settings: FitConfig, frozen: Factors | None) -> Factors:
+        parts = []
+        for first in range(0, count, config.batch):
+            chosen = slice(first, min(count, first + config.batch))
+            moments = base.moments(reference[chosen])[:, None]
+            under = select(frozen, chosen) if frozen is not None else None
+            parts.append(adapter.factors(fit(base, adapter, moments, settings, under, model.prior)))
+            progress(chosen.stop - chosen.start)
+        made = {name: tuple(torch.cat([p[name][k] for p in parts]) for k in (0, 1)) for name in parts[0]}
+        return made if frozen is None else concatenate(frozen, made)  # type: ignore[arg-type]
+
+    ways: dict[str, Any] = {
+        "floor": lambda: None,
+        "mean": lambda: lidb.factors({"tokens": mean}),
+        "hyper_only": lambda: own,
+        "shuffled": lambda: select(own, [(i + 1) % count for i in range(count)]),
+        "hyper_40": lambda: trained(lora, config.finetune, own),
+        "no_hyper_40": lambda: trained(lora, config.no_hyper, None),
+        "lidb_fit": lambda: trained(lidb, config.converged, None),
+    }
+    began = time.perf_counter()
+    factors = ways[row]()
+    seconds = (time.perf_counter() - began) / count
+    relaxed = 4 * config.relaxed.rank * sum(x.in_ + x.out for x in model.layout.layers)
+    tiny = 4 * lidb.numbers
+    bytes_ = {"floor": 0, "hyper_40": tiny + relaxed, "no_hyper_40": relaxed}.get(row, tiny)
+    if row in ("hyper_only", "shuffled", "hyper_40"):
+        seconds += predicting
+    instance = [base.config.instance_prompt] * config.images
+    pairs = [word.partition("/")[::2] for word in config.styled]
+    prompts = instance + [prompt(style, "[V]", place or None) for style, place in pairs]
+    images = draw(base, factors, count, prompts, list(range(len(prompts))), progress=progress)
+    return images, {"seconds": round(seconds, 3), "bytes": float(bytes_)}
+
+
+def _scores(
+    config: Config, reference: Tensor, judges: Tensor, styled: dict[str, Tensor], pictures: dict[str, Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Return every figure of every row, a value a person, `[I]`."""
+    import torch
+
+    from hyperdb.diffusion import resolve
+    from hyperdb.metrics import copying
+    from hyperdb.metrics.face import Dlib, SFace
+    from hyperdb.metrics.obedience import Judge
+    from hyperdb.metrics.score import cosine, rank1
+    from hyperdb.stages.likeness import galleries
+
+    def each(feature: Any, images: Tensor) -> Tensor:
+        return feature(images.flatten(0, 1)).unflatten(0, images.shape[:2])  #      [I, K, C]
+
+    scores: dict[str, dict[str, Any]] = {row: {} for row in pictures}
+    words = [word.partition("/")[0] for word in config.styled]
+    for number, name in enumerate(config.recognisers):
+        feature, suffix = {"sface": SFace, "dlib": Dlib}[name](), f"_{name}" if number else ""
+        gallery = galleries(feature, judges)
+        in_style = {style: galleries(feature, views) for style, views in styled.items()}
+        for row, images in pictures.items():
+            photo, rest = each(feature, images).split([config.images, len(words)], 1)
+            score = scores[row]
+            score[f"cosine{suffix}"] = torch.as_tensor(cosine(photo, gallery[:, None])).mean(1)
+            score[f"detected{suffix}"] = photo.isfinite().all(-1).float().mean(1)
+            score[f"rank1{suffix}"] = torch.as_tensor(rank1(photo, gallery))
+            if words:
+                hits = [torch.as_tensor(rank1(rest[:, i, None], in_style[word])) for i, word in enumerate(words)]
+                score[f"rank1_styled{suffix}"] = torch.stack(hits).mean(0)
+                score[f"detected_styled{suffix}"] = rest.isfinite().all(-1).float().mean(1)
+    judge = Judge.load(resolve("package:embedded/judge.safetensors")) if words else None
+    for row, images in pictures.items():
+        photo, rest = images.split([config.images, len(words)], 1)
+        for name, what in (("background", copying.background), ("pose", copying.pose)):
+            scores[row][f"copy_{name}"] = copying.similarity(each(what, photo), what(reference), each(what, judges))
+        scores[row]["diversity"] = copying.diversity(photo)
+        if judge is not None:
+            wanted = torch.tensor([judge.words["style"].index(word) for word in words])
+            drawn = judge(rest.flatten(0, 1))["style"].view(-1, len(words))
+            scores[row]["style_accuracy"] = (drawn == wanted).float().mean(1)
+    return scores
+
+
+def _summary(score: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Return mean and interval of every figure but the rates, which are means alone."""
+    from hyperdb.metrics.score import bootstrap
+
+    plain = ("rank1", "detected")
+    return {
+        name: round(float(values.mean()), 4) if name.startswith(plain) else bootstrap(values.numpy(), seed)
+        for name, values in score.items()
+    }
+
+
+def _pairs(scores: dict[str, dict[str, Any]], seed: int) -> dict[str, Any]:
+    from hyperdb.metrics.score import paired
+
+    return {
+        f"{a}-{b}": paired(scores[a]["cosine"].numpy(), scores[b]["cosine"].numpy(), seed)
+        for a, b in PAIRS
+        if a in scores and b in scores
+    }

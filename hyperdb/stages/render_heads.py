@@ -196,6 +196,8 @@ def run(config: Config) -> Path:
     """Render what is missing and return the folder."""
     from tqdm import tqdm
 
+    from hyperdb.runtime.files import save_json
+
     _check(config)
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +222,5 @@ def run(config: Config) -> Path:
         "pictures": config.identities * config.views,
         "heads_sha256": made_from["heads_sha256"],
     }
-    temporary = folder / f".index.json.{os.getpid()}"
-    temporary.write_text(json.dumps(index, indent=1) + "\n")
-    os.replace(temporary, folder / "index.json")
+    save_json(folder / "index.json", index)
     return folder

@@ -14,6 +14,7 @@ from hyperdb.formats.native import Personalization
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors
+from hyperdb.stages import evaluate
 
 TINY = [
     "diffusion.size=32",
@@ -159,10 +160,37 @@ def test_bad_photos_leave_nothing_behind(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_writes_rows_and_pairs(made, tmp_path):
-    words = [made["base"], *TINY, f"data={made['data']}", f"hypernet={made['hyper']}", f"out={tmp_path}"]
-    configuration.run("evaluate", [*words, "people=3", "views=1", "images=1", "finetune.steps=1", "batch=2"])
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Three people with three photos and two renders of every style."""
+    out = tmp_path_factory.mktemp("judged") / "heads"
+    words = ["identities=3", "views=17", "photo_views=3", "size=32", "workers=1", "split=test"]
+    return configuration.run("render_heads", [*words, f"out={out}"])
+
+
+def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_path):
+    words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}", "people=3"]
+    words += ["views=1", "images=2", "batch=2", "styled=[sketch,cartoon/beach]"]
+    words += ["finetune.steps=1", "no_hyper.steps=1", "converged.steps=1"]
+    configuration.run("evaluate", words)
     result = json.loads((tmp_path / "results.json").read_text())
-    assert set(result["rows"]) == {"floor", "shuffled", "hyper_only", "hyper_40", "ceiling"}
-    assert {"hyper_only-floor", "hyper_only-shuffled"} <= set(result["paired"])
+    assert list(result["rows"]) == list(evaluate.ROWS)
+    row = result["rows"]["hyper_40"]
+    assert {"cosine", "rank1", "rank1_styled", "style_accuracy", "copy_background", "copy_pose", "diversity"} <= set(row)
+    assert row["bytes"] > result["rows"]["hyper_only"]["bytes"] > 0
+    assert {f"{a}-{b}" for a, b in evaluate.PAIRS} == set(result["paired"])
+    assert result["rows"]["ceiling"]["detected"] > 0
     assert (tmp_path / "people.png").is_file()
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
+    (tmp_path / "rows" / "mean.safetensors").unlink()
+    configuration.run("evaluate", words)
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["rows"]["mean"]["cosine"] == result["rows"]["mean"]["cosine"]
+    assert all((tmp_path / "rows" / n).stat().st_mtime_ns == t for n, t in kept.items() if n != "mean.safetensors")
+
+
+def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):
+    words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}"]
+    for bad, message in (("rows=[best]", "floor"), ("styled=[fresco]", "fresco"), ("views=3", "photos")):
+        with pytest.raises(UserError, match=message):
+            configuration.run("evaluate", [*words, bad])

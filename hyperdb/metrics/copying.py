@@ -1,0 +1,60 @@
+"""Is a likeness a copy? Background and pose taken over from the reference, and how varied a person's pictures are.
+
+Distances become similarities `1 - d / d0` with d0 that of the person's own other photos: 0 is as unlike the reference
+as those are, 1 is a copy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hyperdb.faces.detect import detect
+
+_BORDER = 2  # of the 16 x 16 cells, on the left, on the right and on top: there the background shows
+
+
+def _cells(images: Tensor) -> Tensor:
+    """Shrink `[N, 3, H, W]` uint8 to `[N, 3, 16, 16]` in [0, 1]."""
+    return F.adaptive_avg_pool2d(images.float() / 255, 16)
+
+
+def background(images: Tensor) -> Tensor:
+    """Return the colours at the border of pictures `[N, 3, H, W]` uint8, `[N, C]` in [0, 1]."""
+    cells = _cells(images)
+    sides = [cells[..., :_BORDER], cells[..., -_BORDER:], cells[..., :_BORDER, :]]
+    return torch.cat([s.flatten(1) for s in sides], 1)
+
+
+def pose(images: Tensor) -> Tensor:
+    """Return where the nose is between the eyes and between eyes and mouth, `[N, 2]`; NaN without a face.
+
+    In units of the distance between the eyes: 0 is frontal, about 0.5 at a yaw of 45 degrees.
+    """
+    found = torch.full((len(images), 2), float("nan"))
+    for row, image in zip(found, images.permute(0, 2, 3, 1).contiguous().numpy(), strict=True):
+        faces = detect(image)
+        if faces:
+            eye, other, nose, mouth, corner = torch.as_tensor(faces[0].points, dtype=torch.float32)
+            middle, span = (eye + other) / 2, (eye - other).norm()
+            row.copy_((nose - (middle + (mouth + corner) / 2) / 2) / span)
+    return found
+
+
+def similarity(pictures: Tensor, reference: Tensor, others: Tensor) -> Tensor:
+    """Compare features of pictures `[I, K, C]` with the reference's `[I, C]`; `others [I, L, C]` set the scale. `[I]`.
+
+    Missing pictures (NaN) are left out; a person with none counts 0.
+    """
+    d = (pictures - reference[:, None]).norm(dim=-1).nanmean(1)
+    d0 = (others - reference[:, None]).norm(dim=-1).nanmean()
+    return (1 - d / d0).nan_to_num(0.0)
+
+
+def diversity(images: Tensor) -> Tensor:
+    """Return the mean root mean square between a person's pictures `[I, K, 3, H, W]`, `[I]`, in 0 .. 1."""
+    cells = _cells(images.flatten(0, 1)).flatten(1).unflatten(0, images.shape[:2])
+    k = cells.shape[1]
+    distances = torch.cdist(cells, cells) / cells.shape[-1] ** 0.5
+    return distances.sum((1, 2)) / max(1, k * (k - 1))

@@ -1,0 +1,84 @@
+"""Train the judge of style and place on rendered people, and measure it on people it has not seen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from hyperdb.diffusion import DiffusionConfig
+
+
+@dataclass
+class Config:
+    """Half of the pictures go through the autoencoder, as every generated picture has."""
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: str = "data/heads"
+    held_out: int = 200  # people kept aside to measure on
+    name: str = "default"
+    out: str = "runs/train_judge/default"
+    steps: int = 600
+    batch: int = 64
+    rate: float = 2e-3
+    save_every: int = 200
+    seed: int = 0
+
+
+def run(config: Config) -> Path:
+    """Write `out/judge.safetensors` and `out/report.json` with the held-out accuracies."""
+    import torch
+    import torch.nn.functional as F
+
+    from hyperdb.data.people import latent_moments, load_people
+    from hyperdb.metrics.obedience import Judge
+    from hyperdb.runtime.errors import UserError
+    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.loop import train
+    from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.seed import derive, generator
+
+    # --- data
+    base = config.diffusion.load()
+    people = load_people(config.data, size=config.diffusion.size)
+    if "style" not in people.labels or people.identities <= config.held_out:
+        raise UserError(f"{config.data} must hold rendered people, more than held_out={config.held_out}")
+    moments = latent_moments(base, people, Path(config.data))
+    labels = {name: people.labels[name] for name in ("style", "place")}
+    seen = (people.identity < people.identities - config.held_out).nonzero()[:, 0]
+    held = (people.identity >= people.identities - config.held_out).nonzero()[:, 0]
+
+    # --- train
+    torch.manual_seed(derive(config.seed, "judge weights"))  # the only way to seed timm's initialisation
+    judge = Judge({name: people.names[name] for name in labels}).train()
+
+    def backward(step: int) -> dict[str, torch.Tensor]:
+        g = generator(config.seed, "judge", step)
+        index = seen[torch.randint(0, len(seen), (config.batch,), generator=g)]
+        half = config.batch // 2
+        images = torch.cat([base.decode(moments[index[:half], 0].float()), people.images[index[half:]]]).float()
+        gain = 1 + 0.05 * torch.randn(len(images), 3, 1, 1, generator=g)
+        grain = 4 * torch.randn(images.shape, generator=g) * torch.rand(len(images), 1, 1, 1, generator=g)
+        logits = judge.logits((images * gain + grain).clamp(0, 255))
+        terms = {name: F.cross_entropy(x, labels[name][index], label_smoothing=0.05) for name, x in logits.items()}
+        torch.stack(list(terms.values())).sum().backward()
+        return terms
+
+    out = Path(config.out)
+    params = list(judge.parameters())
+    optimizer, ema = adamw(params, config.rate, 0.02), EMA(params, 0.99)
+    schedule = Schedule(config.steps, warmup=50)
+    train("judge", out, asdict(config), schedule, optimizer, ema, backward, save_every=config.save_every)
+
+    # --- measure on unseen people, write
+    judge.eval()
+    report: dict[str, object] = {"people_held_out": config.held_out, "pictures_held_out": len(held)}
+    for kind, images in (("renders", people.images[held]), ("reconstructions", base.decode(moments[held, 0].float()))):
+        found = judge(images)
+        accuracy = {name: round((found[name] == labels[name][held]).float().mean().item(), 4) for name in labels}
+        report[f"accuracy_{kind}"] = accuracy
+        print(f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()))
+    judge.save(out / "judge.safetensors", {"data": people.digest, "steps": str(config.steps)})
+    save_json(out / "report.json", {**report, "steps": config.steps, "data": people.digest, **provenance()})
+    print(f"judge in {out / 'judge.safetensors'}")
+    return out
