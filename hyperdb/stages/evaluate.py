@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from hyperdb.adapters.base import Factors
     from hyperdb.data.people import People
+    from hyperdb.metrics.feature import Feature
     from hyperdb.stages.personalize import Personalizer
 
 ROWS = ("floor", "shuffled", "mean", "hyper_only", "hyper_40", "no_hyper_40", "lidb_fit", "ceiling")
@@ -34,7 +35,8 @@ class Config(PersonalizeConfig):
     """`data`: rendered people of the test split; a person's first photo is the reference, the next `views` judge.
 
     The photos after those, through the autoencoder, are the ceiling. Every other row draws `images` pictures of
-    "a [V] face" a person and one of each of `styled` (a style, or style/place), at the same seeds. `recognisers` judge the likeness; the first one's figures have no suffix.
+    "a [V] face" a person and one of each of `styled` (a style, or style/place), at the same seeds.
+    `recognisers` judge the likeness; the first one's figures have no suffix.
     """
 
     image: str = "none"
@@ -247,7 +249,8 @@ def _scores(
     scores: dict[str, dict[str, Any]] = {row: {} for row in pictures}
     words = [word.partition("/")[0] for word in config.styled]
     for number, name in enumerate(config.recognisers):
-        feature, suffix = {"sface": SFace, "dlib": Dlib}[name](), f"_{name}" if number else ""
+        feature: Feature = SFace() if name == "sface" else Dlib()
+        suffix = f"_{name}" if number else ""
         gallery = galleries(feature, judges)
         in_style = {style: galleries(feature, views) for style, views in styled.items()}
         for row, images in pictures.items():
