@@ -86,7 +86,7 @@ def run(config: Config) -> Path:
     cycled = [[r[views + 1 + k % (len(r) - views - 1)] for k in range(config.images)] for r in rows]
     others = people.images[torch.tensor(cycled)]  #                                 [I, images, 3, H, W]
     words = [style for style, _, _ in (word.partition("/") for word in config.styled)]
-    styled = _styled_views(people, rows, words)
+    styled = styled_views(people, rows, words)
     best = torch.cat([others, *(styled[word][:, :1] for word in words)], 1)  #      [I, images + styled, 3, H, W]
     model = Personalizer(config)
     if model.hypernet is None:
@@ -111,9 +111,9 @@ def run(config: Config) -> Path:
             pictures[row] = tensors["images"]
 
     # --- scores: the person is the unit
-    scores = _scores(config, reference, judges, {k: v[:, 1:] for k, v in styled.items()}, pictures)
+    scores = measure(config, reference, judges, {k: v[:, 1:] for k, v in styled.items()}, pictures)
     result: dict[str, Any] = {
-        "rows": {row: {**_summary(score, config.seed), **costs[row]} for row, score in scores.items()},
+        "rows": {row: {**summary(score, config.seed), **costs[row]} for row, score in scores.items()},
         "paired": _pairs(scores, config.seed),
         "people": len(rows),
         "images_a_person": config.images,
@@ -142,7 +142,7 @@ def run(config: Config) -> Path:
     return target
 
 
-def _styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[str, Tensor]:
+def styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[str, Tensor]:
     """Return each person's renders in each style, `[I, K, 3, H, W]`, K >= 2. Raises `UserError` if there are none."""
     import torch
 
@@ -203,8 +203,10 @@ def _pictures(
             under = select(frozen, chosen) if frozen is not None else None
             parts.append(adapter.factors(fit(base, adapter, moments, settings, under, model.prior)))
             progress(chosen.stop - chosen.start)
-        made = {name: tuple(torch.cat([p[name][k] for p in parts]) for k in (0, 1)) for name in parts[0]}
-        return made if frozen is None else concatenate(frozen, made)  # type: ignore[arg-type]
+        made: Factors = {
+            name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts])) for name in parts[0]
+        }
+        return made if frozen is None else concatenate(frozen, made)
 
     ways: dict[str, Any] = {
         "floor": lambda: None,
@@ -230,7 +232,7 @@ def _pictures(
     return images, {"seconds": round(seconds, 3), "bytes": float(bytes_)}
 
 
-def _scores(
+def measure(
     config: Config, reference: Tensor, judges: Tensor, styled: dict[str, Tensor], pictures: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Return every figure of every row, a value a person, `[I]`."""
@@ -276,7 +278,7 @@ def _scores(
     return scores
 
 
-def _summary(score: dict[str, Any], seed: int) -> dict[str, Any]:
+def summary(score: dict[str, Any], seed: int) -> dict[str, Any]:
     """Return mean and interval of every figure but the rates, which are means alone."""
     from hyperdb.metrics.score import bootstrap
 

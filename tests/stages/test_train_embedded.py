@@ -86,3 +86,11 @@ def test_encoder_trains(rendered, tmp_path):
     words = [f"data={rendered}", f"out={tmp_path}", "batch=2", "held_out=1", "steps=2", "encoder.size=32"]
     configuration.run("train_encoder", [*words, "encoder.patch=16", "encoder.depth=1"])
     assert 0 <= json.loads((tmp_path / "report.json").read_text())["rank1_held_out"] <= 1
+
+
+def test_judge_trains(tiny_base, rendered, tmp_path):
+    words = [f"data={rendered}", f"out={tmp_path}", f"diffusion.path={tiny_base}", "diffusion.size=32"]
+    configuration.run("train_judge", [*words, "batch=4", "held_out=1", "steps=2"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["accuracy_renders"]) == {"style", "place"}
+    assert (tmp_path / "judge.safetensors").is_file()
