@@ -54,7 +54,7 @@ def main(specs: list[str]) -> None:
     styled = {k: v[:, 1:] for k, v in styled_views(people, rows, STYLED).items()}
     shown = torch.cat([reference[:PEOPLE, None], more], 1)  #                     [I, 1 + MANY, 3, H, W]
     moments = base.moments(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
-    prior = load_prior(base, whole.prior, here.parent / "prior.safetensors")
+    prior = load_prior(base, whole.prior, Path("runs/gates/prior.safetensors"))
     feature = SFace()
     gallery = galleries(feature, judges)
     prompts = [base.config.instance_prompt] * PHOTOS + [prompt(style, "[V]") for style in STYLED]
