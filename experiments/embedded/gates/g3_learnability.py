@@ -4,7 +4,7 @@
     hyperdb precompute identities=20 fit.seed=1 name=repeat
     python experiments/embedded/gates/g3_learnability.py
 
-Intra-class correlation of the residuals of 20 people fitted twice, with another stream of noise (> .5); ridge regression
+Intra-class correlation of the residuals of 20 people fitted twice with other streams of noise (> .5); ridge regression
 from morph coefficients and attributes to the fits, R2 on held-out people (>= .2): a bound for any hypernetwork.
 """
 
