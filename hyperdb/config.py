@@ -29,6 +29,8 @@ STAGES: dict[str, tuple[str, str]] = {
     "demo": ("hyperdb.stages.demo", "personalise a rendered person and a real photo, show the pictures"),
     "personalize": ("hyperdb.stages.personalize", "one photo -> a small adapter that knows this face"),
     "generate": ("hyperdb.stages.generate", "an adapter and a prompt -> images"),
+    "export": ("hyperdb.stages.export", "an adapter -> a LoRA file for ComfyUI, A1111, diffusers, PEFT"),
+    "import": ("hyperdb.stages.import_", "a LoRA file of those tools -> an adapter"),
     "preprocess": ("hyperdb.stages.preprocess", "raw photos -> aligned faces and a manifest"),
     "render_heads": ("hyperdb.stages.render_heads", "procedural people -> images, captions, labels"),
     "train_autoencoder": ("hyperdb.stages.train_autoencoder", "the embedded base's autoencoder"),

@@ -30,6 +30,7 @@ KIND, VERSION = "hyperdb.personalization", "1"
 MAX_BYTES = 4 * 2**30
 KEYS = ("version", "layout", "layout_digest", "a", "b", "rank", "seed", "basis", "fingerprint", "data_digest")
 WORDS = ("base", "rare_token", "class_word")
+ADAPTERS = ("adapter.safetensors", "lidb.safetensors")  # of a folder, the first that is there
 
 
 def _data_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -216,3 +217,16 @@ class Personalization:
         }
         words = {key: metadata[key] for key in (*WORDS, "fingerprint")}
         return cls(layout, lidb.unpack(numbers.float()), config, relaxed=relaxed, **words)
+
+
+def find_adapter(path: str) -> Path:
+    """Return the adapter file meant by a file or by the folder of a `personalize` run."""
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        raise UserError(f"no adapter at {path}; `hyperdb personalize` makes one, adapter=null draws without")
+    for name in ADAPTERS:
+        if (given / name).is_file():
+            return given / name
+    raise UserError(f"{path} holds neither {' nor '.join(ADAPTERS)}; give the folder of a `personalize` run")

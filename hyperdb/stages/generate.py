@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from hyperdb.diffusion.base import Base
 
-ADAPTERS = ("adapter.safetensors", "lidb.safetensors")  # of a folder, the first that is there
 # A smaller vocabulary was made word by word, so a word it must spell was in no caption. CLIP's 49,408 tokens
 # spell many a word that it knows well.
 SMALL_VOCABULARY = 10_000
@@ -70,19 +69,6 @@ class Config:
 # --- the person --------------------------------------------------------------------------------------
 
 
-def find_adapter(path: str) -> Path:
-    """Return the adapter file meant by a file or by the folder of a `personalize` run."""
-    given = Path(path).expanduser()
-    if given.is_file():
-        return given
-    if not given.is_dir():
-        raise UserError(f"no adapter at {path}; `hyperdb personalize` makes one, adapter=null draws without")
-    for name in ADAPTERS:
-        if (given / name).is_file():
-            return given / name
-    raise UserError(f"{path} holds neither {' nor '.join(ADAPTERS)}; give the folder of a `personalize` run")
-
-
 def _load(config: Config) -> tuple[Base, Path | None]:
     """Read adapter and base, the cheap and likely errors first, and put the adapter on."""
     from hyperdb.diffusion.sample import SCHEDULERS
@@ -92,7 +78,7 @@ def _load(config: Config) -> tuple[Base, Path | None]:
     if config.adapter is None:
         return config.diffusion.load(), None
 
-    from hyperdb.formats.native import Personalization
+    from hyperdb.formats.native import Personalization, find_adapter
 
     file = find_adapter(config.adapter)
     person = Personalization.load(file)

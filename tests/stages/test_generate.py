@@ -19,7 +19,7 @@ from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.faces.image import read_image, read_text
-from hyperdb.formats.native import Personalization
+from hyperdb.formats.native import Personalization, find_adapter
 from hyperdb.runtime.errors import UserError
 from hyperdb.stages import generate
 from hyperdb.stages.generate import Config, run
@@ -171,7 +171,7 @@ def test_adapter_is_a_folder_or_a_file(config: Config, person: Personalization, 
     of_file = pictures(run(replace(config, adapter=str(file), out=str(tmp_path / "2"))))
     assert np.array_equal(of_folder, of_file)
     best = person.save(file.with_name("adapter.safetensors"))
-    assert generate.find_adapter(str(file.parent)) == best
+    assert find_adapter(str(file.parent)) == best
 
 
 def test_the_same_as_in_python(

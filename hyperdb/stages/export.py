@@ -1,0 +1,114 @@
+"""Write an adapter as a file that other tools load: kohya (ComfyUI, Forge, A1111), diffusers, PEFT, or our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperdb.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from hyperdb.formats.native import Personalization
+
+FORMATS = ("kohya", "diffusers", "peft", "native")
+SD15_LAYOUT = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
+
+
+@dataclass
+class Config:
+    """`strength` is baked in; `dtype` is fp32 or fp16."""
+
+    adapter: str = "???"  # a file of `hyperdb personalize`, or its folder
+    format: str = "kohya"
+    strength: float = 1.0
+    dtype: str = "fp16"
+    name: str = "default"
+    out: str = "runs/export/default"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UserError(f"format={self.format!r}: expected one of {', '.join(FORMATS)}")
+        if self.dtype not in ("fp32", "fp16"):
+            raise UserError(f"dtype={self.dtype!r}: expected fp32 or fp16")
+        if not math.isfinite(self.strength):
+            raise UserError(f"strength={self.strength}: expected a finite number")
+
+
+def run(config: Config) -> Path:
+    """Write `out/NAME.safetensors` (peft: `out/unet`, `out/text_encoder`) and a model card; return `out`."""
+    import torch
+
+    from hyperdb.adapters.base import scale
+    from hyperdb.formats import lora
+    from hyperdb.formats.native import Personalization, find_adapter
+    from hyperdb.runtime.files import atomic, hash_files
+
+    file = find_adapter(config.adapter)
+    person = Personalization.load(file)
+    out, dtype = Path(config.out), {"fp32": torch.float32, "fp16": torch.float16}[config.dtype]
+    words = f"{person.rare_token} {person.class_word}"
+    target = out if config.format == "peft" else out / f"{config.name}.safetensors"
+    if config.format == "native":
+        _scaled(person, config.strength).save(target, dtype)
+    else:
+        metadata = {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.title": config.name,
+            "modelspec.trigger_phrase": words,
+            "hyperdb.source": hash_files([file]),
+            "hyperdb.base": person.base,
+            "hyperdb.strength": str(config.strength),
+        }
+        if person.layout.digest == SD15_LAYOUT:
+            metadata |= {
+                "modelspec.architecture": "stable-diffusion-v1/lora",
+                "ss_base_model_version": "sd_v1",
+                "ss_v2": "False",
+            }
+        lora.write(target, scale(person.factors(), config.strength), config.format, metadata, dtype)
+    with atomic(out / "README.md") as temporary:
+        temporary.write_text(_card(config, person, words))
+    print(f"{config.format} adapter in {target}; the words that call the person: {words!r}")
+    return out
+
+
+def _scaled(person: Personalization, strength: float) -> Personalization:
+    """Return the same person with `strength` times the residual: B_train and the relaxed up factors carry it."""
+    from hyperdb.adapters.base import scale
+
+    A, B = person.lidb.split(person.tokens)
+    return dataclasses.replace(
+        person, tokens=person.lidb.join(A, strength * B), relaxed=scale(person.relaxed, strength)
+    )
+
+
+def _card(config: Config, person: Personalization, words: str) -> str:
+    """Return a model card in the hub's form."""
+    files = "the folders unet/ and text_encoder/" if config.format == "peft" else f"`{config.name}.safetensors`"
+    use = {
+        "peft": 'PeftModel.from_pretrained(pipe.unet, "unet")  # and the same for pipe.text_encoder',
+        "native": 'Personalization.load("FILE").apply(pipe)  # hyperdb.formats.native',
+    }.get(config.format, f'pipe.load_lora_weights("{config.name}.safetensors")')
+    return f"""---
+library_name: diffusers
+tags: [lora, text-to-image, hyperdreambooth]
+instance_prompt: {words}
+---
+
+# {config.name}
+
+One person, personalised from one photo with hyperdb (HyperDreamBooth, arXiv 2307.06949): {files}, format
+{config.format}, {config.dtype}, strength {config.strength:g} baked in. Base model: {person.base or "unknown"}.
+
+Write `{words}` in a prompt where the person should be:
+
+```python
+{use}
+pipe("a pencil sketch of a {words}")
+```
+
+Use it only with the consent of the person, and say of pictures that they are synthetic.
+"""

@@ -1,0 +1,52 @@
+"""Read a LoRA of another tool (kohya, diffusers, PEFT) as an adapter of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hyperdb.adapters import LiDBConfig
+from hyperdb.diffusion import DiffusionConfig
+
+
+@dataclass
+class Config:
+    """`path`: a safetensors file, or the folder that holds PEFT's `unet` and `text_encoder`."""
+
+    path: str = "???"
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    lidb: LiDBConfig = field(default_factory=LiDBConfig)  # of the empty LiDB part
+    name: str = "default"
+    out: str = "runs/import/default"
+
+
+def run(config: Config) -> Path:
+    """Write `out/adapter.safetensors`, whose relaxed factors are the LoRA, and return `out`."""
+    import torch
+    from torch.nn.functional import pad
+
+    from hyperdb.adapters.base import rank_of
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.diffusion.targets import base_hash
+    from hyperdb.formats import lora
+    from hyperdb.formats.native import Personalization
+
+    base = config.diffusion.load()
+    layout = Layout.of(base.targets())
+    factors, metadata = lora.read(Path(config.path).expanduser(), layout)
+    rank = rank_of(factors)
+    relaxed = {
+        name: (pad(down, (0, 0, 0, rank - down.shape[1])), pad(up, (0, rank - up.shape[2])))
+        for name, (down, up) in factors.items()
+    }
+    tokens = config.lidb.build(layout).init(1)["tokens"][0]
+    words = metadata.get("modelspec.trigger_phrase", "").split()
+    rare = words[0] if len(words) == 2 else config.diffusion.rare_token
+    person = Personalization(
+        layout, tokens, config.lidb, metadata.get("hyperdb.base") or base_hash(base.targets()), rare,
+        words[1] if len(words) == 2 else config.diffusion.class_word, relaxed,
+    )  # fmt: skip
+    path = person.save(Path(config.out) / "adapter.safetensors", torch.float32)
+    print(f"rank {rank}, {sum(bool(up.any()) for _, up in relaxed.values())} of {len(layout)} layers: {path}")
+    print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
+    return Path(config.out)
