@@ -66,9 +66,12 @@ def run(config: Config) -> Path:
         g = generator(config.seed, "encoder", step)
         who = torch.randperm(len(pairs), generator=g)[: config.batch].tolist()
         rows = torch.stack([pairs[i][torch.randperm(len(pairs[i]), generator=g)[:2]] for i in who], 1).flatten()
-        images = people.images[rows]
-        gain = 1 + 0.15 * torch.randn(len(rows), 3, 1, 1, generator=g)  # light and white balance say nothing
-        h = pooled((images.float() * gain).clamp(0, 255))
+        # light, white balance, left and right and a few pixels of shift say nothing of who it is
+        gain = 1 + 0.15 * torch.randn(len(rows), 3, 1, 1, generator=g)
+        flip = torch.rand(len(rows), 1, 1, 1, generator=g) < 0.5
+        shift = torch.randint(-3, 4, (len(rows), 2), generator=g).tolist()
+        images = torch.stack([x.roll(s, (1, 2)) for x, s in zip(people.images[rows], shift, strict=True)])
+        h = pooled((torch.where(flip, images.flip(-1), images).float() * gain).clamp(0, 255))
         z = F.normalize(project(h), dim=1)
         logits = z @ z.mT / config.temperature - 1e4 * torch.eye(len(z))
         partner = torch.arange(len(z)).roll(len(z) // 2)
