@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,11 @@ class WeightStore:
     seed: Tensor
     lidb: LiDB
     index: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the numbers and whose they are."""
+        return hashlib.sha256(self.seed.numpy().tobytes() + self.tokens.numpy().tobytes()).hexdigest()[:16]
 
     def rows_of(self, seeds: Tensor) -> Tensor:
         """Return each person's row in the store, -1 where there is no fit."""

@@ -157,16 +157,22 @@ def read(path: Path, layout: Layout) -> tuple[Factors, dict[str, str]]:
         names = {name: name for name in layout.names}
     else:
         tensors, metadata = load_tensors(path)
-        spelled = {"kohya": kohya_name, "diffusers": _diffusers_name}[format]
-        names = {spelled(name): name for name in layout.names}
+        if format == "diffusers":  # with and without the wrapper of some versions of transformers
+            tensors = {k.replace("text_encoder.text_model.", "text_encoder."): v for k, v in tensors.items()}
+        names = {kohya_name(name) if format == "kohya" else name: name for name in layout.names}
         pairs, scales = _pairs(path, tensors, format)
+        if "lora_adapter_metadata" in metadata:
+            scales = _stated_scales(path, metadata["lora_adapter_metadata"], pairs)
         if any(k.startswith("lora_te_") and not k.startswith("lora_te_text_model_") for k in pairs):
             raise UserError(
                 f"{path} names its text-encoder layers without text_model_: diffusers and others silently drop "
                 "them; write the file again with lora_te_text_model_..."
             )
     if unknown := sorted(pairs.keys() - names.keys()):
-        raise UserError(f"{path} has {unknown[0][:120]!r}, which this base model does not have ({len(unknown)} such)")
+        raise UserError(
+            f"{path} adapts {unknown[0][:120]!r} and {len(unknown) - 1} more: hyperdb adapts the attentions and GEGLU "
+            "projections of its base alone"
+        )
     factors: Factors = {}
     sizes = {layer.name: layer for layer in layout.layers}
     given = {names[key]: key for key in pairs}
@@ -192,6 +198,9 @@ def _pairs(
     """Return `{layer key: (down, up)}` and each layer's scale."""
     down, up = {"kohya": ("lora_down", "lora_up"), "diffusers": ("lora_A", "lora_B")}[format]
     keys = [k.removesuffix(f".{down}.weight") for k in tensors if k.endswith(f".{down}.weight")]
+    for key, value in tensors.items():
+        if value.numel() != 1 if key.endswith(".alpha") else value.ndim != 2 or 0 in value.shape:
+            raise UserError(f"{path}: {key[:120]!r} has the shape {list(value.shape)}, not that of a plain LoRA")
     alphas = {k.removesuffix(".alpha"): float(v) for k, v in tensors.items() if k.endswith(".alpha")}
     if len(set(alphas.values())) > 1:
         few = sorted(set(alphas.values()))[:2]
@@ -213,6 +222,30 @@ def _pairs(
     return pairs, {k: alphas[k] / pairs[k][0].shape[0] if k in alphas else 1.0 for k in keys}
 
 
+def _scale(path: Path, settings: Mapping[str, object]) -> float:
+    """Return alpha / rank of PEFT's settings; raise `UserError` for what is not a plain LoRA of one rank."""
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            raise UserError(f"{path} is not a plain LoRA of one rank: it sets {key}")
+    alpha, rank = settings.get("lora_alpha"), settings.get("r")
+    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{path} states r={rank!r} and lora_alpha={alpha!r}, which are not numbers above 0")
+    return alpha / rank
+
+
+def _stated_scales(path: Path, text: str, pairs: Mapping[str, object]) -> dict[str, float]:
+    """Return each layer's scale by the header that diffusers writes and obeys."""
+    try:
+        stated = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} has an unreadable lora_adapter_metadata ({error})") from error
+    parts = {
+        part: {k.removeprefix(f"{part}."): v for k, v in stated.items() if k.startswith(f"{part}.")} for part in _PARTS
+    }
+    scales = {part: _scale(path, settings) for part, settings in parts.items() if settings}
+    return {key: scales.get(_split(key)[0], 1.0) for key in pairs}
+
+
 def _read_peft(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float], dict[str, str]]:
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     scales: dict[str, float] = {}
@@ -222,10 +255,9 @@ def _read_peft(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str
         if not (here / "adapter_config.json").is_file():
             continue
         settings = load_json(here / "adapter_config.json")
-        if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
+        if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
             raise UserError(f"{here} is not a plain LoRA of PEFT")
-        if settings.get("rank_pattern") or settings.get("alpha_pattern"):
-            raise UserError(f"{here} has ranks or alphas a layer; save it with one for all")
+        scale = _scale(here, settings)
         weights = here / "adapter_model.safetensors"
         metadata |= load_metadata(weights)
         tensors = {
@@ -234,6 +266,5 @@ def _read_peft(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str
         }
         found, _ = _pairs(weights, tensors, "diffusers")
         pairs |= found
-        scale = float(settings["lora_alpha"]) / float(settings["r"])
         scales |= dict.fromkeys(found, scale)
     return pairs, scales, metadata

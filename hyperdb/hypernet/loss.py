@@ -40,12 +40,11 @@ def plain(lidb: LiDB, predicted: Tensor, fitted: Tensor, scale: Tensor) -> Tenso
 def scales(lidb: LiDB, tokens: Tensor, kind: str) -> Tensor:
     """Return what normalises each layer, `[N]`: the fits' variance in the space of the loss called `kind`.
 
-    With it, predicting everyone as the mean of the factors costs about 1.
+    With it, predicting everyone as the mean of the factors costs about 1. One fit has no variance: its size counts.
     """
-    mean = tokens.mean(0, keepdim=True).expand_as(tokens)
-    ones = torch.ones(tokens.shape[1])
+    mean = (tokens.mean(0, keepdim=True) if len(tokens) > 1 else torch.zeros_like(tokens)).expand_as(tokens)
     if kind == "plain":
-        spread = (((tokens - mean) * lidb.mask).square().sum(-1) / ones).mean(0)
+        spread = (((tokens - mean) * lidb.mask).square().sum(-1)).mean(0)
     else:
         A, B = lidb.split(tokens)
         A2, B2 = lidb.split(mean)

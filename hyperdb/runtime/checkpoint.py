@@ -50,7 +50,7 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[st
             param.copy_(tensors[f"param.{i}"])
             average.copy_(tensors[f"average.{i}"])
             prefix = f"state.{i}."
-            state = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+            state = {n.removeprefix(prefix): v.to(param.device) for n, v in tensors.items() if n.startswith(prefix)}
             if state:
                 optimizer.state[param] = state
     return int(metadata["step"])

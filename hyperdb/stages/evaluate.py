@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class Config(PersonalizeConfig):
     styled: list[str] = field(default_factory=list)
     recognisers: list[str] = field(default_factory=lambda: ["sface"])
     rows: list[str] = field(default_factory=lambda: list(ROWS))
-    no_hyper: FitConfig = field(default_factory=FitConfig)  # of the row no_hyper_40
+    no_hyper_rate: float | None = None  # of the row no_hyper_40; null: the fine-tuning's own
     converged: FitConfig = field(default_factory=lambda: FitConfig(steps=200, rate=3e-2))  # of the row lidb_fit
     results: str = "results.json"
     batch: int = 5  # people fine-tuned in one pass
@@ -56,6 +56,8 @@ class Config(PersonalizeConfig):
         for row in self.rows:
             if row not in ROWS:
                 raise UserError(f"rows={row!r}: expected of {', '.join(ROWS)}")
+        if not self.recognisers:
+            raise UserError("recognisers=[]: name at least one")
         for name in self.recognisers:
             if name not in ("sface", "dlib"):
                 raise UserError(f"recognisers={name!r}: expected sface or dlib")
@@ -71,12 +73,14 @@ def run(config: Config) -> Path:
 
     from hyperdb.data.people import load_people
     from hyperdb.faces.image import grid, save_png
+    from hyperdb.heads import PLACE_PHRASES
     from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.stages.finetune import load_prior
     from hyperdb.stages.personalize import Personalizer
 
     # --- people: one reference, `views` judges, the rest for the ceiling
-    people = load_people(config.data, limit=config.people, size=config.diffusion.size)
+    people = load_people(config.data, config.people, "test", config.diffusion.size)
     views = config.views
     rows = [r for r in people.photos if len(r) > views + 1]
     if len(rows) < 2:
@@ -85,15 +89,25 @@ def run(config: Config) -> Path:
     judges = people.images[torch.stack([r[1 : views + 1] for r in rows])]  #        [I, K, 3, H, W]
     cycled = [[r[views + 1 + k % (len(r) - views - 1)] for k in range(config.images)] for r in rows]
     others = people.images[torch.tensor(cycled)]  #                                 [I, images, 3, H, W]
-    words = [style for style, _, _ in (word.partition("/") for word in config.styled)]
+    words = [word.partition("/")[0] for word in config.styled]
+    if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
+        raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
     styled = styled_views(people, rows, words)
+    out = Path(config.out)
     best = torch.cat([others, *(styled[word][:, :1] for word in words)], 1)  #      [I, images + styled, 3, H, W]
     model = Personalizer(config)
     if model.hypernet is None:
         raise UserError("evaluate needs a hypernetwork; set hypernet=FOLDER")
 
+    judges_of = Judges(config)  # before the long part: what is missing is said now
+    fits = {"finetune": config.finetune, "no_hyper_40": config.finetune, "lidb_fit": config.converged}
+    if config.no_hyper_rate is not None:
+        fits["no_hyper_40"] = replace(config.finetune, rate=config.no_hyper_rate)
+    if model.prior is None and any(f.prior_weight > 0 for f in fits.values()):
+        model.prior = load_prior(model.base, config.prior, out / "prior.safetensors")
+
     # --- pictures of every row
-    out, made_from = Path(config.out), _made_from(config, model, people)
+    made_from = _made_from(config, model, people)
     pictures: dict[str, Tensor] = {}
     costs: dict[str, dict[str, float]] = {}
     total = len(rows) * sum(2 if "_40" in row or row == "lidb_fit" else 1 for row in config.rows)
@@ -102,7 +116,7 @@ def run(config: Config) -> Path:
             path = out / "rows" / f"{row}.safetensors"
             tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
             if metadata.get("made_from") != made_from:
-                images, costs[row] = _pictures(row, model, config, reference, best, bar.update)
+                images, costs[row] = _pictures(row, model, config, fits, reference, best, bar.update)
                 text = {"made_from": made_from, **{k: str(v) for k, v in costs[row].items()}}
                 save_tensors(path, {"images": images}, text)
                 tensors = {"images": images}
@@ -111,7 +125,7 @@ def run(config: Config) -> Path:
             pictures[row] = tensors["images"]
 
     # --- scores: the person is the unit
-    scores = measure(config, reference, judges, {k: v[:, 1:] for k, v in styled.items()}, pictures)
+    scores = measure(config, judges_of, reference, judges, {k: v[:, 1:] for k, v in styled.items()}, pictures)
     result: dict[str, Any] = {
         "rows": {row: {**summary(score, config.seed), **costs[row]} for row, score in scores.items()},
         "paired": _pairs(scores, config.seed),
@@ -122,7 +136,7 @@ def run(config: Config) -> Path:
         "hypernet": {k: model.hypernet.metadata.get(k) for k in ("base", "data", "steps")},
         "data": people.digest,
         "recognisers": config.recognisers,
-        "fits": {name: asdict(getattr(config, name)) for name in ("finetune", "no_hyper", "converged")},
+        "fits": {name: asdict(fit) for name, fit in fits.items()},
         **provenance(),
     }
     target = Path(config.results)
@@ -140,6 +154,18 @@ def run(config: Config) -> Path:
         print(f"{name:24s} {c['mean']:+.3f} [{c['lo']:+.3f}, {c['hi']:+.3f}]")
     print(f"results in {target}, pictures beside it")
     return target
+
+
+class Judges:
+    """The recognisers and, if anything is drawn in a style, the judge of styles."""
+
+    def __init__(self, config: Config) -> None:
+        from hyperdb.diffusion import resolve
+        from hyperdb.metrics.face import Dlib, SFace
+        from hyperdb.metrics.obedience import Judge
+
+        self.features: list[Feature] = [SFace() if name == "sface" else Dlib() for name in config.recognisers]
+        self.judge = Judge.load(resolve("package:embedded/judge.safetensors")) if config.styled else None
 
 
 def styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[str, Tensor]:
@@ -171,9 +197,13 @@ def _made_from(config: Config, model: Personalizer, people: People) -> str:
 
 
 def _pictures(
-    row: str, model: Personalizer, config: Config, reference: Tensor, best: Tensor, progress: Any
-) -> tuple[Tensor, dict[str, float]]:
-    """Draw one row, `[I, images + styled, 3, H, W]` uint8, and say what one person's adapter costs."""
+    row: str, model: Personalizer, config: Config, fits: dict[str, FitConfig], reference: Tensor, best: Tensor,
+    progress: Any,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """Draw one row, `[I, images + styled, 3, H, W]` uint8, and say what one person's adapter costs.
+
+    The seconds are those of a batch of people, divided among them.
+    """
     import torch
 
     from hyperdb.adapters.base import concatenate, select
@@ -213,9 +243,9 @@ def _pictures(
         "mean": lambda: lidb.factors({"tokens": mean}),
         "hyper_only": lambda: own,
         "shuffled": lambda: select(own, [(i + 1) % count for i in range(count)]),
-        "hyper_40": lambda: trained(lora, config.finetune, own),
-        "no_hyper_40": lambda: trained(lora, config.no_hyper, None),
-        "lidb_fit": lambda: trained(lidb, config.converged, None),
+        "hyper_40": lambda: trained(lora, fits["finetune"], own),
+        "no_hyper_40": lambda: trained(lora, fits["no_hyper_40"], None),
+        "lidb_fit": lambda: trained(lidb, fits["lidb_fit"], None),
     }
     began = time.perf_counter()
     factors = ways[row]()
@@ -233,15 +263,13 @@ def _pictures(
 
 
 def measure(
-    config: Config, reference: Tensor, judges: Tensor, styled: dict[str, Tensor], pictures: dict[str, Tensor]
-) -> dict[str, dict[str, Any]]:
+    config: Config, by: Judges, reference: Tensor, judges: Tensor, styled: dict[str, Tensor],
+    pictures: dict[str, Tensor],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Return every figure of every row, a value a person, `[I]`."""
     import torch
 
-    from hyperdb.diffusion import resolve
     from hyperdb.metrics import copying
-    from hyperdb.metrics.face import Dlib, SFace
-    from hyperdb.metrics.obedience import Judge
     from hyperdb.metrics.score import cosine, rank1
     from hyperdb.stages.likeness import galleries
 
@@ -250,9 +278,8 @@ def measure(
 
     scores: dict[str, dict[str, Any]] = {row: {} for row in pictures}
     words = [word.partition("/")[0] for word in config.styled]
-    for number, name in enumerate(config.recognisers):
-        feature: Feature = SFace() if name == "sface" else Dlib()
-        suffix = f"_{name}" if number else ""
+    for number, feature in enumerate(by.features):
+        suffix = f"_{feature.name}" if number else ""
         gallery = galleries(feature, judges)
         in_style = {style: galleries(feature, views) for style, views in styled.items()}
         for row, images in pictures.items():
@@ -265,15 +292,14 @@ def measure(
                 hits = [torch.as_tensor(rank1(rest[:, i, None], in_style[word])) for i, word in enumerate(words)]
                 score[f"rank1_styled{suffix}"] = torch.stack(hits).mean(0)
                 score[f"detected_styled{suffix}"] = rest.isfinite().all(-1).float().mean(1)
-    judge = Judge.load(resolve("package:embedded/judge.safetensors")) if words else None
     for row, images in pictures.items():
         photo, rest = images.split([config.images, len(words)], 1)
         for name, what in (("background", copying.background), ("pose", copying.pose)):
             scores[row][f"copy_{name}"] = copying.similarity(each(what, photo), what(reference), each(what, judges))
         scores[row]["diversity"] = copying.diversity(photo)
-        if judge is not None:
-            wanted = torch.tensor([judge.words["style"].index(word) for word in words])
-            drawn = judge(rest.flatten(0, 1))["style"].view(-1, len(words))
+        if by.judge is not None:
+            wanted = torch.tensor([by.judge.words["style"].index(word) for word in words])
+            drawn = by.judge(rest.flatten(0, 1))["style"].view(-1, len(words))
             scores[row]["style_accuracy"] = (drawn == wanted).float().mean(1)
     return scores
 

@@ -83,7 +83,9 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
     from hyperdb.runtime.files import load_tensors, save_tensors
     from hyperdb.runtime.seed import generator
 
+    how = base.config
     key = f"{base.digest} {config.prompts} {config.images} {config.levels} {config.seed}"
+    key += f" {how.steps} {how.guidance} {how.size} {how.dtype}"
     prompts = [config.prompts[i % len(config.prompts)] for i in range(config.images)]
     ids = base.tokenize(prompts)
     g = generator(config.seed, "prior levels")
@@ -146,7 +148,9 @@ def fit(
     schedule = Schedule(config.steps, decay=config.decay)
     injection = Injection(base.targets())
     instance = base.tokenize([base.config.instance_prompt])
-    guarded = prior is not None and config.prior_weight > 0
+    guarded = config.prior_weight > 0
+    if guarded and prior is None:
+        raise ValueError("prior_weight > 0 needs a prior")
     levels, extra = config.levels, config.prior_rows if guarded else 0
     try:
         for step in range(config.steps):

@@ -94,7 +94,8 @@ def run(config: Config) -> Path:
 
     optimizer, ema = adamw(vae.parameters(), config.rate, 1e-3), EMA(vae.parameters(), config.ema)
     schedule = Schedule(config.steps, warmup=100)
-    train("autoencoder", out, asdict(config), schedule, optimizer, ema, backward, save_every=config.save_every)
+    whole = {**asdict(config), "made_from": people.digest}
+    train("autoencoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure, write
     vae.eval()

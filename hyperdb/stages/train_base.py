@@ -213,8 +213,9 @@ def run(config: Config) -> Path:
 
     optimizer, ema = adamw(params, config.rate, 1e-2), EMA(params, config.ema)
     schedule = Schedule(config.steps, config.warmup, config.decay)
+    whole = {**asdict(config), "made_from": [people.digest, base.digest], "noise": dict(base.schedule.config)}
     train(
-        "base", out, asdict(config), schedule, optimizer, ema, backward, save_every=config.save_every,
+        "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
         saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),
     )  # fmt: skip
 

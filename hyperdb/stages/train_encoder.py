@@ -83,7 +83,8 @@ def run(config: Config) -> Path:
     out = Path(config.out)
     optimizer, ema = adamw(params, config.rate, 0.05), EMA(params, 0.995)
     schedule = Schedule(config.steps, warmup=100)
-    train("encoder", out, asdict(config), schedule, optimizer, ema, backward, save_every=config.save_every)
+    whole = {**asdict(config), "made_from": people.digest}
+    train("encoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure on held-out people, write
     encoder.eval()

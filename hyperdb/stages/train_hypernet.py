@@ -87,7 +87,7 @@ def run(config: Config) -> Path:
     from hyperdb.diffusion.loss import predict, stratified_timesteps, target
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet
-    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.provenance import provenance
@@ -123,12 +123,12 @@ def run(config: Config) -> Path:
         layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
     else:
         model = Hypernet(config.model, lidb, config.default_spread)
-        if store is not None:
+        if store is not None and len(store.tokens) > 1:
             model.standardise(store.tokens)
     fit_row = store.rows_of(people.seed[[int(r[0]) for r in people.rows]]) if store is not None else None
     fitted_people = usable[fit_row[usable] >= 0] if fit_row is not None else usable[:0]
     few_fitted = round(config.batch * config.fit_share) if len(fitted_people) else 0
-    scale = weight_space.scales(lidb, store.tokens, config.weight_loss).to(base.device) if store is not None else None
+    scale = weight_space.scales(lidb, store.tokens.to(base.device), config.weight_loss) if store is not None else None
     weight_loss = getattr(weight_space, config.weight_loss)
     model = model.to(base.device).train()
     inside = [p for p in model.encoder.parameters() if p.requires_grad]
@@ -160,8 +160,9 @@ def run(config: Config) -> Path:
         goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (people_now, levels))
         if prior is not None:
             # further rows a person, of the prior: [I, S + P, ...]
-            kept = prior.draw(people_now * config.prior_rows, config.seed, step)
-            each = [x.unflatten(0, (-1, people_now)).transpose(0, 1) for x in kept]
+            mixed = torch.randperm(people_now * config.prior_rows, generator=g)
+            kept = prior.draw(len(mixed), config.seed, step)
+            each = [x[mixed].unflatten(0, (people_now, -1)) for x in kept]
             *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))
         with base.autocast(), sdpa_kernel(kernels):
             predicted = wrapped(people.images[shown])  #                            [I, N, D]
@@ -201,15 +202,17 @@ def run(config: Config) -> Path:
         if config.tracker:
             accelerator.log(scores, step=done)
 
+    made_from = {"base": base.digest, "data": people.digest, "weights": store.digest if store else ""}
+    encoder = Path(config.model.encoder.weights) if config.model.encoder.weights is not None else None
+    whole = {**asdict(config), "made_from": made_from, "encoder": hash_files([encoder]) if encoder else None}
     schedule = Schedule(config.steps, config.warmup, config.decay)
     train(
-        "hypernetwork", out, asdict(config), schedule, optimizer, ema, backward, after, config.save_every,
+        "hypernetwork", out, whole, schedule, optimizer, ema, backward, after, config.save_every,
         main=accelerator.is_main_process,
     )  # fmt: skip
 
     # --- write
     injection.remove()
-    made_from = {"base": base.digest, "data": people.digest, "weights": store.index["fingerprint"] if store else ""}
     model.save(out / "hypernet.safetensors", {**made_from, "steps": str(config.steps)})
     save_json(out / "report.json", {"config": asdict(config), **made_from, **provenance()})
     if config.tracker:
@@ -250,7 +253,7 @@ class _Validation:
 
         assert config.validation is not None
         self.base, self.lidb, self.config = base, lidb, config
-        people = load_people(config.validation, limit=config.validation_people, size=config.diffusion.size)
+        people = load_people(config.validation, config.validation_people, "validation", config.diffusion.size)
         rows = [r for r in people.photos if len(r) >= 2]
         if len(rows) < 2:
             raise UserError(f"{config.validation} needs at least two people with two photos each")
@@ -301,7 +304,8 @@ class _Validation:
         if store is not None and scale is not None:
             rows = store.rows_of(self.seeds)
             if (rows >= 0).any():
-                distance = weight_loss(self.lidb, tokens[rows >= 0].cpu(), store.tokens[rows[rows >= 0]], scale.cpu())
+                fitted = store.tokens[rows[rows >= 0]].to(base.device)
+                distance = weight_loss(self.lidb, tokens[(rows >= 0).to(base.device)], fitted, scale)
                 scores["weights"] = round(distance.mean().item(), 5)
         prompts = [self.config.diffusion.instance_prompt] * 2
         drawn = {n: draw(base, f, count, prompts, [0, 1]) for n, f in (("own", own), ("shuffled", shuffled))}

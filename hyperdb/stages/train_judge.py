@@ -68,7 +68,8 @@ def run(config: Config) -> Path:
     params = list(judge.parameters())
     optimizer, ema = adamw(params, config.rate, 0.02), EMA(params, 0.99)
     schedule = Schedule(config.steps, warmup=50)
-    train("judge", out, asdict(config), schedule, optimizer, ema, backward, save_every=config.save_every)
+    whole = {**asdict(config), "made_from": [people.digest, base.digest]}
+    train("judge", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure on unseen people, write
     judge.eval()

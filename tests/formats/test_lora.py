@@ -15,6 +15,7 @@ from hyperdb.diffusion import DiffusionConfig, resolve
 from hyperdb.diffusion.targets import find_targets
 from hyperdb.formats import lora
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_metadata
 
 
 @pytest.fixture(params=["random", "embedded"])
@@ -112,9 +113,10 @@ BREAKS = {
     "alpha that varies": lambda t: t | {next(k for k in t if k.endswith(".alpha")): torch.tensor(1.5)},
     "no alpha": lambda t: {k: v for i, (k, v) in enumerate(sorted(t.items())) if i},
     "plain LoRA": lambda t: t | {"lora_unet_x.dora_scale": torch.ones(1)},
+    "shape": lambda t: {k: v[:0] if k.endswith("down.weight") else v for k, v in t.items()},
     "takes": lambda t: {k: v[:, :-1].contiguous() if k.endswith("down.weight") else v for k, v in t.items()},
     "not finite": lambda t: {k: v * float("inf") if k.endswith("up.weight") else v for k, v in t.items()},
-    "does not have": lambda t: {k.replace("lora_unet_", "lora_unet_other_"): v for k, v in t.items()},
+    "attentions": lambda t: {k.replace("lora_unet_", "lora_unet_other_"): v for k, v in t.items()},
 }
 
 
@@ -133,9 +135,22 @@ def test_other_files_are_refused(layout, tmp_path):
         lora.read(tmp_path, layout)
     folder = lora.write(tmp_path / "ada", factors_of(layout), "peft", {})
     config = json.loads((folder / "unet" / "adapter_config.json").read_text())
-    (folder / "unet" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(UserError, match="plain LoRA"):
-        lora.read(folder, layout)
+    for change in ({"use_dora": True}, {"use_rslora": True}, {"r": 0}, {"lora_alpha": None}, {"peft_type": "IA3"}):
+        (folder / "unet" / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=r"plain LoRA|lora_alpha"):
+            lora.read(folder, layout)
+
+
+def test_the_scale_of_the_header_counts(layout, tmp_path):
+    factors = factors_of(layout)
+    path = lora.write(tmp_path / "ada.safetensors", factors, "diffusers", {})
+    tensors, stated = load_file(path), json.loads(load_metadata(path)["lora_adapter_metadata"])
+    tensors = {k.replace("text_model.", ""): v for k, v in tensors.items()}  # as newer versions name them
+    stated = {k: v * 2 if k.endswith("lora_alpha") else v for k, v in stated.items()}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(stated)})
+    again, _ = lora.read(path, layout)
+    for name, (down, up) in factors.items():
+        assert torch.allclose(2 * up @ down, again[name][1] @ again[name][0], atol=1e-6)
 
 
 def test_half_precision_refuses_what_it_cannot_hold(layout, tmp_path):

@@ -172,7 +172,7 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}", "people=3"]
     words.append("rows=[" + ",".join(evaluate.ROWS) + "]")
     words += ["views=1", "images=2", "batch=2", "styled=[sketch,cartoon/beach]"]
-    words += ["finetune.steps=1", "no_hyper.steps=1", "converged.steps=1"]
+    words += ["finetune.steps=1", "converged.steps=1"]
     configuration.run("evaluate", words)
     result = json.loads((tmp_path / "results.json").read_text())
     assert list(result["rows"]) == list(evaluate.ROWS)
@@ -192,6 +192,7 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
 
 def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):
     words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}"]
-    for bad, message in (("rows=[best]", "floor"), ("styled=[fresco]", "fresco"), ("views=3", "photos")):
+    bad_words = {"rows=[best]": "floor", "styled=[fresco]": "fresco", "styled=[sketch/moon]": "moon"}
+    for bad, message in {**bad_words, "recognisers=[]": "least one", "views=3": "photos"}.items():
         with pytest.raises(UserError, match=message):
             configuration.run("evaluate", [*words, bad])

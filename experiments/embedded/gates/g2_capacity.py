@@ -25,7 +25,7 @@ from hyperdb.metrics.face import SFace
 from hyperdb.metrics.score import rank1
 from hyperdb.runtime.files import load_json, save_json
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.evaluate import Config, measure, styled_views, summary
+from hyperdb.stages.evaluate import Config, Judges, measure, styled_views, summary
 from hyperdb.stages.finetune import FitConfig, fit, load_prior
 from hyperdb.stages.likeness import draw, galleries
 
@@ -55,7 +55,7 @@ def main(specs: list[str]) -> None:
     shown = torch.cat([reference[:PEOPLE, None], more], 1)  #                     [I, 1 + MANY, 3, H, W]
     moments = base.moments(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
     prior = load_prior(base, whole.prior, Path("runs/gates/prior.safetensors"))
-    feature = SFace()
+    by, feature = Judges(whole), SFace()
     gallery = galleries(feature, judges)
     prompts = [base.config.instance_prompt] * PHOTOS + [prompt(style, "[V]") for style in STYLED]
     path = here.with_name("g2.json")
@@ -78,7 +78,7 @@ def main(specs: list[str]) -> None:
         strength = words.get("strength", 1.0)
         images = draw(base, factors, PEOPLE, prompts, list(range(len(prompts))), strength=strength)
         some = {k: v[:PEOPLE] for k, v in styled.items()}
-        row = summary(measure(whole, reference[:PEOPLE], judges[:PEOPLE], some, {spec: images})[spec], 0)
+        row = summary(measure(whole, by, reference[:PEOPLE], judges[:PEOPLE], some, {spec: images})[spec], 0)
         photos = feature(images[:, :PHOTOS].flatten(0, 1)).view(PEOPLE, PHOTOS, -1)
         row["rank1"] = float(hits(photos, gallery).mean())
         found = [feature(images[:, PHOTOS + i])[:, None] for i in range(len(STYLED))]
