@@ -33,6 +33,7 @@ def run(config: Config) -> Path:
     """Write the encoder's weights to `out/encoder.safetensors`."""
     import torch
     import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from hyperdb.data.people import load_people
     from hyperdb.hypernet.encoder import Encoder
@@ -58,7 +59,8 @@ def run(config: Config) -> Path:
     regress = torch.nn.Linear(encoder.dim, morphs.shape[1])
     params = [*encoder.parameters(), *project.parameters(), *regress.parameters()]
     def pooled(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        # the fused attention's backward is slow in bf16 on a CPU
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
             return encoder(images)[:, 1:].mean(1).float()
 
     # --- train
