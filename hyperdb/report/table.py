@@ -20,20 +20,15 @@ ROWS = {
 }
 
 
-def _interval(value: dict[str, float] | None) -> str:
-    if value is None:
-        return "—"
+def _interval(value: dict[str, float]) -> str:
     return f"{value['mean']:.3f} [{value['lo']:.3f}, {value['hi']:.3f}]"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the likeness table of an evaluation; a missing row is a dash."""
+    """Return the likeness table of an evaluation, of the rows that it has."""
     lines = ["| embedded base | face cosine | rank-1 | face found |", "| --- | --- | --- | --- |"]
     for name, label in ROWS.items():
-        row = results["rows"].get(name)
-        if row is None:
-            lines.append(f"| {label} | — | — | — |")
-        else:
+        if (row := results["rows"].get(name)) is not None:
             lines.append(f"| {label} | {_interval(row['cosine'])} | {row['rank1']:.2f} | {row['detected']:.2f} |")
     lines += ["", "| paired difference | mean [95 % interval over people] |", "| --- | --- |"]
     lines += [f"| {name.replace('-', ' − ')} | {_interval(value)} |" for name, value in results["paired"].items()]
