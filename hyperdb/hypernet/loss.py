@@ -44,7 +44,7 @@ def scales(lidb: LiDB, tokens: Tensor, kind: str) -> Tensor:
     """
     mean = (tokens.mean(0, keepdim=True) if len(tokens) > 1 else torch.zeros_like(tokens)).expand_as(tokens)
     if kind == "plain":
-        spread = (((tokens - mean) * lidb.mask).square().sum(-1)).mean(0)
+        spread = ((tokens - mean) * lidb.mask).square().sum(-1).mean(0)
     else:
         A, B = lidb.split(tokens)
         A2, B2 = lidb.split(mean)

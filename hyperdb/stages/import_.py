@@ -22,9 +22,6 @@ class Config:
 
 def run(config: Config) -> Path:
     """Write `out/adapter.safetensors`, whose relaxed factors are the LoRA, and return `out`."""
-    import torch
-    from torch.nn.functional import pad
-
     from hyperdb.adapters.base import rank_of
     from hyperdb.adapters.layout import Layout
     from hyperdb.diffusion.targets import base_hash
@@ -33,12 +30,7 @@ def run(config: Config) -> Path:
 
     base = config.diffusion.load()
     layout = Layout.of(base.targets())
-    factors, metadata = lora.read(Path(config.path).expanduser(), layout)
-    rank = rank_of(factors)
-    relaxed = {
-        name: (pad(down, (0, 0, 0, rank - down.shape[1])), pad(up, (0, rank - up.shape[2])))
-        for name, (down, up) in factors.items()
-    }
+    relaxed, metadata = lora.read(Path(config.path).expanduser(), layout)
     tokens = config.lidb.build(layout).init(1)["tokens"][0]
     words = metadata.get("modelspec.trigger_phrase", "").split()
     rare = words[0] if len(words) == 2 else config.diffusion.rare_token
@@ -46,7 +38,7 @@ def run(config: Config) -> Path:
         layout, tokens, config.lidb, metadata.get("hyperdb.base") or base_hash(base.targets()), rare,
         words[1] if len(words) == 2 else config.diffusion.class_word, relaxed,
     )  # fmt: skip
-    path = person.save(Path(config.out) / "adapter.safetensors", torch.float32)
-    print(f"rank {rank}, {sum(bool(up.any()) for _, up in relaxed.values())} of {len(layout)} layers: {path}")
+    path = person.save(Path(config.out) / "adapter.safetensors")
+    print(f"rank {rank_of(relaxed)}, {sum(bool(up.any()) for _, up in relaxed.values())} of {len(layout)} layers: {path}")
     print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
     return Path(config.out)
