@@ -39,6 +39,7 @@ def run(config: Config) -> Path:
         words[1] if len(words) == 2 else config.diffusion.class_word, relaxed,
     )  # fmt: skip
     path = person.save(Path(config.out) / "adapter.safetensors")
-    print(f"rank {rank_of(relaxed)}, {sum(bool(up.any()) for _, up in relaxed.values())} of {len(layout)} layers: {path}")
+    adapted = sum(bool(up.any()) for _, up in relaxed.values())
+    print(f"rank {rank_of(relaxed)}, {adapted} of {len(layout)} layers: {path}")
     print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
     return Path(config.out)
