@@ -23,7 +23,11 @@ class Head(nn.Module):
 
 
 class IterativeDecoder(nn.Module):
-    """Features `[I, P, C]` -> standardised tokens `[I, N, D]`, refined `iterations` times from zero."""
+    """Features `[I, P, C]` -> standardised tokens `[I, N, D]`, refined `iterations` times from zero.
+
+    Every token attends to all features and is given the first, the summary of the face: attention that is still uniform
+    would average the face away.
+    """
 
     def __init__(
         self, tokens: int, token_width: int, feature_dim: int, width: int, heads: int, layers: int, iterations: int,
@@ -32,6 +36,7 @@ class IterativeDecoder(nn.Module):
         super().__init__()
         self.iterations, self.shape = iterations, (tokens, token_width)
         self.memory = nn.Sequential(nn.Linear(feature_dim, width), nn.LayerNorm(width))
+        self.summary = nn.Linear(feature_dim, width)
         self.embed = nn.Linear(token_width, width)
         self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
         layer = nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -42,8 +47,9 @@ class IterativeDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Refine tokens `[I, N, D]` from zero, looking at features `[I, P, C]`."""
         f = self.memory(features)  #                                                [I, P, width]
+        face = self.summary(features[:, :1])  #                                     [I, 1, width]
         theta = features.new_zeros(len(features), *self.shape)  #                   [I, N, D]
         for _ in range(self.iterations):
-            x = self.embed(theta) + self.position  #                                [I, N, width]
+            x = self.embed(theta) + self.position + face  #                         [I, N, width]
             theta = theta + self.head(self.trunk(x, f))
         return theta

@@ -15,7 +15,7 @@ from hyperdb.runtime.files import load_tensors
 
 
 class Encoder(nn.Module):
-    """Images `[I, 3, H, W]` uint8 -> features `[I, P, C]`."""
+    """Images `[I, 3, H, W]` uint8 -> features `[I, P, C]`: the mean over the patches, then every token."""
 
     mean: Tensor
     std: Tensor
@@ -31,6 +31,7 @@ class Encoder(nn.Module):
         data = timm.data.resolve_model_data_config(self.vit)
         self.size = config.size or data["input_size"][-1]
         self.dim = self.vit.num_features
+        self.tokens = 1 + self.vit.num_prefix_tokens + self.vit.patch_embed.num_patches
         self.register_buffer("mean", torch.tensor(data["mean"])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(data["std"])[:, None, None], persistent=False)
         if config.weights is not None:
@@ -55,4 +56,6 @@ class Encoder(nn.Module):
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         x = (x - self.mean) / self.std
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.vit.forward_features(x)  #                                  [I, P, C]
+            tokens = self.vit.forward_features(x)
+            mean = tokens[:, self.vit.num_prefix_tokens :].mean(1, keepdim=True)
+            return torch.cat([mean, tokens], 1)  #                                  [I, P, C]

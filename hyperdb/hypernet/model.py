@@ -25,13 +25,16 @@ class Hypernet(nn.Module):
     """Images `[I, 3, H, W]` uint8 -> tokens `[I, N, D]`: `centre + spread * decoder(encoder(image))`.
 
     `centre` and `spread` `[N, D]` are the mean and standard deviation of the fits it learns from; without fits the
-    LiDB template (A nonzero, B zero) and `default_spread`.
+    LiDB template (A nonzero, B zero) and `default_spread`. The encoder's features are standardised by those of many
+    faces: most of a feature is what all faces have in common, and the decoder would hardly see the rest.
     """
 
     metadata: dict[str, str]
     centre: Tensor
     spread: Tensor
     mask: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
 
     def __init__(self, config: HypernetConfig, lidb: LiDB, default_spread: float = 0.1) -> None:
         super().__init__()
@@ -45,6 +48,8 @@ class Hypernet(nn.Module):
         self.register_buffer("mask", lidb.mask.clone(), persistent=False)
         self.register_buffer("centre", lidb.template.clone())
         self.register_buffer("spread", torch.full((tokens, width), default_spread))
+        self.register_buffer("feature_mean", torch.zeros(self.encoder.tokens, self.encoder.dim))
+        self.register_buffer("feature_std", torch.ones(self.encoder.tokens, self.encoder.dim))
 
     def standardise(self, tokens: Tensor) -> None:
         """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's."""
@@ -53,9 +58,24 @@ class Hypernet(nn.Module):
         self.centre.copy_(tokens.mean(0))
         self.spread.copy_(torch.maximum(std, floor))
 
+    @torch.no_grad()
+    def standardise_features(self, images: Tensor) -> None:
+        """Take the features' mean and standard deviation `[P, C]` from many faces `[I, 3, H, W]` uint8."""
+        self.feature_mean.zero_()
+        self.feature_std.fill_(1)
+        features = torch.cat([self.features(part).float() for part in images.split(64)])
+        self.feature_mean.copy_(features.mean(0))
+        if len(features) > 1:
+            std = features.std(0)
+            self.feature_std.copy_(std.clamp_min(0.1 * std.mean() + 1e-6))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encode images `[I, 3, H, W]` uint8 as standardised features `[I, P, C]`."""
+        return (self.encoder(images) - self.feature_mean) / self.feature_std
+
     def forward(self, images: Tensor) -> Tensor:
         """Predict tokens `[I, N, D]` of images `[I, 3, H, W]` uint8."""
-        theta = self.decoder(self.encoder(images))
+        theta = self.decoder(self.features(images))
         return (self.centre + self.spread * theta.float()) * self.mask
 
     def save(self, path: Path, metadata: dict[str, str]) -> Path:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.journal import Journal
 
+FEATURE_PHOTOS = 512  # that the encoder's features are standardised by
+
 
 @dataclass
 class Config:
@@ -125,6 +127,7 @@ def run(config: Config) -> Path:
         model = Hypernet(config.model, lidb, config.default_spread)
         if store is not None and len(store.tokens) > 1:
             model.standardise(store.tokens)
+        model.to(base.device).standardise_features(people.images[torch.cat(photos)[:FEATURE_PHOTOS]])
     fit_row = store.rows_of(people.seed[[int(r[0]) for r in people.rows]]) if store is not None else None
     fitted_people = usable[fit_row[usable] >= 0] if fit_row is not None else usable[:0]
     few_fitted = round(config.batch * config.fit_share) if len(fitted_people) else 0
