@@ -115,7 +115,34 @@ def test_scales_make_predicting_the_mean_cost_one(lidb, kind):
     assert getattr(loss, kind)(lidb, mean, tokens, scale).mean() == pytest.approx(1, rel=1e-3)
 
 
+def test_standardised_features_have_mean_zero_and_deviation_one(model):
+    images = _images(40)
+    model.standardise_features(images)
+    features = model.features(images).detach()
+    assert features.shape == (40, model.encoder.tokens, model.encoder.dim)
+    assert features.mean(0).abs().max() < 1e-3
+    assert features.std(0).median() == pytest.approx(1, abs=1e-3)
+    model.standardise_features(images)  # a second time finds the same, not the standardised ones'
+    assert torch.allclose(model.features(images), features, atol=1e-4)
+
+
+def test_the_first_feature_is_the_mean_over_the_patches(model):
+    features = model.encoder(_images())
+    assert torch.allclose(features[:, 0], features[:, 1 + model.encoder.vit.num_prefix_tokens :].mean(1), atol=1e-5)
+
+
+def test_different_faces_get_different_tokens_before_any_training(lidb):
+    """Without standardised features and the summary, what differs between faces drowns in what they share."""
+    torch.manual_seed(0)
+    model = Hypernet(CONFIG, lidb)
+    images = _images(40)
+    model.standardise_features(images)
+    theta = model.decoder(model.features(images))[:, model.mask]
+    assert theta.std(0).mean() > 0.3 * theta.square().mean().sqrt()
+
+
 def test_file_round_trip(model, tmp_path):
+    model.standardise_features(_images(20))
     model.standardise(torch.randn(5, *model.mask.shape))
     path = model.save(tmp_path / "h.safetensors", {"base": "abc"})
     again = Hypernet.load(path)
