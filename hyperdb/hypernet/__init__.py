@@ -9,16 +9,16 @@ from hyperdb.runtime.errors import UserError
 
 @dataclass
 class EncoderConfig:
-    """A timm vision transformer by name.
+    """A timm vision transformer or convolutional network by name.
 
-    `size`, `patch` and `depth` override the named model's own (None keeps them); `weights` is a safetensors file,
-    `pretrained` asks timm for its own; a frozen encoder is not stored in the hypernetwork's file.
+    `size` is the image's side, `patch` and `depth` are a transformer's (None keeps the model's own); `weights` is a
+    safetensors file, `pretrained` asks timm for its own; a frozen encoder is not stored in the hypernetwork's file.
     """
 
-    name: str = "vit_tiny_patch16_224"
+    name: str = "cs3darknet_focus_s"
     size: int | None = 64
-    patch: int | None = 8
-    depth: int | None = 6
+    patch: int | None = None
+    depth: int | None = None
     weights: str | None = None
     pretrained: bool = False
     frozen: bool = False

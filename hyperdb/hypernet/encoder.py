@@ -1,7 +1,8 @@
-"""The image encoder: a timm vision transformer whose patch features the decoder attends to."""
+"""The image encoder: a timm vision transformer or convolutional network whose features the decoder attends to."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import timm
@@ -15,23 +16,32 @@ from hyperdb.runtime.files import load_tensors
 
 
 class Encoder(nn.Module):
-    """Images `[I, 3, H, W]` uint8 -> features `[I, P, C]`: the mean over the patches, then every token."""
+    """Images `[I, 3, H, W]` uint8 -> features `[I, P, C]`: the mean over the patches, then every token.
+
+    Batch normalisation keeps its statistics even in training: those of a few faces would be noise.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        given = {"img_size": config.size, "patch_size": config.patch, "depth": config.depth}
-        options = {name: value for name, value in given.items() if value is not None}
+        options = {} if config.depth is None else {"depth": config.depth}
         try:
-            self.vit = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **options)
+            self.net = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **options)
+            if hasattr(self.net, "set_input_size"):  # a transformer; a convolutional network takes any
+                self.net.set_input_size(config.size, config.patch)
         except (RuntimeError, TypeError) as error:
             raise UserError(f"encoder.name={config.name!r}: timm cannot build it ({error})") from error
-        data = timm.data.resolve_model_data_config(self.vit)
+        data = timm.data.resolve_model_data_config(self.net)
         self.size = config.size or data["input_size"][-1]
-        self.dim = self.vit.num_features
-        self.tokens = 1 + self.vit.num_prefix_tokens + self.vit.patch_embed.num_patches
+        self.dim = self.net.num_features
+        self.prefix = getattr(self.net, "num_prefix_tokens", 0)
+        if hasattr(self.net, "patch_embed"):
+            patches = self.net.patch_embed.num_patches
+        else:
+            patches = math.ceil(self.size / self.net.feature_info[-1]["reduction"]) ** 2
+        self.tokens = 1 + self.prefix + patches
         self.register_buffer("mean", torch.tensor(data["mean"])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(data["std"])[:, None, None], persistent=False)
         if config.weights is not None:
@@ -41,21 +51,35 @@ class Encoder(nn.Module):
             self.requires_grad_(False)
 
     def load(self, path: Path) -> None:
-        """Read the transformer's weights from a safetensors file, a hypernetwork's included."""
+        """Read the network's weights from a safetensors file, a hypernetwork's included."""
         tensors, _ = load_tensors(path)
-        inner = {k.removeprefix("encoder.vit."): v.float() for k, v in tensors.items() if k.startswith("encoder.vit.")}
-        missing = sorted(self.vit.state_dict().keys() - (inner or tensors).keys())
+        inner = {k.removeprefix("encoder.net."): v.float() for k, v in tensors.items() if k.startswith("encoder.net.")}
+        missing = sorted(self.net.state_dict().keys() - (inner or tensors).keys())
         if missing:
             raise UserError(f"{path} is not this encoder: it lacks {missing[0]} and {len(missing) - 1} more")
-        self.vit.load_state_dict(inner or tensors, strict=False)
+        self.net.load_state_dict(inner or tensors, strict=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode images `[I, 3, H, W]` in [0, 255] as features `[I, P, C]`."""
+    def train(self, mode: bool = True) -> Encoder:
+        """Switch to training, batch normalisation excepted."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Return images `[I, 3, H, W]` in [0, 255] as the network's input `[I, 3, size, size]`."""
         x = images.to(self.mean.device).float() / 255
         if x.shape[-1] != self.size:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        x = (x - self.mean) / self.std
+        return (x - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images `[I, 3, H, W]` in [0, 255] as features `[I, P, C]`."""
+        x = self.pixels(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            tokens = self.vit.forward_features(x)
-            mean = tokens[:, self.vit.num_prefix_tokens :].mean(1, keepdim=True)
+            tokens = self.net.forward_features(x)
+            if tokens.ndim == 4:  # a convolutional network's map [I, C, h, w]
+                tokens = tokens.flatten(2).mT
+            mean = tokens[:, self.prefix :].mean(1, keepdim=True)
             return torch.cat([mean, tokens], 1)  #                                  [I, P, C]

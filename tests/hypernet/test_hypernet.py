@@ -11,6 +11,7 @@ from hyperdb.adapters.lidb import LiDB
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.loss import diffusion_loss
 from hyperdb.hypernet import EncoderConfig, HypernetConfig, loss
+from hyperdb.hypernet.encoder import Encoder
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
@@ -59,8 +60,8 @@ def test_refinement_changes_the_prediction_and_starts_at_zero(lidb, model):
 
 def test_the_image_is_encoded_once(model, monkeypatch):
     calls = []
-    forward = model.encoder.vit.forward_features
-    monkeypatch.setattr(model.encoder.vit, "forward_features", lambda x: calls.append(1) or forward(x))
+    forward = model.encoder.net.forward_features
+    monkeypatch.setattr(model.encoder.net, "forward_features", lambda x: calls.append(1) or forward(x))
     model(_images())
     assert len(calls) == 1
 
@@ -128,7 +129,17 @@ def test_standardised_features_have_mean_zero_and_deviation_one(model):
 
 def test_the_first_feature_is_the_mean_over_the_patches(model):
     features = model.encoder(_images())
-    assert torch.allclose(features[:, 0], features[:, 1 + model.encoder.vit.num_prefix_tokens :].mean(1), atol=1e-5)
+    assert torch.allclose(features[:, 0], features[:, 1 + model.encoder.net.num_prefix_tokens :].mean(1), atol=1e-5)
+
+
+def test_a_convolutional_encoder_gives_its_map_and_keeps_its_statistics():
+    encoder = Encoder(EncoderConfig(name="cs3darknet_focus_s", size=64)).train()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    features = encoder(_images())
+    assert features.shape == (len(_images()), encoder.tokens, encoder.dim)
+    assert encoder.tokens == 1 + 2 * 2
+    assert torch.allclose(features[:, 0], features[:, 1:].mean(1), atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
 def test_different_faces_get_different_tokens_before_any_training(lidb):

@@ -31,6 +31,7 @@ HYPER = [
     "model.width=32",
     "model.heads=2",
     "model.iterations=2",
+    "model.encoder.name=vit_tiny_patch16_224",
     "model.encoder.size=32",
     "model.encoder.patch=16",
     "model.encoder.depth=1",
