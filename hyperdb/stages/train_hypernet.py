@@ -153,11 +153,11 @@ def run(config: Config) -> Path:
         g = generator(config.seed, "hypernet", accelerator.process_index, step)
         drawn = [fitted_people] * few_fitted + [usable] * (config.batch - few_fitted)
         who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
-        shown, wanted = _views(photos, who, config.target_view, g)
         people_now, levels = config.batch, config.levels
+        shown, wanted = _views(photos, who, levels, config.target_view, g)  #         [I], [I, S]
         t = stratified_timesteps(people_now, levels, base.schedule.config.num_train_timesteps, g)
-        z_mean, z_std = moments[wanted].float()[:, :, None].unbind(1)  #            [I, 1, c, h, w]
-        jitter, noise = (torch.randn((people_now, levels, *z_mean.shape[2:]), generator=g) for _ in "zn")
+        z_mean, z_std = moments[wanted].float().unbind(2)  #                         [I, S, c, h, w]
+        jitter, noise = (torch.randn(z_mean.shape, generator=g) for _ in "zn")
         rows = [z_mean + z_std * jitter, noise, t, instance.expand(people_now, levels, -1)]  # [I, S, ...] each
         rows = [x.to(base.device) for x in rows]
         goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (people_now, levels))
@@ -224,16 +224,16 @@ def run(config: Config) -> Path:
     return out
 
 
-def _views(photos: list[Tensor], who: Tensor, target_view: str, g: Any) -> tuple[Tensor, Tensor]:
-    """Draw each person's conditioning photo and the photo to denoise, as rows of the data."""
+def _views(photos: list[Tensor], who: Tensor, levels: int, target_view: str, g: Any) -> tuple[Tensor, Tensor]:
+    """Draw each person's conditioning photo `[I]` and the photos to denoise `[I, levels]`, as rows of the data."""
     import torch
 
     shown, wanted = [], []
     for i in who.tolist():
-        order = torch.randperm(len(photos[i]), generator=g)
-        shown.append(photos[i][order[0]])
-        other = target_view == "other" and len(order) > 1
-        wanted.append(photos[i][order[1 if other else 0]])
+        order = photos[i][torch.randperm(len(photos[i]), generator=g)]
+        others = order[1:] if target_view == "other" and len(order) > 1 else order[:1]
+        shown.append(order[0])
+        wanted.append(others[torch.arange(levels) % len(others)])
     return torch.stack(shown), torch.stack(wanted)
 
 
