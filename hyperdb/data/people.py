@@ -70,14 +70,15 @@ class People:
         )
 
 
-def load_people(path: str | Path, limit: int | None = None, split: str = "train", size: int = 64) -> People:
+def load_people(path: str | Path, limit: int | None = None, split: str | None = "train", size: int = 64) -> People:
     """Read rendered shards (`hyperdb render_heads`) or an aligned folder (`hyperdb preprocess`).
 
-    `limit` keeps the first so many identities. Raises `UserError` if the folder is not complete.
+    `limit` keeps the first so many identities; `split` None takes people of any split. Raises `UserError` if the
+    folder is not complete or holds another split: training, validation and test never share a person.
     """
     path = Path(path)
     if (path / "index.json").is_file():
-        people = _rendered(path, limit)
+        people = _rendered(path, limit, split)
     elif (path / "manifest.jsonl").is_file():
         people = _aligned(path, split, size)
     else:
@@ -91,8 +92,13 @@ def load_people(path: str | Path, limit: int | None = None, split: str = "train"
     return people
 
 
-def _rendered(path: Path, limit: int | None) -> People:
+def _rendered(path: Path, limit: int | None, split: str | None) -> People:
     shards, index = sorted(path.glob("shard-*.safetensors")), load_json(path / "index.json")
+    if split not in (None, here := index["config"]["split"]):
+        raise UserError(
+            f"{path} holds people of the {here} split, and {split} people are needed here; "
+            f"make some with `hyperdb render_heads split={split} out=FOLDER`"
+        )
     if len(shards) != index["shards"]:
         found = f"{len(shards)} of {index['shards']} shards"
         raise UserError(f"{path} has {found}; run the `hyperdb render_heads` that made it again")
@@ -113,11 +119,11 @@ def _rendered(path: Path, limit: int | None) -> People:
     return People(images, merged.pop("seed"), captions, merged, names, digest)
 
 
-def _aligned(path: Path, split: str, size: int) -> People:
+def _aligned(path: Path, split: str | None, size: int) -> People:
     from PIL import Image
 
     records = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
-    records = [r for r in records if r["split"] == split]
+    records = [r for r in records if split in (None, r["split"])]
     pixels = []
     for record in records:
         with Image.open(path / record["file"]) as image:

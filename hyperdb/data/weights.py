@@ -61,7 +61,7 @@ def shard_is_done(folder: Path, number: int, key: str) -> bool:
 def finish(folder: Path, shards: int, lidb: LiDB, provenance: dict[str, Any]) -> Path:
     """Write the index that makes a set of shards a store, with mean and deviation of the tokens."""
     tokens = torch.cat([load_tensors(shard_path(folder, i))[0]["tokens"] for i in range(shards)]).float()
-    save_tensors(folder / "statistics.safetensors", {"mean": tokens.mean(0), "std": tokens.std(0)})
+    save_tensors(folder / "statistics.safetensors", {"mean": tokens.mean(0), "std": tokens.std(0, correction=0)})
     return save_json(
         folder / "index.json",
         {

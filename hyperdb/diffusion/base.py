@@ -26,9 +26,13 @@ def pick_device(name: str = "auto") -> torch.device:
     """Return the device called `name`; auto is cuda, then mps, then cpu."""
     if name != "auto":
         try:
-            return torch.device(name)
+            device = torch.device(name)
         except RuntimeError as error:
             raise UserError(f"diffusion.device={name!r}: expected auto, cpu, cuda or mps") from error
+        here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
+        if here is not None and not here():
+            raise UserError(f"diffusion.device={name!r}: PyTorch sees no such device here; use auto or cpu")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hyperdb.diffusion import resolve
 from hyperdb.hypernet import EncoderConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors
@@ -45,13 +46,15 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(data["mean"])[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(data["std"])[:, None, None], persistent=False)
         if config.weights is not None:
-            self.load(Path(config.weights))
+            self.load(resolve(config.weights))
         self.frozen = config.frozen
         if self.frozen:
             self.requires_grad_(False)
 
     def load(self, path: Path) -> None:
         """Read the network's weights from a safetensors file, a hypernetwork's included."""
+        if not path.is_file():
+            raise UserError(f"no encoder at {path}; run `hyperdb train_encoder`, or set model.encoder.weights=FILE")
         tensors, _ = load_tensors(path)
         inner = {k.removeprefix("encoder.net."): v.float() for k, v in tensors.items() if k.startswith("encoder.net.")}
         missing = sorted(self.net.state_dict().keys() - (inner or tensors).keys())

@@ -133,7 +133,9 @@ def run(config: Config) -> Path:
         "images_a_person": config.images,
         "styled": config.styled,
         "base": model.base.digest,
-        "hypernet": {k: model.hypernet.metadata.get(k) for k in ("base", "data", "steps")},
+        "hypernet": {
+            "digest": _hypernet_digest(model), **{k: model.hypernet.metadata.get(k) for k in ("base", "data", "steps")}
+        },
         "data": people.digest,
         "recognisers": config.recognisers,
         "fits": {name: asdict(fit) for name, fit in fits.items()},
@@ -186,14 +188,20 @@ def styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[s
     return found
 
 
-def _made_from(config: Config, model: Personalizer, people: People) -> str:
+def _hypernet_digest(model: Personalizer) -> str:
+    """Return 16 hex digits over the hypernetwork's weights."""
     import hashlib
+
+    assert model.hypernet is not None
+    weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.state_dict().values()))
+    return weights.hexdigest()[:16]
+
+
+def _made_from(config: Config, model: Personalizer, people: People) -> str:
     import json
 
     what = {k: v for k, v in asdict(config).items() if k not in ("out", "results", "rows", "recognisers", "name")}
-    assert model.hypernet is not None
-    weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.state_dict().values()))
-    return json.dumps([what, model.base.digest, weights.hexdigest()[:16], people.digest], sort_keys=True, default=str)
+    return json.dumps([what, model.base.digest, _hypernet_digest(model), people.digest], sort_keys=True, default=str)
 
 
 def _pictures(

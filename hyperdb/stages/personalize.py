@@ -6,6 +6,7 @@ The hypernetwork predicts LiDB weights; 40 iterations of rank-relaxed fine-tunin
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,11 +83,19 @@ class Personalizer:
         if folder is not None:
             self.hypernet = Hypernet.load(folder / "hypernet.safetensors").to(self.base.device)
             self.layout.require(self.hypernet.lidb.layout, f"the hypernetwork {folder}")
+            trained_on = self.hypernet.metadata.get("base")
+            if trained_on and trained_on != self.base.digest:
+                warnings.warn(
+                    f"the hypernetwork {folder} was trained on base {trained_on}, this is {self.base.digest}: "
+                    "expect less likeness",
+                    stacklevel=2,
+                )
         self.lidb = self.hypernet.lidb if self.hypernet is not None else config.lidb.build(self.layout)
         self.lidb.to(self.base.device)
         self.prior = None
         if config.finetune.prior_weight > 0:
-            shipped = folder / "prior.safetensors" if folder is not None else None
+            known = folder or (resolve(config.diffusion.hypernet) if config.diffusion.hypernet else None)
+            shipped = known / "prior.safetensors" if known is not None else None
             self.prior = load_prior(self.base, config.prior, Path(config.out) / "prior.safetensors", shipped)
 
     def crop(self, image: str | Path | np.ndarray) -> np.ndarray:
@@ -131,12 +140,19 @@ class Personalizer:
         return self.wrap(tokens, self.finetune(crop, tokens) if finetune else None)
 
     def pipeline(self) -> Any:
-        """Return the base as a plain diffusers `StableDiffusionPipeline`, float32."""
+        """Return the base as a plain diffusers `StableDiffusionPipeline`, float32.
+
+        UNet and text encoder are its own copies: an adapter applied to it touches no other pipeline, and no later
+        `personalize`.
+        """
+        import copy
+
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
         base = self.base
+        text_encoder, unet = (copy.deepcopy(part).float() for part in (base.text_encoder, base.unet))
         return StableDiffusionPipeline(
-            base.vae, base.text_encoder, base.tokenizer, base.unet, DDIMScheduler.from_config(base.schedule.config),
+            base.vae, text_encoder, base.tokenizer, unet, DDIMScheduler.from_config(base.schedule.config),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
 

@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class StoreFitConfig(FitConfig):
+    """How each person is fitted: on `views` photos (the paper: 1)."""
+
+    views: int = 1
+
+
+@dataclass
 class Config:
-    """`identities` people, `batch` of them in one pass of the UNet; `views` photos of each (the paper: 1)."""
+    """`identities` people, `batch` of them in one pass of the UNet."""
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lidb: LiDBConfig = field(default_factory=LiDBConfig)
-    fit: FitConfig = field(default_factory=FitConfig)
+    fit: StoreFitConfig = field(default_factory=StoreFitConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
     data: str = "data/heads"
     name: str = "default"
@@ -28,7 +35,6 @@ class Config:
     identities: int = 256
     first: int = 0
     batch: int = 16
-    views: int = 1
 
 
 def reference_rows(people: People, views: int) -> list[list[int]]:
@@ -49,8 +55,8 @@ def run(config: Config) -> Path:
 
     base = config.diffusion.load()
     lidb = config.lidb.build(Layout.of(base.targets()))
-    people = load_people(config.data, limit=config.first + config.identities, size=config.diffusion.size)
-    rows = [(i, r) for i, r in enumerate(reference_rows(people, config.views)) if r and i >= config.first]
+    people = load_people(config.data, limit=config.first + config.identities, split=None, size=config.diffusion.size)
+    rows = [(i, r) for i, r in enumerate(reference_rows(people, config.fit.views)) if r and i >= config.first]
     out = Path(config.out)
     made_from = {
         "base": base.digest,
@@ -58,7 +64,6 @@ def run(config: Config) -> Path:
         "fit": asdict(config.fit),
         "prior": asdict(config.prior) if config.fit.prior_weight > 0 else None,
         "lidb": asdict(config.lidb),
-        "views": config.views,
     }
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.fit.prior_weight > 0 else None
     groups = [rows[k : k + config.batch] for k in range(0, len(rows), config.batch)]
@@ -70,7 +75,7 @@ def run(config: Config) -> Path:
             key = weights.store_key(**made_from, seeds=seeds.tolist())
             if not weights.shard_is_done(out, number, key):
                 flat = [row for r in index for row in r]
-                moments = base.moments(people.images[flat]).unflatten(0, (len(group), config.views))
+                moments = base.moments(people.images[flat]).unflatten(0, (len(group), config.fit.views))
                 losses.clear()
                 params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x))
                 weights.save_shard(out, number, params["tokens"].cpu(), seeds, key)

@@ -44,6 +44,7 @@ def run(config: Config) -> Path:
     from diffusers import AutoencoderKL
 
     from hyperdb.data.people import load_people
+    from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
@@ -51,7 +52,11 @@ def run(config: Config) -> Path:
 
     # --- data, model
     people = load_people(config.data)
-    seen, held = people.images[: -config.held_out], people.images[-config.held_out :]
+    # whole people are held out: those of the last `held_out` pictures
+    first = people.identity[-config.held_out :][0]
+    seen, held = people.images[people.identity < first], people.images[people.identity >= first]
+    if len(seen) == 0:
+        raise UserError(f"{config.data} has no people beside the {len(held)} held-out pictures; render more")
     size = people.images.shape[-1]
     levels = len(config.channels)
     torch.manual_seed(derive(config.seed, "autoencoder weights"))  # the only way to seed diffusers' initialisation

@@ -221,16 +221,15 @@ def run(config: Config) -> Path:
 
     # --- write
     save_base(base, out / "base")
-    save_json(
-        out / "report.json",
-        {
-            "steps": config.steps,
-            "samples": config.steps * config.batch,
-            "data": people.digest,
-            "vae": hash_files(Path(config.vae)) if config.init is None else None,
-            "init": base.digest if config.init is not None else None,
-        },
-    )
+    made_from = {
+        "data": people.digest,
+        "vae": hash_files(Path(config.vae)) if config.init is None else None,
+        "init": base.digest if config.init is not None else None,
+    }
+    save_json(out / "base" / "made_from.json", made_from)
+    digest = hash_files(sorted((out / "base").rglob("*.safetensors")))
+    report = {"steps": config.steps, "samples": config.steps * config.batch, **made_from, "base": digest}
+    save_json(out / "report.json", report)
     print(f"base in {out / 'base'}, samples in {out}")
     return out
 

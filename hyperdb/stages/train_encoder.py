@@ -28,7 +28,7 @@ class Config:
     `held_out` people are kept aside to measure on; `jitter` is the spread of the photos' gain a colour channel.
     """
 
-    data: str = "data/heads_photos"
+    data: str = "data/heads"
     name: str = "default"
     out: str = "runs/train_encoder/default"
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -115,7 +115,7 @@ def run(config: Config) -> Path:
     gallery = who.unique()
     nearest = gallery[torch.cdist(guess, portraits[gallery]).argmin(1)]
     rank1 = (nearest == who).float().mean().item()
-    save_tensors(out / "encoder.safetensors", encoder.net.state_dict())
+    save_tensors(out / "encoder.safetensors", encoder.net.state_dict(), {"data": people.digest})
     report = {"portrait_r2": round(r2, 4), "rank1_held_out": round(rank1, 4), "people_held_out": len(gallery)}
     save_json(out / "report.json", {**report, "steps": config.steps, "data": people.digest})
     print(f"{len(gallery)} unseen people: portrait R2 {r2:.2f}, rank-1 by portrait {rank1:.2f}; encoder in {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,9 @@ FEATURE_PHOTOS = 512  # that the encoder's features are standardised by
 class Config:
     """L = alpha * diffusion + beta * weight space (eq. 2), with `prior_weight` times the class prior.
 
-    `weights`: a store of `hyperdb precompute`, or null (beta is then not used); `people`: how many identities of
-    `data`; `target_view`: same denoises the conditioning photo (the paper), other another photo of that person.
+    `weights`: a store of `hyperdb precompute`, or null (beta is then not used); `validation_weights`: one of the
+    validation people, for their weight-space loss; `people`: how many identities of `data`; `target_view`: same
+    denoises the conditioning photo (the paper), other another photo of that person.
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -38,6 +40,7 @@ class Config:
     data: str = "data/heads"
     validation: str | None = "data/heads_validation"
     weights: str | None = "runs/precompute/default"
+    validation_weights: str | None = None
     people: int | None = None
     init: str | None = None  # a hypernetwork file to go on from
     name: str = "default"
@@ -70,6 +73,10 @@ class Config:
             raise UserError(f"weight_loss={self.weight_loss!r}: expected gauge_free or plain")
         if self.target_view not in ("same", "other"):
             raise UserError(f"target_view={self.target_view!r}: expected same or other")
+        if self.tracker not in (None, "wandb", "tensorboard"):
+            raise UserError(f"tracker={self.tracker!r}: expected wandb, tensorboard or null")
+        if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
+            raise UserError(f"tracker={self.tracker} is not installed; run `pip install hyperdb[{self.tracker}]`")
         if not 0 <= self.fit_share <= 1:
             raise UserError(f"fit_share={self.fit_share}: expected 0 to 1")
         if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):
@@ -86,6 +93,7 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.data.weights import load_store
+    from hyperdb.diffusion import resolve
     from hyperdb.diffusion.loss import predict, stratified_timesteps, target
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet
@@ -105,6 +113,8 @@ def run(config: Config) -> Path:
     if len(usable) == 0:
         raise UserError(f"{config.data} holds no photos of people")
     store = load_store(config.weights, layout) if config.weights is not None and config.beta > 0 else None
+    if store is not None and store.index.get("base") != base.digest:
+        raise UserError(f"{config.weights} holds fits of another base; run `hyperdb precompute` again")
     if store is not None and asdict(store.lidb.config) != asdict(config.lidb):
         raise UserError(f"{config.weights} was made with lidb {asdict(store.lidb.config)}; set the same or refit")
     lidb = store.lidb if store is not None else config.lidb.build(layout)
@@ -121,8 +131,10 @@ def run(config: Config) -> Path:
         accelerator.init_trackers("hyperdb", config={"name": config.name, "seed": config.seed})
     torch.manual_seed(derive(config.seed, "hypernet weights"))  # the only way to seed the modules' initialisation
     if config.init is not None:
-        model = Hypernet.load(Path(config.init))
+        model = Hypernet.load(resolve(config.init))
         layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
+        if asdict(model.lidb.config) != asdict(config.lidb):
+            raise UserError(f"{config.init} was made with lidb {asdict(model.lidb.config)}; set the same")
     else:
         model = Hypernet(config.model, lidb, config.default_spread)
         if store is not None and len(store.tokens) > 1:
@@ -147,6 +159,7 @@ def run(config: Config) -> Path:
     instance = base.tokenize([config.diffusion.instance_prompt])
     focus = _focus(config.face_weight, base.latent_shape).to(base.device)
     validation = _Validation(config, base, lidb) if config.validation is not None else None
+    unseen = load_store(config.validation_weights, layout) if config.validation_weights is not None else None
 
     # --- train
     def backward(step: int) -> dict[str, Tensor]:
@@ -197,7 +210,7 @@ def run(config: Config) -> Path:
         if validation is not None and (done % config.validate_every == 0 or done == config.steps):
             ema.swap()
             picture = out / "previews" / f"step-{done:06d}.png"
-            found = validation.measure(model, picture, store, weight_loss, scale)
+            found = validation.measure(model, picture, unseen, weight_loss, scale)
             ema.swap()
             found = {f"validation/{k}": v for k, v in found.items()}
             journal.record(done, **found)
@@ -206,8 +219,11 @@ def run(config: Config) -> Path:
             accelerator.log(scores, step=done)
 
     made_from = {"base": base.digest, "data": people.digest, "weights": store.digest if store else ""}
-    encoder = Path(config.model.encoder.weights) if config.model.encoder.weights is not None else None
-    whole = {**asdict(config), "made_from": made_from, "encoder": hash_files([encoder]) if encoder else None}
+    # `init` brings its own encoder
+    for part, file in (("init", config.init), ("encoder", None if config.init else config.model.encoder.weights)):
+        if file is not None:
+            made_from[part] = hash_files([resolve(file)])
+    whole = {**asdict(config), "made_from": made_from}
     schedule = Schedule(config.steps, config.warmup, config.decay)
     train(
         "hypernetwork", out, whole, schedule, optimizer, ema, backward, after, config.save_every,

@@ -96,6 +96,12 @@ def test_a_folder_without_a_shard_is_refused(rendered: Path, tmp_path: Path) -> 
         load_people(tmp_path / "part")
 
 
+def test_another_split_is_refused(rendered: Path) -> None:
+    with pytest.raises(UserError, match="people of the train split, and test people"):
+        load_people(rendered, split="test")
+    assert load_people(rendered, split=None).identities == 4
+
+
 # --- latents
 
 

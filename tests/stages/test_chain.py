@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors
+from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.stages import evaluate
 
 TINY = [
@@ -104,12 +105,26 @@ def test_every_loss_setting_trains(made, words, tmp_path):
     assert Hypernet.load(tmp_path / "hypernet.safetensors").metadata["steps"] == "1"
 
 
-def test_validation_writes_scores_and_previews(made, tmp_path):
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory):
+    """Three people of the validation split with two photos each."""
+    out = tmp_path_factory.mktemp("unseen") / "heads"
+    words = ["identities=3", "views=2", "photo_views=2", "size=32", "workers=1", "split=validation"]
+    return configuration.run("render_heads", [*words, f"out={out}"])
+
+
+def test_validation_writes_scores_and_previews(made, unseen, tmp_path):
+    fits = tmp_path / "fits"
+    words = [made["base"], *TINY, f"data={unseen}", "identities=3", "fit.steps=2", "fit.levels=2", "fit.views=2"]
+    configuration.run("precompute", [*words, f"out={fits}"])
     words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=1", f"out={tmp_path}"]
-    configuration.run("train_hypernet", [*words, f"validation={made['data']}", "validation_people=2"])
+    words += [f"validation={unseen}", "validation_people=3", f"validation_weights={fits}", "tracker=tensorboard"]
+    configuration.run("train_hypernet", words)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
     records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     names = {k for r in records for k in r if k.startswith("validation/")}
-    assert {"validation/face_cosine_own", "validation/face_cosine_shuffled", "validation/diffusion_own"} <= names
+    assert {f"validation/face_cosine_{x}" for x in ("own", "shuffled")} <= names
+    assert {"validation/diffusion_own", "validation/diffusion_shuffled", "validation/weights"} <= names
     assert (tmp_path / "previews" / "step-000001.png").is_file()
 
 
@@ -119,6 +134,72 @@ def photo(rendered, tmp_path):
 
     image = load_people(rendered).images[0].permute(1, 2, 0).numpy()
     return save_png(tmp_path / "me (1).png", image)
+
+
+def test_training_refuses_what_it_cannot_use(made, judged, tiny_base, tmp_path):
+    words = [made["base"], *HYPER, "steps=1", f"out={tmp_path / 'out'}"]
+    here = [f"data={made['data']}", f"weights={made['fits']}"]
+    for bad, message in (
+        ([f"data={judged}", "weights=null"], "test split"),
+        ([*here, "tracker=clipboard"], "clipboard"),
+        ([*here, "model.encoder.weights=none.safetensors"], "train_encoder"),
+        ([*here, "lidb.seed=1"], "lidb"),
+    ):
+        with pytest.raises(UserError, match=message):
+            configuration.run("train_hypernet", [*words, *bad])
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    path = other / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {k: 1.01 * v for k, v in tensors.items()}, metadata)
+    with pytest.raises(UserError, match="another base"):
+        configuration.run("train_hypernet", [*words, *here, f"diffusion.path={other}"])
+
+
+def test_a_hypernetwork_file_can_be_trained_on(made, tmp_path):
+    file = made["hyper"] / "hypernet.safetensors"
+    words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=1", f"init={file}"]
+    configuration.run("train_hypernet", [*words, f"out={tmp_path / 'out'}", "rate=1e-9", "encoder_rate=1e-9"])
+    before, after = (load_tensors(f)[0] for f in (file, tmp_path / "out" / "hypernet.safetensors"))
+    assert all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in before)
+    with pytest.raises(UserError, match="lidb"):
+        configuration.run("train_hypernet", [*words, f"out={tmp_path / 'other'}", "lidb.seed=1"])
+
+
+def test_people_personalised_one_after_the_other_do_not_mix(made, photo, tmp_path):
+    import hyperdb
+    from hyperdb.faces.image import read_image
+
+    words = [made["base"], *TINY, f"hypernet={made['hyper']}", "align=false", "finetune.steps=1", f"out={tmp_path}"]
+    first, second = read_image(photo), 255 - read_image(photo)
+    model, fresh = (hyperdb.load("embedded", *words) for _ in range(2))
+    one = model.personalize(first)
+    pipe, plain = model.pipeline(), model.pipeline()
+    one.apply(pipe)
+    two, alone = model.personalize(second), fresh.personalize(second)
+    assert torch.equal(two.tokens, alone.tokens)
+    assert all(torch.equal(a, b) for k in two.relaxed for a, b in zip(two.relaxed[k], alone.relaxed[k], strict=True))
+    settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+    draws = [p("a photo of a face", generator=torch.Generator().manual_seed(0), **settings) for p in (pipe, plain)]
+    assert (draws[0].images != draws[1].images).any()
+
+
+def test_a_hypernetwork_of_another_base_warns(made, photo, tiny_base, tmp_path):
+    other = shutil.copytree(tiny_base, tmp_path / "other")
+    path = other / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {k: 1.01 * v for k, v in tensors.items()}, metadata)
+    words = [f"hypernet={made['hyper']}", f"diffusion.path={other}", "preview=false"]
+    with pytest.warns(UserWarning, match="was trained on base"):
+        _personalize(made, photo, tmp_path / "out", *words)
+
+
+def test_demo_draws_both_people(made, tmp_path, capsys):
+    words = [made["base"], *TINY, f"hypernet={made['hyper']}", f"out={tmp_path}", "finetune.steps=1"]
+    configuration.run("demo", [*words, "preview_styles=[a pencil sketch of a [V] face]"])
+    said = capsys.readouterr().out
+    for name in ("rendered", "astronaut"):
+        assert (tmp_path / name / "preview.png").is_file()
+        assert str(tmp_path / name / "preview.png") in said
 
 
 def _personalize(made, photo, out, *more):

@@ -30,7 +30,7 @@ def pairs(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
 def main() -> None:
     """Reconstruct, embed, compare, write."""
     base = config.load("personalize", ["image=none"]).diffusion.load()
-    people, feature = load_people("data/heads_gates"), SFace()
+    people, feature = load_people("data/heads_gates", split="validation"), SFace()
     rows = torch.stack([r[:2] for r in people.photos])  #                           [I, 2]
     images = people.images[rows.flatten()]
     rebuilt = base.decode(base.moments(images)[:, 0])

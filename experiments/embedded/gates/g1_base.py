@@ -57,7 +57,7 @@ def main(folder: str | None = None) -> None:
     settings = config.load("personalize", ["image=none"]).diffusion
     base = (settings if folder is None else dataclasses.replace(settings, path=folder)).load()
     judge, feature = Judge.load(resolve("package:embedded/judge.safetensors")), SFace()
-    people = load_people("data/heads_gates")
+    people = load_people("data/heads_gates", split="validation")
     first, second = (people.images[torch.stack([r[k] for r in people.photos])] for k in (0, 1))
     reference = feature(second)
     truth = {name: people.labels[name] for name in ("style", "place")}

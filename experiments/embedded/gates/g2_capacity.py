@@ -46,7 +46,7 @@ def main(specs: list[str]) -> None:
     assert isinstance(whole, Config)
     base = whole.diffusion.load()
     layout, here = Layout.of(base.targets()), Path(__file__)
-    people = load_people("data/heads_capacity")
+    people = load_people("data/heads_capacity", split="validation")
     rows = people.photos
     reference = people.images[torch.stack([r[0] for r in rows])]
     judges = people.images[torch.stack([r[1 : 1 + JUDGES] for r in rows])]

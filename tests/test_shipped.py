@@ -1,0 +1,60 @@
+"""The weights in the package are one set: each was made from the others that lie beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from hyperdb import config
+from hyperdb.adapters.layout import Layout
+from hyperdb.diffusion import resolve
+from hyperdb.diffusion.sample import sample, start_noise
+from hyperdb.hypernet.model import Hypernet
+from hyperdb.runtime.files import load_metadata
+
+EMBEDDED = resolve("package:embedded")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return config.stage_module("personalize").Personalizer(config.load("personalize", ["image=none"]))
+
+
+def test_the_hypernetwork_belongs_to_the_base(model):
+    hypernet = Hypernet.load(EMBEDDED / "hypernet" / "hypernet.safetensors")
+    assert hypernet.metadata["base"] == model.base.digest
+    assert hypernet.lidb.layout == Layout.of(model.base.targets())
+
+
+def test_the_shipped_prior_is_used(model, monkeypatch, tmp_path):
+    from hyperdb.stages import finetune
+
+    shipped = EMBEDDED / "hypernet" / "prior.safetensors"
+    assert load_metadata(shipped)["key"].startswith(model.base.digest)
+    settings = config.load("personalize", ["image=none"]).prior
+    finetune.load_prior(model.base, settings, tmp_path / "prior.safetensors", shipped)
+    assert list(tmp_path.iterdir()) == []  # nothing had to be sampled
+
+
+def test_a_plain_pipeline_loads_the_base_and_draws_what_we_draw(model):
+    pipe = StableDiffusionPipeline.from_pretrained(Path(EMBEDDED / "base"), safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    base = model.base
+    noise = start_noise(base, [3])
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    theirs = pipe("a pencil sketch of a face", latents=noise, height=64, width=64, **settings).images
+    base.config.dtype = "fp32"
+    with torch.no_grad():
+        ours = sample(base, ["a pencil sketch of a face"], noise, steps=2, guidance=3.0)
+    assert torch.allclose(ours, theirs, atol=1e-3)
+
+
+def test_sizes():
+    def megabytes(folder):
+        return sum(f.stat().st_size for f in (EMBEDDED / folder).rglob("*.safetensors")) / 1e6
+
+    assert megabytes("base") <= 45
+    assert megabytes("hypernet") <= 20
