@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +30,11 @@ def pick_device(name: str = "auto") -> torch.device:
             device = torch.device(name)
         except RuntimeError as error:
             raise UserError(f"diffusion.device={name!r}: expected auto, cpu, cuda or mps") from error
-        here = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type)
+        checks: dict[str, Callable[[], bool]] = {
+            "cuda": torch.cuda.is_available,
+            "mps": torch.backends.mps.is_available,
+        }
+        here = checks.get(device.type)
         if here is not None and not here():
             raise UserError(f"diffusion.device={name!r}: PyTorch sees no such device here; use auto or cpu")
         return device
