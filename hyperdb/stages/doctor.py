@@ -102,7 +102,7 @@ def embedded(_: Config) -> Iterator[Finding]:
     if hypernets:
         yield Finding("ok", f"embedded hypernetwork ({_megabytes(hypernets[0])})")
     else:
-        advice = "hyperdb train_encoder, precompute, train_hypernet; or hyperdb personalize hypernet=null"
+        advice = "hyperdb train_encoder, hyperdb train_hypernet; or hyperdb personalize hypernet=null"
         yield Finding("missing", "embedded hypernetwork", advice)
 
 
