@@ -75,13 +75,18 @@ def finish(folder: Path, shards: int, lidb: LiDB, provenance: dict[str, Any]) ->
     )
 
 
-def load_store(folder: str | Path, layout: Layout) -> WeightStore:
-    """Read a store; raise `UserError` if it belongs to another layout or other bases."""
+def load_store(folder: str | Path, layout: Layout, base: str | None = None) -> WeightStore:
+    """Read a store; raise `UserError` if it belongs to another layout, other LiDB bases or, given `base`, another model.
+
+    `base` is the digest of the base model that the fits must have been made on.
+    """
     folder = Path(folder)
     if not (folder / "index.json").is_file():
         raise UserError(f"no finished weight store at {folder}; run `hyperdb precompute` (again) to make it")
     index = load_json(folder / "index.json")
     layout.require(Layout.from_text(index["layout"]), f"the weight store {folder}")
+    if base is not None and index.get("base") != base:
+        raise UserError(f"{folder} holds fits of another base; run `hyperdb precompute` again")
     lidb = LiDBConfig(**index["lidb"]).build(layout)
     if lidb.fingerprint != index["fingerprint"]:
         raise UserError(f"{folder} was made with other LiDB bases; run `hyperdb precompute` again")

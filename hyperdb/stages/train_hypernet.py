@@ -112,9 +112,8 @@ def run(config: Config) -> Path:
     usable = torch.tensor([i for i, rows in enumerate(photos) if len(rows)])
     if len(usable) == 0:
         raise UserError(f"{config.data} holds no photos of people")
-    store = load_store(config.weights, layout) if config.weights is not None and config.beta > 0 else None
-    if store is not None and store.index.get("base") != base.digest:
-        raise UserError(f"{config.weights} holds fits of another base; run `hyperdb precompute` again")
+    fits = config.weights if config.beta > 0 else None
+    store = load_store(fits, layout, base.digest) if fits is not None else None
     if store is not None and asdict(store.lidb.config) != asdict(config.lidb):
         raise UserError(f"{config.weights} was made with lidb {asdict(store.lidb.config)}; set the same or refit")
     lidb = store.lidb if store is not None else config.lidb.build(layout)
@@ -159,7 +158,8 @@ def run(config: Config) -> Path:
     instance = base.tokenize([config.diffusion.instance_prompt])
     focus = _focus(config.face_weight, base.latent_shape).to(base.device)
     validation = _Validation(config, base, lidb) if config.validation is not None else None
-    unseen = load_store(config.validation_weights, layout) if config.validation_weights is not None else None
+    fits = config.validation_weights
+    unseen = load_store(fits, layout, base.digest) if fits is not None else None
 
     # --- train
     def backward(step: int) -> dict[str, Tensor]:

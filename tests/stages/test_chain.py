@@ -105,12 +105,17 @@ def test_every_loss_setting_trains(made, words, tmp_path):
     assert Hypernet.load(tmp_path / "hypernet.safetensors").metadata["steps"] == "1"
 
 
+def _three_people(tmp_path_factory, split, *words):
+    """Render three people of a split."""
+    out = tmp_path_factory.mktemp(split) / "heads"
+    words = ["identities=3", "size=32", "workers=1", f"split={split}", *words]
+    return configuration.run("render_heads", [*words, f"out={out}"])
+
+
 @pytest.fixture(scope="module")
 def unseen(tmp_path_factory):
     """Three people of the validation split with two photos each."""
-    out = tmp_path_factory.mktemp("unseen") / "heads"
-    words = ["identities=3", "views=2", "photo_views=2", "size=32", "workers=1", "split=validation"]
-    return configuration.run("render_heads", [*words, f"out={out}"])
+    return _three_people(tmp_path_factory, "validation", "views=2", "photo_views=2")
 
 
 def test_validation_writes_scores_and_previews(made, unseen, tmp_path):
@@ -136,6 +141,14 @@ def photo(rendered, tmp_path):
     return save_png(tmp_path / "me (1).png", image)
 
 
+def _changed(base, folder, part):
+    """Copy a base with the weights of one part changed a little."""
+    path = shutil.copytree(base, folder) / part / "diffusion_pytorch_model.safetensors"
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {k: 1.01 * v for k, v in tensors.items()}, metadata)
+    return folder
+
+
 def test_training_refuses_what_it_cannot_use(made, judged, tiny_base, tmp_path):
     words = [made["base"], *HYPER, "steps=1", f"out={tmp_path / 'out'}"]
     here = [f"data={made['data']}", f"weights={made['fits']}"]
@@ -147,10 +160,7 @@ def test_training_refuses_what_it_cannot_use(made, judged, tiny_base, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             configuration.run("train_hypernet", [*words, *bad])
-    other = shutil.copytree(tiny_base, tmp_path / "other")
-    path = other / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors, metadata = load_tensors(path)
-    save_tensors(path, {k: 1.01 * v for k, v in tensors.items()}, metadata)
+    other = _changed(tiny_base, tmp_path / "other", "unet")
     with pytest.raises(UserError, match="another base"):
         configuration.run("train_hypernet", [*words, *here, f"diffusion.path={other}"])
 
@@ -184,10 +194,7 @@ def test_people_personalised_one_after_the_other_do_not_mix(made, photo, tmp_pat
 
 
 def test_a_hypernetwork_of_another_base_warns(made, photo, tiny_base, tmp_path):
-    other = shutil.copytree(tiny_base, tmp_path / "other")
-    path = other / "vae" / "diffusion_pytorch_model.safetensors"
-    tensors, metadata = load_tensors(path)
-    save_tensors(path, {k: 1.01 * v for k, v in tensors.items()}, metadata)
+    other = _changed(tiny_base, tmp_path / "other", "vae")
     words = [f"hypernet={made['hyper']}", f"diffusion.path={other}", "preview=false"]
     with pytest.warns(UserWarning, match="was trained on base"):
         _personalize(made, photo, tmp_path / "out", *words)
@@ -245,9 +252,7 @@ def test_bad_photos_leave_nothing_behind(made, tmp_path):
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     """Three people with three photos and two renders of every style."""
-    out = tmp_path_factory.mktemp("judged") / "heads"
-    words = ["identities=3", "views=17", "photo_views=3", "size=32", "workers=1", "split=test"]
-    return configuration.run("render_heads", [*words, f"out={out}"])
+    return _three_people(tmp_path_factory, "test", "views=17", "photo_views=3")
 
 
 def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_path):
