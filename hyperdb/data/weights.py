@@ -76,7 +76,7 @@ def finish(folder: Path, shards: int, lidb: LiDB, provenance: dict[str, Any]) ->
 
 
 def load_store(folder: str | Path, layout: Layout, base: str | None = None) -> WeightStore:
-    """Read a store; raise `UserError` if it belongs to another layout, other LiDB bases or, given `base`, another model.
+    """Read a store. Raises `UserError` if it is of another layout, other LiDB bases or, given `base`, another model.
 
     `base` is the digest of the base model that the fits must have been made on.
     """
