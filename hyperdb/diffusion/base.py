@@ -103,6 +103,11 @@ class Base:
         tokenizer = part(CLIPTokenizer, "tokenizer")
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up for missing files
             raise unusable("tokenizer", "it has no words")
+        if (pieces := len(tokenizer.tokenize(config.rare_token))) != 1:
+            raise UserError(
+                f"diffusion.rare_token={config.rare_token!r} is {pieces} tokens for {config.path}; choose a word "
+                "that is one, such as sks"
+            )
         return cls(
             config,
             unet.to(device),

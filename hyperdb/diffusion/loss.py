@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
@@ -9,9 +11,18 @@ from torch import Tensor
 from hyperdb.diffusion.base import Base
 
 
-def stratified_timesteps(rows: int, levels: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Draw `[rows, levels]` timesteps in [0, steps), one from each of `levels` equal strata."""
+def stratified_timesteps(
+    rows: int, levels: int, steps: int, generator: torch.Generator, logit_normal: Sequence[float] | None = None
+) -> Tensor:
+    """Draw `[rows, levels]` timesteps in [0, steps), one from each of `levels` equally likely strata.
+
+    Uniform over the noise levels, or with t / steps = sigmoid(mean + std * normal), (mean, std) = `logit_normal`: more
+    of those in the middle (Esser et al. 2024, section 3.1).
+    """
     u = (torch.arange(levels) + torch.rand(rows, levels, generator=generator)) / levels
+    if logit_normal is not None:
+        mean, std = logit_normal
+        u = torch.sigmoid(mean + std * torch.special.ndtri(u))
     return (u * steps).long().clamp_(0, steps - 1)
 
 

@@ -10,7 +10,7 @@ from hyperdb.runtime.files import load_json
 
 ROWS = {
     "floor": "base without adapter",
-    "mean": "the mean of the training people's fits",
+    "mean": "the average of these people's predictions",
     "shuffled": "hypernetwork, another person's photo",
     "hyper_only": "hypernetwork alone",
     "hyper_40": "hypernetwork + 40 iterations",

@@ -229,7 +229,6 @@ def _pictures(
     with torch.no_grad(), base.autocast():
         tokens = model.hypernet(reference)
     predicting = (time.perf_counter() - began) / count
-    mean = (model.hypernet.centre * model.hypernet.mask)[None]
     own = {k: (d.detach(), u.detach()) for k, (d, u) in lidb.factors({"tokens": tokens}).items()}
     lora = config.relaxed.build(model.layout)
 
@@ -248,7 +247,7 @@ def _pictures(
 
     ways: dict[str, Any] = {
         "floor": lambda: None,
-        "mean": lambda: lidb.factors({"tokens": mean}),
+        "mean": lambda: lidb.factors({"tokens": tokens.mean(0, keepdim=True).expand_as(tokens)}),
         "hyper_only": lambda: own,
         "shuffled": lambda: select(own, [(i + 1) % count for i in range(count)]),
         "hyper_40": lambda: trained(lora, fits["finetune"], own),

@@ -111,6 +111,7 @@ def run(config: Config) -> Path:
     vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
     psnr = (-10 * torch.log10(((x - y) / 2).square().mean())).item()
     vae.save_pretrained(out / "vae")
+    save_json(out / "vae" / "made_from.json", {"data": people.digest})
     save_json(
         out / "report.json",
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ class Config:
     steps: int = 2000
     batch: int = 16  # people a step
     levels: int = 2  # noise levels a person a step
+    logit_normal: list[float] | None = None  # mean and standard deviation of logit(noise level); null: uniform
     rate: float = 5e-4
     encoder_rate: float = 1e-4
     warmup: int = 100
@@ -77,6 +79,8 @@ class Config:
             raise UserError(f"tracker={self.tracker!r}: expected wandb, tensorboard or null")
         if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
             raise UserError(f"tracker={self.tracker} is not installed; run `pip install hyperdb[{self.tracker}]`")
+        if self.logit_normal is not None and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):
+            raise UserError(f"logit_normal={self.logit_normal}: expected [mean, standard deviation above 0] or null")
         if not 0 <= self.fit_share <= 1:
             raise UserError(f"fit_share={self.fit_share}: expected 0 to 1")
         if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):
@@ -123,6 +127,8 @@ def run(config: Config) -> Path:
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
 
     # --- model
+    if config.tracker == "wandb":
+        os.environ.setdefault("WANDB_MODE", "offline")  # `wandb sync` uploads; WANDB_MODE=online does at once
     accelerator = Accelerator(
         cpu=base.device.type == "cpu", log_with=config.tracker, project_dir=str(out) if config.tracker else None
     )
@@ -168,7 +174,7 @@ def run(config: Config) -> Path:
         who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
         people_now, levels = config.batch, config.levels
         shown, wanted = _views(photos, who, levels, config.target_view, g)  #         [I], [I, S]
-        t = stratified_timesteps(people_now, levels, base.schedule.config.num_train_timesteps, g)
+        t = stratified_timesteps(people_now, levels, base.schedule.config.num_train_timesteps, g, config.logit_normal)
         z_mean, z_std = moments[wanted].float().unbind(2)  #                         [I, S, c, h, w]
         jitter, noise = (torch.randn(z_mean.shape, generator=g) for _ in "zn")
         rows = [z_mean + z_std * jitter, noise, t, instance.expand(people_now, levels, -1)]  # [I, S, ...] each

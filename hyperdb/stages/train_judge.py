@@ -79,7 +79,8 @@ def run(config: Config) -> Path:
         accuracy = {name: round((found[name] == labels[name][held]).float().mean().item(), 4) for name in labels}
         report[f"accuracy_{kind}"] = accuracy
         print(f"{kind}: " + ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()))
-    judge.save(out / "judge.safetensors", {"data": people.digest, "steps": str(config.steps)})
-    save_json(out / "report.json", {**report, "steps": config.steps, "data": people.digest, **provenance()})
+    made_from = {"data": people.digest, "base": base.digest}
+    judge.save(out / "judge.safetensors", {**made_from, "steps": str(config.steps)})
+    save_json(out / "report.json", {**report, "steps": config.steps, **made_from, **provenance()})
     print(f"judge in {out / 'judge.safetensors'}")
     return out

@@ -104,6 +104,11 @@ def test_settings_out_of_range_are_named(wrong: dict, message: str) -> None:
 # --- words
 
 
+def test_a_rare_token_of_several_pieces_is_refused(config: DiffusionConfig) -> None:
+    with pytest.raises(UserError, match="rare_token='sksbeach' is"):
+        replace(config, rare_token="sksbeach").load()
+
+
 def test_each_word_of_the_vocabulary_is_one_token(base: Base) -> None:
     for word in WORDS:
         assert len(base.tokenizer.tokenize(word)) == 1, word

@@ -38,6 +38,16 @@ def test_one_timestep_in_each_stratum(rows: int, levels: int, steps: int) -> Non
         assert t[:, 0].unique().numel() > 1, "rows must differ"
 
 
+def test_logit_normal_timesteps_are_stratified_quantiles() -> None:
+    t = stratified_timesteps(4000, 2, 1000, torch.Generator().manual_seed(3), [0.5, 0.8])
+    median = 1000 * torch.sigmoid(torch.tensor(0.5))
+    assert (t[:, 0] <= median).all()
+    assert (t[:, 1] >= median - 1).all()
+    logits = ((t + 0.5) / 1000).logit()
+    torch.testing.assert_close(logits.mean(), torch.tensor(0.5), atol=0.03, rtol=0)
+    torch.testing.assert_close(logits.std(), torch.tensor(0.8), atol=0.03, rtol=0)
+
+
 def test_targets_of_both_prediction_types(base: Base) -> None:
     latents, noise, timesteps, _ = batch(base)
     alpha = base.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
