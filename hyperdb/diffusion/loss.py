@@ -44,6 +44,15 @@ def predict(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: 
         return base.unet(noisy, timesteps, context).sample.float()
 
 
+def signal_weight(schedule: DDPMScheduler, timesteps: Tensor, power: float) -> Tensor:
+    """Return what a row's loss is multiplied by, `alpha_bar_t ** power`, in the shape of `timesteps`.
+
+    A person's gradient at high noise is several times longer than at low noise and drowns what is learned there; 0.5
+    makes the lengths about equal. On v-prediction 1 is the error of epsilon, the loss of Stable Diffusion 1.5.
+    """
+    return schedule.alphas_cumprod.to(timesteps.device)[timesteps] ** power
+
+
 # eq. 2, first term
 def diffusion_loss(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
     """Return the mean squared error of each row, `[B]`."""

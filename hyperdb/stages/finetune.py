@@ -28,6 +28,7 @@ class FitConfig:
     levels: int = 4
     rate: float = 1e-3
     decay: float = 0.3  # the last fraction of the steps, over which the rate falls
+    signal_weight: float = 0.0  # power of alpha_bar that weights a row's loss; 0.5 hears all noise levels alike
     prior_weight: float = 0.0
     prior_rows: int = 2
     seed: int = 0
@@ -134,7 +135,7 @@ def fit(
 
     from hyperdb.adapters.base import concatenate
     from hyperdb.adapters.inject import Injection
-    from hyperdb.diffusion.loss import predict, stratified_timesteps, target
+    from hyperdb.diffusion.loss import predict, signal_weight, stratified_timesteps, target
     from hyperdb.runtime.journal import NonFiniteError
     from hyperdb.runtime.optim import Schedule, adamw, set_rate
     from hyperdb.runtime.seed import generator
@@ -171,9 +172,10 @@ def fit(
             with injection.using(concatenate(frozen, factors) if frozen else factors):
                 out = predict(base, z.flatten(0, 1), *_tile(people, noise, t, ids))
             error = (out.unflatten(0, (people, levels + extra)) - wanted).square().flatten(2).mean(2)  # [I, S + P]
-            loss = error[:, :levels].mean(1).sum()
+            weighted = signal_weight(base.schedule, t, config.signal_weight) * error
+            loss = weighted[:, :levels].mean(1).sum()
             if guarded:
-                loss = loss + config.prior_weight * error[:, levels:].mean(1).sum()
+                loss = loss + config.prior_weight * weighted[:, levels:].mean(1).sum()
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"the loss is {loss.item()} at step {step}; lower the rate ({config.rate})")
             set_rate(optimizer, schedule(step))

@@ -51,6 +51,7 @@ class Config:
     fit_share: float = 0.25  # share of a batch drawn from the people who have a fit
     weight_loss: str = "gauge_free"  # or plain, the L2 of eq. 2
     target_view: str = "other"
+    signal_weight: float = 0.0  # power of alpha_bar that weights a row's loss; 0.5 hears all noise levels alike
     face_weight: float = 0.0  # extra weight of the middle of the frame in the diffusion loss
     prior_weight: float = 0.25
     prior_rows: int = 1  # a person a step
@@ -98,7 +99,7 @@ def run(config: Config) -> Path:
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.data.weights import load_store
     from hyperdb.diffusion import resolve
-    from hyperdb.diffusion.loss import predict, stratified_timesteps, target
+    from hyperdb.diffusion.loss import predict, signal_weight, stratified_timesteps, target
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.files import hash_files, save_json
@@ -195,7 +196,8 @@ def run(config: Config) -> Path:
         if config.alpha > 0:
             with injection.using(lidb.factors({"tokens": tokens})):
                 out_rows = predict(base, *(x.flatten(0, 1) for x in rows)).unflatten(0, (people_now, -1))
-                square = (out_rows - goal).square()
+                weight = signal_weight(base.schedule, rows[2], config.signal_weight)[..., None, None, None]
+                square = weight * (out_rows - goal).square()
                 terms["diffusion"] = config.alpha * (square[:, :levels] * focus).mean()
                 if prior is not None:
                     terms["prior"] = config.prior_weight * square[:, levels:].mean()

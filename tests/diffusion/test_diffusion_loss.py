@@ -13,7 +13,7 @@ from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
-from hyperdb.diffusion.loss import diffusion_loss, predict, stratified_timesteps, target
+from hyperdb.diffusion.loss import diffusion_loss, predict, signal_weight, stratified_timesteps, target
 
 
 @pytest.fixture
@@ -46,6 +46,18 @@ def test_logit_normal_timesteps_are_stratified_quantiles() -> None:
     logits = ((t + 0.5) / 1000).logit()
     torch.testing.assert_close(logits.mean(), torch.tensor(0.5), atol=0.03, rtol=0)
     torch.testing.assert_close(logits.std(), torch.tensor(0.8), atol=0.03, rtol=0)
+
+
+def test_signal_weight_of_one_turns_the_error_of_v_into_that_of_epsilon(base: Base) -> None:
+    latents, noise, timesteps, _ = batch(base, 3)
+    alpha = base.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = base.schedule.add_noise(latents, noise, timesteps)
+    guess = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(1))  # of v
+    epsilon = alpha.sqrt() * guess + (1 - alpha).sqrt() * noisy
+    of_v = (guess - base.schedule.get_velocity(latents, noise, timesteps)).square().mean((1, 2, 3))
+    of_epsilon = (epsilon - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(signal_weight(base.schedule, timesteps, 1.0) * of_v, of_epsilon)
+    assert torch.equal(signal_weight(base.schedule, timesteps, 0.0), torch.ones(3))
 
 
 def test_targets_of_both_prediction_types(base: Base) -> None:
