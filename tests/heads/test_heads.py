@@ -66,16 +66,20 @@ def test_splits_are_disjoint() -> None:
 def test_captions_stay_in_the_vocabulary_and_keep_their_shares() -> None:
     rng, person = np.random.default_rng(0), heads.Identity(1).attributes
     known, rare, bare, photos, total = set(heads.vocabulary()), 0, 0, 0, 8000
+    beside: set[str] = set()  # the styles and places that the rare word stood beside
     for _ in range(total):
         view = heads.sample_view(rng)
         text = heads.caption(person, view, rng)
         assert text == text.lower()
         assert set(words(text)) <= known
         assert "face" in words(text)
-        rare += heads.RARE_TOKEN in words(text)
+        if heads.RARE_TOKEN in words(text):
+            rare += 1
+            beside |= {view.style, view.place}
         photos += view.style == "photo"
         bare += view.style == "photo" and "photo" not in words(text)
     assert 0.012 < rare / total < 0.03
+    assert beside == {*heads.STYLES, *heads.PLACES}
     assert 0.25 < bare / photos < 0.35
 
 
