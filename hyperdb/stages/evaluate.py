@@ -129,6 +129,7 @@ def run(config: Config) -> Path:
     result: dict[str, Any] = {
         "rows": {row: {**summary(score, config.seed), **costs[row]} for row, score in scores.items()},
         "paired": _pairs(scores, config.seed),
+        "slices": slices(people, rows, scores),
         "people": len(rows),
         "images_a_person": config.images,
         "styled": config.styled,
@@ -320,6 +321,24 @@ def summary(score: dict[str, Any], seed: int) -> dict[str, Any]:
         name: round(float(values.mean()), 4) if name.startswith(plain) else bootstrap(values.numpy(), seed)
         for name, values in score.items()
     }
+
+
+def slices(people: People, rows: list[Tensor], scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return every row's mean face cosine by known attribute: `{attribute: {word: {people: n, row: cosine}}}`."""
+    import torch
+
+    from hyperdb.heads import Identity
+
+    if "sex" not in people.labels:  # photos of real people
+        return {}
+    known = [Identity(int(people.seed[r[0]])).attributes for r in rows]
+    found: dict[str, Any] = {}
+    for name in ("sex", "age", "skin"):
+        for word in sorted({str(person[name]) for person in known}):
+            mine = torch.tensor([person[name] == word for person in known])
+            means = {row: round(float(score["cosine"][mine].mean()), 4) for row, score in scores.items()}
+            found.setdefault(name, {})[word] = {"people": int(mine.sum()), **means}
+    return found
 
 
 def _pairs(scores: dict[str, dict[str, Any]], seed: int) -> dict[str, Any]:

@@ -267,6 +267,11 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     assert {"cosine", "rank1", "rank1_styled", "style_accuracy", "copy_background", "diversity"} <= set(row)
     assert row["bytes"] > result["rows"]["hyper_only"]["bytes"] > 0
     assert {f"{a}-{b}" for a, b in evaluate.PAIRS} == set(result["paired"])
+    for words_of in result["slices"].values():  # each attribute splits the same people
+        assert sum(part["people"] for part in words_of.values()) == result["people"]
+        mean = sum(part["people"] * part["floor"] for part in words_of.values()) / result["people"]
+        assert abs(mean - result["rows"]["floor"]["cosine"]["mean"]) < 1e-3
+    assert set(result["slices"]) == {"sex", "age", "skin"}
     assert result["rows"]["ceiling"]["bytes"] == 0
     assert (tmp_path / "people.png").is_file()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
