@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
 
 from hyperdb import cli
-from hyperdb.runtime.files import save_tensors
+from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters.layout import Layer, Layout
+from hyperdb.formats.native import Personalization
+from hyperdb.runtime.files import save_json, save_tensors
 
 
 def _photo(path, size, mode="RGB", **options):
@@ -52,25 +57,67 @@ def test_photos(in_tmp, tiny_base, capsys, name):
     assert sorted(in_tmp.iterdir()) == before
 
 
+def _of_another_layout(path):
+    layout = Layout((Layer("tall", 40, 12), Layer("flat", 9, 30)))
+    lidb = LiDBConfig(a=10, b=5).build(layout)
+    Personalization(layout, torch.zeros(*lidb.mask.shape), lidb.config).save(path)
+
+
+def _cut_short(path):
+    _of_another_layout(path)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
 ADAPTERS = {
-    "missing": (None, "missing"),
-    "text": (b"not a tensor file", "safetensors"),
-    "foreign": ({"weight": torch.zeros(3)}, "not"),
+    "missing": (lambda path: None, "missing"),
+    "text": (lambda path: path.write_bytes(b"not a tensor file"), "safetensors"),
+    "foreign": (lambda path: save_tensors(path, {"weight": torch.zeros(3)}), "not"),
+    "cut": (_cut_short, "safetensors"),
+    "of another layout": (_of_another_layout, "made for another model"),
 }
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters(in_tmp, tiny_base, capsys, name):
-    content, said = ADAPTERS[name]
+    write, said = ADAPTERS[name]
     path = in_tmp / f"{name}.safetensors"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        save_tensors(path, content)
+    write(path)
     before = sorted(in_tmp.iterdir())
     words = [f"diffusion.path={tiny_base}", "diffusion.size=32", "prompt=a [V] face", f"adapter={path.name}"]
     _says(capsys, ["generate", *words], path.name, said)
     assert sorted(in_tmp.iterdir()) == before
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_a_damaged_base(in_tmp, tiny_base, capsys, part):
+    path = shutil.copytree(tiny_base, in_tmp / "base") / part
+    path.write_bytes(path.read_bytes()[:-100])
+    _photo(in_tmp / "a.png", (64, 64))
+    words = ["diffusion.path=./base", "diffusion.size=32", "hypernet=null", "image=a.png", "align=false"]
+    _says(capsys, ["personalize", *words], part.partition("/")[0], "./base")
+
+
+def _foreign_people(folder):
+    save_json(folder / "index.json", {"config": {"split": "train", "size": 32, "shard": 2}, "shards": 1})
+    save_tensors(folder / "shard-00000.safetensors", {"image": torch.zeros(3)})
+
+
+def _broken_manifest(folder):
+    (folder / "manifest.jsonl").write_text('{"file": "none.png", "identity": "a", "split": "train"}\n')
+
+
+@pytest.mark.parametrize("make", [_foreign_people, _broken_manifest])
+def test_damaged_people(in_tmp, tiny_base, capsys, make):
+    (in_tmp / "people").mkdir()
+    make(in_tmp / "people")
+    words = [f"diffusion.path={tiny_base}", "diffusion.size=32", "data=people", "weights=null", "validation=null"]
+    _says(capsys, ["train_hypernet", *words], "people is damaged")
+
+
+def test_a_foreign_weight_store(in_tmp, tiny_base, rendered, capsys):
+    save_json(in_tmp / "fits" / "index.json", {"shards": 1})
+    words = [f"diffusion.path={tiny_base}", "diffusion.size=32", f"data={rendered}", "weights=fits", "validation=null"]
+    _says(capsys, ["train_hypernet", *words], "fits is not a weight store")
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,9 @@ def test_a_plain_pipeline_loads_the_base_and_draws_what_we_draw(model):
     pipe = StableDiffusionPipeline.from_pretrained(Path(EMBEDDED / "base"), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     base = model.base
-    noise = start_noise(base, [3])
+    noise, generator = start_noise(base, [3]), torch.Generator().manual_seed(3)
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
-    theirs = pipe("a pencil sketch of a face", latents=noise, height=64, width=64, **settings).images
+    theirs = pipe("a pencil sketch of a face", generator=generator, height=64, width=64, **settings).images
     base.config.dtype = "fp32"
     with torch.no_grad():
         ours = sample(base, ["a pencil sketch of a face"], noise, steps=2, guidance=3.0)

@@ -70,21 +70,29 @@ class People:
         )
 
 
-def load_people(path: str | Path, limit: int | None = None, split: str | None = "train", size: int = 64) -> People:
+def load_people(
+    path: str | Path, limit: int | None = None, split: str | None = "train", size: int | None = None
+) -> People:
     """Read rendered shards (`hyperdb render_heads`) or an aligned folder (`hyperdb preprocess`).
 
-    `limit` keeps the first so many identities; `split` None takes people of any split. Raises `UserError` if the
-    folder is not complete or holds another split: training, validation and test never share a person.
+    `limit` keeps the first so many identities; `split` None takes people of any split; `size` is the side wanted, None
+    the side there is. Raises `UserError` if the folder is not complete, is damaged, or holds renders of another size or
+    another split: training, validation and test never share a person.
     """
     path = Path(path)
-    if (path / "index.json").is_file():
-        people = _rendered(path, limit, split)
-    elif (path / "manifest.jsonl").is_file():
-        people = _aligned(path, split, size)
-    else:
-        raise UserError(
-            f"{path} holds no faces; make it with `hyperdb render_heads out={path}` or `hyperdb preprocess`"
-        )
+    try:
+        if (path / "index.json").is_file():
+            people = _rendered(path, limit, split, size)
+        elif (path / "manifest.jsonl").is_file():
+            people = _aligned(path, split, size)
+        else:
+            raise UserError(
+                f"{path} holds no faces; make it with `hyperdb render_heads out={path}` or `hyperdb preprocess`"
+            )
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and make it again") from error
     if limit is not None and people.identities > limit:
         people = people.subset(people.identity < limit)
     if len(people) == 0:
@@ -92,8 +100,13 @@ def load_people(path: str | Path, limit: int | None = None, split: str | None = 
     return people
 
 
-def _rendered(path: Path, limit: int | None, split: str | None) -> People:
+def _rendered(path: Path, limit: int | None, split: str | None, size: int | None) -> People:
     shards, index = sorted(path.glob("shard-*.safetensors")), load_json(path / "index.json")
+    if size not in (None, there := index["config"]["size"]):
+        raise UserError(
+            f"{path} holds renders of {there} px, and {size} px are needed here; "
+            f"make some with `hyperdb render_heads size={size} out=FOLDER`"
+        )
     if split not in (None, here := index["config"]["split"]):
         raise UserError(
             f"{path} holds people of the {here} split, and {split} people are needed here; "
@@ -115,11 +128,12 @@ def _rendered(path: Path, limit: int | None, split: str | None) -> People:
             columns.setdefault(name, []).append(value)
     merged = {name: torch.cat(values) for name, values in columns.items()}
     images = merged.pop("image").permute(0, 3, 1, 2).contiguous()
-    digest = hash_files([*shards[:1], path / "index.json"])
-    return People(images, merged.pop("seed"), captions, merged, names, digest)
+    whole = {k: v for k, v in index["config"].items() if k not in ("out", "workers")}
+    digest = hashlib.sha256(hash_files(shards[:1]).encode() + json.dumps(whole, sort_keys=True).encode())
+    return People(images, merged.pop("seed"), captions, merged, names, digest.hexdigest()[:16])
 
 
-def _aligned(path: Path, split: str | None, size: int) -> People:
+def _aligned(path: Path, split: str | None, size: int | None) -> People:
     from PIL import Image
 
     records = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
@@ -127,9 +141,10 @@ def _aligned(path: Path, split: str | None, size: int) -> People:
     pixels = []
     for record in records:
         with Image.open(path / record["file"]) as image:
-            pixels.append(np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)))
+            side = (size, size) if size is not None else image.size
+            pixels.append(np.asarray(image.convert("RGB").resize(side, Image.Resampling.LANCZOS)))
     people = {name: i for i, name in enumerate(dict.fromkeys(r["identity"] for r in records))}
-    stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
+    stacked = np.stack(pixels) if pixels else np.empty((0, 1, 1, 3), np.uint8)
     return People(
         torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(),
         torch.tensor([people[r["identity"]] for r in records], dtype=torch.long),

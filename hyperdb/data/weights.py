@@ -84,6 +84,8 @@ def load_store(folder: str | Path, layout: Layout, base: str | None = None) -> W
     if not (folder / "index.json").is_file():
         raise UserError(f"no finished weight store at {folder}; run `hyperdb precompute` (again) to make it")
     index = load_json(folder / "index.json")
+    if not isinstance(index, dict) or not {"layout", "lidb", "fingerprint", "shards"} <= index.keys():
+        raise UserError(f"{folder} is not a weight store; run `hyperdb precompute` to make one")
     layout.require(Layout.from_text(index["layout"]), f"the weight store {folder}")
     if base is not None and index.get("base") != base:
         raise UserError(f"{folder} holds fits of another base; run `hyperdb precompute` again")

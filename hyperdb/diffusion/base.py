@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -94,8 +95,8 @@ class Base:
         def part(kind: Any, name: str, **more: Any) -> Any:
             try:
                 return kind.from_pretrained(source, subfolder=name, revision=config.revision, **more)
-            except (OSError, ValueError) as error:
-                raise unusable(name, str(error).splitlines()[0]) from error
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                raise unusable(name, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
         unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype, variant=config.variant)
         text_encoder = part(CLIPTextModel, "text_encoder", dtype=dtype, variant=config.variant)

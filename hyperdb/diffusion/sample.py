@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hyperdb.diffusion.base import Base
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.seed import generator
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -26,8 +25,11 @@ SCHEDULERS = {
 
 
 def start_noise(base: Base, seeds: list[int]) -> Tensor:
-    """Return noise `[B, c, h, w]`, one private generator a sample: a picture does not depend on its batch."""
-    return torch.stack([torch.randn(base.latent_shape, generator=generator(seed, "sample")) for seed in seeds])
+    """Return noise `[B, c, h, w]`, one generator a sample: a picture does not depend on its batch.
+
+    It is what a diffusers pipeline draws from `generator=torch.Generator().manual_seed(seed)`.
+    """
+    return torch.stack([torch.randn(base.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 @torch.no_grad()

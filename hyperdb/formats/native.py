@@ -69,6 +69,7 @@ class Personalization:
     class_word: str = "face"
     relaxed: Factors = field(default_factory=dict)
     fingerprint: str = ""
+    source: str = field(default="this adapter", compare=False)  # the file, for messages
 
     def __post_init__(self) -> None:
         for key in WORDS:
@@ -101,7 +102,7 @@ class Personalization:
         """
         if self.fingerprint not in ("", self.lidb.fingerprint):
             raise UserError(
-                f"the random bases rebuilt here have fingerprint {self.lidb.fingerprint}, this adapter needs "
+                f"the random bases rebuilt here have fingerprint {self.lidb.fingerprint}, {self.source} needs "
                 f"{self.fingerprint}: install the versions that made it, or personalise again"
             )
         own = self.lidb.factors({"tokens": self.tokens[None]})
@@ -119,11 +120,11 @@ class Personalization:
             modules: dict[str, nn.Linear] = dict(target)
         else:
             modules = find_targets(target.unet, target.text_encoder)
-        Layout.of(modules).require(self.layout, "this adapter")
+        Layout.of(modules).require(self.layout, self.source)
         here = base_hash(modules)
         if self.base and here and self.base != here:
             message = (
-                f"this adapter was made for base {self.base} and is used on {here}: expect less likeness"
+                f"{self.source} was made for base {self.base} and is used on {here}: expect less likeness"
             )
             warnings.warn(message, stacklevel=2)
         factors = {  # on the model's device now, or every forward would copy them there
@@ -182,7 +183,9 @@ class Personalization:
         try:
             if Path(path).stat().st_size > MAX_BYTES:
                 raise UserError(f"it is larger than {MAX_BYTES} bytes")
-            return cls._parse(load_tensors(path)[0], metadata)
+            made = cls._parse(load_tensors(path)[0], metadata)
+            made.source = str(path)
+            return made
         except UserError as error:
             raise UserError(f"{path} is damaged or not a hyperdb adapter: {error}") from error
 

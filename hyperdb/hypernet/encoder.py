@@ -32,7 +32,7 @@ class Encoder(nn.Module):
             self.net = timm.create_model(config.name, pretrained=config.pretrained, num_classes=0, **options)
             if hasattr(self.net, "set_input_size"):  # a transformer; a convolutional network takes any
                 self.net.set_input_size(config.size, config.patch)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, OSError) as error:  # OSError: its weights cannot be fetched
             raise UserError(f"encoder.name={config.name!r}: timm cannot build it ({error})") from error
         data = timm.data.resolve_model_data_config(self.net)
         self.size = config.size or data["input_size"][-1]
@@ -60,6 +60,9 @@ class Encoder(nn.Module):
         missing = sorted(self.net.state_dict().keys() - (inner or tensors).keys())
         if missing:
             raise UserError(f"{path} is not this encoder: it lacks {missing[0]} and {len(missing) - 1} more")
+        for name, own in self.net.state_dict().items():
+            if (there := (inner or tensors)[name]).shape != own.shape:
+                raise UserError(f"{path} is not this encoder: {name} is {list(there.shape)}, not {list(own.shape)}")
         self.net.load_state_dict(inner or tensors, strict=False)
 
     def train(self, mode: bool = True) -> Encoder:

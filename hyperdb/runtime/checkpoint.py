@@ -36,6 +36,9 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[st
     if not path.is_file():
         return 0
     tensors, metadata = load_tensors(path)
+    needed = {f"{kind}.{i}" for kind in ("param", "average") for i in range(len(ema.params))}
+    if not {"config", "step"} <= metadata.keys() or not needed <= tensors.keys():
+        raise UserError(f"{path} is not a checkpoint of this training; delete it or use another name")
     then, now = json.loads(metadata["config"]), json.loads(json.dumps(config, sort_keys=True, default=str))
     changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
     if changed:

@@ -18,8 +18,8 @@ class NonFiniteError(FloatingPointError):
 class Journal:
     """Write `path` (JSON lines, a record every `every` steps) and show a bar from `start` to `total` steps.
 
-    On resume, records at or after `start` are dropped first, so an interrupted and resumed
-    run leaves the same journal as an uninterrupted one.
+    On resume, records after `start` are dropped first, so an interrupted and resumed run leaves records of the same
+    steps as an uninterrupted one; the seconds and the smoothed loss start afresh.
     """
 
     def __init__(self, path: Path, total: int, start: int = 0, name: str = "", every: int = 50) -> None:

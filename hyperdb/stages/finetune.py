@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
     how = base.config
     key = f"{base.digest} {config.prompts} {config.images} {config.levels} {config.seed}"
     key += f" {how.steps} {how.guidance} {how.size} {how.dtype}"
+    start = start_noise(base, [config.seed + i for i in range(config.images)])
+    key += f" {hashlib.sha256(start.numpy().tobytes()).hexdigest()[:8]}"
     prompts = [config.prompts[i % len(config.prompts)] for i in range(config.images)]
     ids = base.tokenize(prompts)
     g = generator(config.seed, "prior levels")
@@ -98,7 +101,6 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
             if metadata.get("key") == key:
                 break
     else:
-        start = start_noise(base, [config.seed + i for i in range(config.images)])
         parts = [slice(k, k + 16) for k in range(0, config.images, 16)]
         latents = torch.cat([sample(base, prompts[k], start[k]).cpu().half() for k in parts])
         with torch.no_grad():

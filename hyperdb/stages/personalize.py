@@ -45,7 +45,7 @@ class Config:
             "an oil painting of a [V] face",
             "a clay sculpture of a [V] face",
             "a bronze statue of a [V] face",
-            "a photo of a [V] face, on the beach",
+            "a watercolour painting of a [V] face",
         ]
     )
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

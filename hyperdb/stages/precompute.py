@@ -45,11 +45,12 @@ def reference_rows(people: People, views: int) -> list[list[int]]:
 
 def run(config: Config) -> Path:
     """Write shards of `batch` people and the store's index to `out`; finished shards are kept."""
+    import torch
     from tqdm import tqdm
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.data import weights
-    from hyperdb.data.people import load_people
+    from hyperdb.data.people import latent_moments, load_people
     from hyperdb.runtime.provenance import provenance
     from hyperdb.stages.finetune import fit, load_prior
 
@@ -66,6 +67,8 @@ def run(config: Config) -> Path:
         "lidb": asdict(config.lidb),
     }
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.fit.prior_weight > 0 else None
+    shown = people.subset(torch.tensor([row for _, r in rows for row in r], dtype=torch.long))
+    moments = latent_moments(base, shown, Path(config.data)).unflatten(0, (len(rows), config.fit.views))
     groups = [rows[k : k + config.batch] for k in range(0, len(rows), config.batch)]
     losses: list[float] = []
     with tqdm(total=len(rows), desc="fits", unit="person", dynamic_ncols=True) as bar:
@@ -74,10 +77,9 @@ def run(config: Config) -> Path:
             seeds = people.seed[[r[0] for r in index]]
             key = weights.store_key(**made_from, seeds=seeds.tolist())
             if not weights.shard_is_done(out, number, key):
-                flat = [row for r in index for row in r]
-                moments = base.moments(people.images[flat]).unflatten(0, (len(group), config.fit.views))
+                mine = moments[number * config.batch :][: len(group)]
                 losses.clear()
-                params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x))
+                params = fit(base, lidb, mine, config.fit, None, prior, lambda _, x: losses.append(x))
                 weights.save_shard(out, number, params["tokens"].cpu(), seeds, key)
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(group))

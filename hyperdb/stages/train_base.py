@@ -223,7 +223,7 @@ def run(config: Config) -> Path:
     save_base(base, out / "base")
     made_from = {
         "data": people.digest,
-        "vae": hash_files(Path(config.vae)) if config.init is None else None,
+        "vae": hash_files(sorted((out / "base" / "vae").glob("*.safetensors"))),
         "init": base.digest if config.init is not None else None,
     }
     save_json(out / "base" / "made_from.json", made_from)

@@ -15,7 +15,7 @@ from hyperdb.data.people import People, latent_moments, load_people
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors
+from hyperdb.runtime.files import load_json, load_tensors, save_json
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,22 @@ def test_another_split_is_refused(rendered: Path) -> None:
     with pytest.raises(UserError, match="people of the train split, and test people"):
         load_people(rendered, split="test")
     assert load_people(rendered, split=None).identities == 4
+
+
+def test_another_size_is_refused(rendered: Path) -> None:
+    with pytest.raises(UserError, match="renders of 32 px, and 64 px are needed"):
+        load_people(rendered, size=64)
+
+
+def test_the_digest_is_of_the_people_not_of_where_they_lie(people: People, rendered: Path, tmp_path: Path) -> None:
+    shutil.copytree(rendered, tmp_path / "moved")
+    index = load_json(tmp_path / "moved" / "index.json")
+    index["config"] |= {"out": "elsewhere", "workers": 7}
+    save_json(tmp_path / "moved" / "index.json", index)
+    assert load_people(tmp_path / "moved").digest == people.digest
+    index["config"]["seed"] += 1
+    save_json(tmp_path / "moved" / "index.json", index)
+    assert load_people(tmp_path / "moved").digest != people.digest
 
 
 # --- latents

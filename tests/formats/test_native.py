@@ -172,7 +172,7 @@ def test_damaged_files_give_one_clear_line(saved: Path) -> None:
 
 def test_other_bases_are_refused_when_rebuilt(saved: Path) -> None:
     read = Personalization.load(rewrite(saved, lambda t, m: m.update(fingerprint="f" * 16)))
-    with pytest.raises(UserError, match="this adapter needs ffff"):
+    with pytest.raises(UserError, match="safetensors needs ffff"):
         read.factors()
 
 

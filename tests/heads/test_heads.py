@@ -7,7 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from hyperdb import heads
+from hyperdb import config, heads
+from hyperdb.faces.align import face_crop
+from hyperdb.faces.detect import detect
 from hyperdb.heads.captions import words
 
 
@@ -81,6 +83,16 @@ def test_captions_stay_in_the_vocabulary_and_keep_their_shares() -> None:
     assert 0.012 < rare / total < 0.03
     assert beside == {*heads.STYLES, *heads.PLACES}
     assert 0.25 < bare / photos < 0.35
+
+
+def test_renders_are_framed_as_photos_are() -> None:
+    """The crop that photos get leaves a render as it is, to a few per cent of its side."""
+    assert config.load("personalize", ["image=none"]).diffusion.crop == heads.CROP
+    for seed in (1, 2, 3):
+        pixels = heads.render(heads.Identity(seed), heads.View(), 256)
+        crop, _ = face_crop(pixels, 256, heads.CROP)
+        before, after = (detect(x)[0].points for x in (pixels, crop))
+        assert np.abs(before - after).max() < 0.08 * 256
 
 
 def test_prompts_have_a_slot_for_the_rare_word() -> None:

@@ -105,6 +105,13 @@ def test_every_loss_setting_trains(made, words, tmp_path):
     assert Hypernet.load(tmp_path / "hypernet.safetensors").metadata["steps"] == "1"
 
 
+def test_weight_loss_alone_draws_only_people_who_have_a_fit(made, tmp_path):
+    fits = configuration.run("precompute", [made["base"], *TINY, f"data={made['data']}", "identities=1", "fit.steps=2",
+                                            "fit.levels=2", f"out={tmp_path / 'fits'}"])  # fmt: skip
+    words = [made["base"], *HYPER, f"data={made['data']}", f"weights={fits}", "alpha=0", "steps=3", "batch=2"]
+    configuration.run("train_hypernet", [*words, f"out={tmp_path / 'out'}"])  # one fit among four people
+
+
 def _three_people(tmp_path_factory, split, *words):
     """Render three people of a split."""
     out = tmp_path_factory.mktemp(split) / "heads"
