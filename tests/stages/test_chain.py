@@ -125,14 +125,16 @@ def unseen(tmp_path_factory):
     return _three_people(tmp_path_factory, "validation", "views=2", "photo_views=2")
 
 
-def test_validation_writes_scores_and_previews(made, unseen, tmp_path):
+@pytest.mark.parametrize(("tracker", "file"), [("tensorboard", "events.out.tfevents*"), ("wandb", "*.wandb")])
+def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, file):
+    tmp_path = in_tmp  # wandb writes where it is started
     fits = tmp_path / "fits"
     words = [made["base"], *TINY, f"data={unseen}", "identities=3", "fit.steps=2", "fit.levels=2", "fit.views=2"]
     configuration.run("precompute", [*words, f"out={fits}"])
     words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=1", f"out={tmp_path}"]
-    words += [f"validation={unseen}", "validation_people=3", f"validation_weights={fits}", "tracker=tensorboard"]
+    words += [f"validation={unseen}", "validation_people=3", f"validation_weights={fits}", f"tracker={tracker}"]
     configuration.run("train_hypernet", words)
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+    assert list(tmp_path.rglob(file))
     records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     names = {k for r in records for k in r if k.startswith("validation/")}
     assert {f"validation/face_cosine_{x}" for x in ("own", "shuffled")} <= names
