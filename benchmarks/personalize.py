@@ -3,8 +3,8 @@
     python benchmarks/personalize.py [repeats]
 
 Prints the median seconds of each phase and of the whole command (loading, saving and preview included), and the ratio
-of the fine-tuning to as many passes of the same rows through the bare UNet and text encoder (forward and backward to the
-latents, no adapter), timed alternately. Writes personalize.json beside this file.
+of the fine-tuning to as many passes of the same rows through the bare UNet and text encoder (forward and backward to
+the latents, no adapter), timed alternately. Writes personalize.json beside this file.
 """
 
 from __future__ import annotations
