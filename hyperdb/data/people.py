@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hyperdb.data import NOT_CONTENT
 from hyperdb.diffusion.base import Base
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files, load_json, load_tensors, save_tensors
@@ -128,7 +129,7 @@ def _rendered(path: Path, limit: int | None, split: str | None, size: int | None
             columns.setdefault(name, []).append(value)
     merged = {name: torch.cat(values) for name, values in columns.items()}
     images = merged.pop("image").permute(0, 3, 1, 2).contiguous()
-    whole = {k: v for k, v in index["config"].items() if k not in ("out", "workers")}
+    whole = {k: v for k, v in index["config"].items() if k not in NOT_CONTENT}
     digest = hashlib.sha256(hash_files(shards[:1]).encode() + json.dumps(whole, sort_keys=True).encode())
     return People(images, merged.pop("seed"), captions, merged, names, digest.hexdigest()[:16])
 

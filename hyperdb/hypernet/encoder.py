@@ -57,13 +57,15 @@ class Encoder(nn.Module):
             raise UserError(f"no encoder at {path}; run `hyperdb train_encoder`, or set model.encoder.weights=FILE")
         tensors, _ = load_tensors(path)
         inner = {k.removeprefix("encoder.net."): v.float() for k, v in tensors.items() if k.startswith("encoder.net.")}
-        missing = sorted(self.net.state_dict().keys() - (inner or tensors).keys())
+        found, wanted = inner or tensors, self.net.state_dict()
+        missing = sorted(wanted.keys() - found.keys())
         if missing:
             raise UserError(f"{path} is not this encoder: it lacks {missing[0]} and {len(missing) - 1} more")
-        for name, own in self.net.state_dict().items():
-            if (there := (inner or tensors)[name]).shape != own.shape:
-                raise UserError(f"{path} is not this encoder: {name} is {list(there.shape)}, not {list(own.shape)}")
-        self.net.load_state_dict(inner or tensors, strict=False)
+        for name, own in wanted.items():
+            if found[name].shape != own.shape:
+                here, there = list(own.shape), list(found[name].shape)
+                raise UserError(f"{path} is not this encoder: {name} is {there}, not {here}")
+        self.net.load_state_dict(found, strict=False)
 
     def train(self, mode: bool = True) -> Encoder:
         """Switch to training, batch normalisation excepted."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_NOT_CONTENT = ("out", "workers")  # settings that change no byte of a shard
+from hyperdb.data import NOT_CONTENT
 
 
 @dataclass
@@ -51,7 +51,7 @@ def heads_hash() -> str:
 
 
 def _made_from(config: Config) -> dict[str, Any]:
-    content = {key: value for key, value in asdict(config).items() if key not in _NOT_CONTENT}
+    content = {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT}
     return {**content, "heads_sha256": heads_hash()}
 
 

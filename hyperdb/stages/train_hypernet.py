@@ -149,9 +149,9 @@ def run(config: Config) -> Path:
     fit_row = store.rows_of(people.seed[[int(r[0]) for r in people.rows]]) if store is not None else None
     fitted_people = usable[fit_row[usable] >= 0] if fit_row is not None else usable[:0]
     few_fitted = round(config.batch * config.fit_share) if len(fitted_people) else 0
-    if config.alpha == 0:  # nobody else has anything to teach
+    if config.alpha <= 0:  # nobody else has anything to teach
         if not len(fitted_people):
-            raise UserError(f"{config.weights} holds no fit of the people in {config.data}, and alpha=0 needs some")
+            raise UserError(f"{config.weights} holds no fit of the people in {config.data}, and alpha <= 0 needs some")
         few_fitted = config.batch
     scale = weight_space.scales(lidb, store.tokens.to(base.device), config.weight_loss) if store is not None else None
     weight_loss = getattr(weight_space, config.weight_loss)
