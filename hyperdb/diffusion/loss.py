@@ -53,6 +53,13 @@ def signal_weight(schedule: DDPMScheduler, timesteps: Tensor, power: float) -> T
     return schedule.alphas_cumprod.to(timesteps.device)[timesteps] ** power
 
 
+def face_focus(weight: float, height: int, width: int) -> Tensor:
+    """Return the loss weight of each latent position, `[h, w]` of mean 1: more in the middle, where crops have the face."""
+    y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    focus = 1 + weight * torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 0.3)
+    return focus / focus.mean()
+
+
 # eq. 2, first term
 def diffusion_loss(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
     """Return the mean squared error of each row, `[B]`."""

@@ -26,13 +26,17 @@ class EncoderConfig:
 
 @dataclass
 class HypernetConfig:
-    """The iterative decoder (eq. 3): `iterations` is s, `head` is shared by all layers or one a layer."""
+    """The iterative decoder (eq. 3): `iterations` is s, `head` is shared by all layers or one a layer.
+
+    `summary`: how many principal components of the encoder's mean feature every token is given.
+    """
 
     width: int = 256
     heads: int = 4
     layers: int = 2
     iterations: int = 4
     head: str = "per_layer"
+    summary: int = 64
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:

@@ -25,29 +25,29 @@ class Head(nn.Module):
 class IterativeDecoder(nn.Module):
     """Features `[I, P, C]` -> standardised tokens `[I, N, D]`, refined `iterations` times from zero.
 
-    Every token attends to all features and is given the first, the summary of the face: attention that is still uniform
-    would average the face away.
+    Every token attends to all features and is given `summary [I, K]`, the face in few numbers: attention that is still
+    uniform would average the face away. Summary and layer start of one size, or one would drown the other.
     """
 
     def __init__(
-        self, tokens: int, token_width: int, feature_dim: int, width: int, heads: int, layers: int, iterations: int,
-        shared_head: bool,
+        self, tokens: int, token_width: int, feature_dim: int, summary_dim: int, width: int, heads: int, layers: int,
+        iterations: int, shared_head: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.iterations, self.shape = iterations, (tokens, token_width)
         self.memory = nn.Sequential(nn.Linear(feature_dim, width), nn.LayerNorm(width))
-        self.summary = nn.Linear(feature_dim, width)
+        self.summary = nn.Linear(summary_dim, width)
         self.embed = nn.Linear(token_width, width)
-        self.position = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(tokens, width) * 0.5)
         layer = nn.TransformerDecoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.trunk = nn.TransformerDecoder(layer, layers, norm=nn.LayerNorm(width))
         self.head = Head(tokens, width, token_width, shared_head)
 
     # eq. 3: theta_k = T(f, theta_{k-1}), k = 1..s, each step adding a delta
-    def forward(self, features: Tensor) -> Tensor:
-        """Refine tokens `[I, N, D]` from zero, looking at features `[I, P, C]`."""
+    def forward(self, features: Tensor, summary: Tensor) -> Tensor:
+        """Refine tokens `[I, N, D]` from zero, looking at features `[I, P, C]` and their summary `[I, K]`."""
         f = self.memory(features)  #                                                [I, P, width]
-        face = self.summary(features[:, :1])  #                                     [I, 1, width]
+        face = self.summary(summary)[:, None]  #                                    [I, 1, width]
         theta = features.new_zeros(len(features), *self.shape)  #                   [I, N, D]
         for _ in range(self.iterations):
             x = self.embed(theta) + self.position + face  #                         [I, N, width]

@@ -26,7 +26,9 @@ class Hypernet(nn.Module):
 
     `centre` and `spread` `[N, D]` are the mean and standard deviation of the fits it learns from; without fits the
     LiDB template (A nonzero, B zero) and `default_spread`. The encoder's features are standardised by those of many
-    faces: most of a feature is what all faces have in common, and the decoder would hardly see the rest.
+    faces: most of a feature is what all faces have in common, and the decoder would hardly see the rest. Of their mean,
+    the largest principal components are taken at unit variance: hair and skin fill more of a picture than the shape of
+    a nose, and would be all that is learned. This holds as long as the encoder stays as it was then.
     """
 
     metadata: dict[str, str]
@@ -35,6 +37,7 @@ class Hypernet(nn.Module):
     mask: Tensor
     feature_mean: Tensor
     feature_std: Tensor
+    whiten: Tensor
 
     def __init__(self, config: HypernetConfig, lidb: LiDB, default_spread: float = 0.1) -> None:
         super().__init__()
@@ -42,14 +45,15 @@ class Hypernet(nn.Module):
         self.encoder = Encoder(config.encoder)
         tokens, width = lidb.mask.shape
         self.decoder = IterativeDecoder(
-            tokens, width, self.encoder.dim, config.width, config.heads, config.layers, config.iterations,
-            config.head == "shared",
+            tokens, width, self.encoder.dim, config.summary, config.width, config.heads, config.layers,
+            config.iterations, config.head == "shared",
         )  # fmt: skip
         self.register_buffer("mask", lidb.mask.clone(), persistent=False)
         self.register_buffer("centre", lidb.template.clone())
         self.register_buffer("spread", torch.full((tokens, width), default_spread))
         self.register_buffer("feature_mean", torch.zeros(self.encoder.tokens, self.encoder.dim))
         self.register_buffer("feature_std", torch.ones(self.encoder.tokens, self.encoder.dim))
+        self.register_buffer("whiten", torch.eye(self.encoder.dim, config.summary))
 
     def standardise(self, tokens: Tensor) -> None:
         """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's."""
@@ -60,22 +64,28 @@ class Hypernet(nn.Module):
 
     @torch.no_grad()
     def standardise_features(self, images: Tensor) -> None:
-        """Take the features' mean and standard deviation `[P, C]` from many faces `[I, 3, H, W]` uint8."""
-        self.feature_mean.zero_()
-        self.feature_std.fill_(1)
-        features = torch.cat([self.features(part).float() for part in images.split(64)])
+        """Take the features' mean and standard deviation `[P, C]` and the principal components `[C, K]` of the first,
+        the mean over the patches, from many faces `[I, 3, H, W]` uint8.
+        """
+        features = torch.cat([self.encoder(part).float() for part in images.split(64)])  # [I, P, C]
         self.feature_mean.copy_(features.mean(0))
         if len(features) > 1:
             std = features.std(0)
             self.feature_std.copy_(std.clamp_min(0.1 * std.mean() + 1e-6))
+            centred = (features[:, 0] - self.feature_mean[0]).double()
+            _, size, axes = torch.linalg.svd(centred, full_matrices=False)
+            kept = min(self.whiten.shape[1], int((size > 1e-3 * size[0]).sum()))
+            self.whiten.zero_()
+            self.whiten[:, :kept] = (axes[:kept].mT * (len(features) - 1) ** 0.5 / size[:kept]).float()
 
-    def features(self, images: Tensor) -> Tensor:
-        """Encode images `[I, 3, H, W]` uint8 as standardised features `[I, P, C]`."""
-        return (self.encoder(images) - self.feature_mean) / self.feature_std
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images `[I, 3, H, W]` uint8 as standardised features `[I, P, C]` and their summary `[I, K]`."""
+        centred = self.encoder(images).float() - self.feature_mean
+        return centred / self.feature_std, centred[:, 0] @ self.whiten
 
     def forward(self, images: Tensor) -> Tensor:
         """Predict tokens `[I, N, D]` of images `[I, 3, H, W]` uint8."""
-        theta = self.decoder(self.features(images))
+        theta = self.decoder(*self.features(images))
         return (self.centre + self.spread * theta.float()) * self.mask
 
     def save(self, path: Path, metadata: dict[str, str]) -> Path:

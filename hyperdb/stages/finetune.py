@@ -30,6 +30,7 @@ class FitConfig:
     rate: float = 1e-3
     decay: float = 0.3  # the last fraction of the steps, over which the rate falls
     signal_weight: float = 0.0  # power of alpha_bar that weights a row's loss; 0.5 hears all noise levels alike
+    face_weight: float = 0.0  # extra weight of the middle of the frame, where the photo's crop has the face
     prior_weight: float = 0.0
     prior_rows: int = 2
     seed: int = 0
@@ -137,7 +138,7 @@ def fit(
 
     from hyperdb.adapters.base import concatenate
     from hyperdb.adapters.inject import Injection
-    from hyperdb.diffusion.loss import predict, signal_weight, stratified_timesteps, target
+    from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
     from hyperdb.runtime.journal import NonFiniteError
     from hyperdb.runtime.optim import Schedule, adamw, set_rate
     from hyperdb.runtime.seed import generator
@@ -155,6 +156,7 @@ def fit(
     if guarded and prior is None:
         raise ValueError("prior_weight > 0 needs a prior")
     levels, extra = config.levels, config.prior_rows if guarded else 0
+    focus = face_focus(config.face_weight, *moments.shape[4:]).to(base.device)
     try:
         for step in range(config.steps):
             # one stream for everyone                                               shapes without the identity axis
@@ -173,7 +175,9 @@ def fit(
             factors = adapter.factors(params)
             with injection.using(concatenate(frozen, factors) if frozen else factors):
                 out = predict(base, z.flatten(0, 1), *_tile(people, noise, t, ids))
-            error = (out.unflatten(0, (people, levels + extra)) - wanted).square().flatten(2).mean(2)  # [I, S + P]
+            square = (out.unflatten(0, (people, levels + extra)) - wanted).square()  #  [I, S + P, c, h, w]
+            square = torch.cat([square[:, :levels] * focus, square[:, levels:]], 1)
+            error = square.flatten(2).mean(2)  #                                      [I, S + P]
             weighted = signal_weight(base.schedule, t, config.signal_weight) * error
             loss = weighted[:, :levels].mean(1).sum()
             if guarded:

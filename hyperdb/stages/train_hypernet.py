@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.journal import Journal
 
-FEATURE_PHOTOS = 512  # that the encoder's features are standardised by
+FEATURE_PHOTOS = 2048  # that the encoder's features are standardised by
 
 
 @dataclass
@@ -60,7 +60,8 @@ class Config:
     levels: int = 2  # noise levels a person a step
     logit_normal: list[float] | None = None  # mean and standard deviation of logit(noise level); null: uniform
     rate: float = 5e-4
-    encoder_rate: float = 1e-4
+    matrix_rate: float | None = None  # of orthogonal steps for the decoder's matrices; null: AdamW for all
+    encoder_rate: float = 0.0  # 0: the encoder stays as it is, and its features as the decoder knows them
     warmup: int = 100
     decay: float = 0.5
     ema: float = 0.995
@@ -99,12 +100,12 @@ def run(config: Config) -> Path:
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.data.weights import load_store
     from hyperdb.diffusion import resolve
-    from hyperdb.diffusion.loss import predict, signal_weight, stratified_timesteps, target
+    from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
-    from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.seed import derive, generator
     from hyperdb.stages.finetune import load_prior
@@ -155,10 +156,18 @@ def run(config: Config) -> Path:
         few_fitted = config.batch
     scale = weight_space.scales(lidb, store.tokens.to(base.device), config.weight_loss) if store is not None else None
     weight_loss = getattr(weight_space, config.weight_loss)
+    if config.encoder_rate == 0:
+        model.encoder.requires_grad_(False)
     model = model.to(base.device).train()
     inside = [p for p in model.encoder.parameters() if p.requires_grad]
     outside = list(model.decoder.parameters())
-    optimizer = adamw(outside, config.rate)
+    if config.matrix_rate is None:
+        optimizer = adamw(outside, config.rate)
+    else:
+        # positions and biases are vectors, a layer each
+        kinds = {n: n.endswith("weight") and p.ndim > 1 for n, p in model.decoder.named_parameters()}
+        vectors, matrices = ([p for n, p in model.decoder.named_parameters() if kinds[n] is k] for k in (False, True))
+        optimizer = Muon(vectors, config.rate, matrices, config.matrix_rate)
     if inside:
         optimizer.add_param_group({"params": inside, "lr": config.encoder_rate})
     ema = EMA([*outside, *inside], config.ema)
@@ -167,7 +176,7 @@ def run(config: Config) -> Path:
     kernels = [SDPBackend.MATH] if config.diffusion.attention == "eager" else list(SDPBackend.__members__.values())[1:]
     injection = Injection(base.targets())
     instance = base.tokenize([config.diffusion.instance_prompt])
-    focus = _focus(config.face_weight, base.latent_shape).to(base.device)
+    focus = face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
     validation = _Validation(config, base, lidb) if config.validation is not None else None
     fits = config.validation_weights
     unseen = load_store(fits, layout, base.digest) if fits is not None else None
@@ -263,15 +272,6 @@ def _views(photos: list[Tensor], who: Tensor, levels: int, target_view: str, g: 
         shown.append(order[0])
         wanted.append(others[torch.arange(levels) % len(others)])
     return torch.stack(shown), torch.stack(wanted)
-
-
-def _focus(weight: float, shape: tuple[int, int, int]) -> Tensor:
-    """Return the loss weight of each latent position `[h, w]`, of mean 1: more in the middle of the frame."""
-    import torch
-
-    y, x = torch.linspace(-1, 1, shape[1]), torch.linspace(-1, 1, shape[2])
-    focus = 1 + weight * torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 0.3)
-    return focus / focus.mean()
 
 
 class _Validation:
