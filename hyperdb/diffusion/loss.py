@@ -54,7 +54,7 @@ def signal_weight(schedule: DDPMScheduler, timesteps: Tensor, power: float) -> T
 
 
 def face_focus(weight: float, height: int, width: int) -> Tensor:
-    """Return the loss weight of each latent position, `[h, w]` of mean 1: more in the middle, where crops have the face."""
+    """Return the weight of each latent position, `[h, w]` of mean 1: more in the middle, where crops have a face."""
     y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     focus = 1 + weight * torch.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / 0.3)
     return focus / focus.mean()

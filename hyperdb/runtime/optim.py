@@ -34,14 +34,18 @@ def adamw(params: Iterable[torch.nn.Parameter], rate: float, weight_decay: float
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW for `params`, and for `matrices` (2-D, or stacks of them) momentum made orthogonal (Jordan et al. 2024).
+    """AdamW for `params`; for `matrices` (2-D, or stacks of them) momentum made orthogonal (Jordan et al. 2024).
 
-    An orthogonal step moves every direction of a matrix equally far. Adam follows the few that all examples share and is
-    slow in the many small ones in which they differ. `matrix_rate`: the spectral norm of a step, for square matrices.
+    An orthogonal step moves a matrix equally far in every direction. Adam follows the few that all examples share and
+    is slow in the many in which they differ. `matrix_rate`: the spectral norm of a step of a square matrix.
     """
 
     def __init__(
-        self, params: Iterable[torch.nn.Parameter], rate: float, matrices: Iterable[torch.nn.Parameter], matrix_rate: float
+        self,
+        params: Iterable[torch.nn.Parameter],
+        rate: float,
+        matrices: Iterable[torch.nn.Parameter],
+        matrix_rate: float,
     ) -> None:
         super().__init__(list(params), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.add_param_group({"params": list(matrices), "lr": matrix_rate, "momentum": 0.95})
@@ -55,8 +59,8 @@ class Muon(torch.optim.AdamW):
             super().step()
         finally:
             self.param_groups = groups
-        for group in groups:
-            for param in group["params"] if "momentum" in group else ():
+        for group in (g for g in groups if "momentum" in g):
+            for param in group["params"]:
                 if param.grad is None:
                     continue
                 state = self.state[param]
@@ -69,9 +73,9 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Return matrices `[..., m, n]` with all singular values near 1, by five Newton-Schulz iterations (Jordan et al. 2024).
+    """Return matrices `[..., m, n]` with their singular values moved near 1 (Jordan et al. 2024).
 
-    The coefficients make small values grow fastest; the result's lie within about .7 and 1.2.
+    Five Newton-Schulz iterations, whose coefficients make small values grow fastest: they end between about .6 and 1.3.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).bfloat16()

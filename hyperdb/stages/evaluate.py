@@ -28,11 +28,14 @@ PAIRS = (
     ("hyper_40", "no_hyper_40"),
     ("hyper_40", "lidb_fit"),
 )
+FURTHER = ("cosine_dlib", "rank1", "rank1_styled", "style_accuracy")  # figures compared in pairs, beside the cosine
 
 
 @dataclass
 class Config(PersonalizeConfig):
-    """`data`: rendered people of the test split; a person's first photo is the reference, the next `views` judge.
+    """`data`: rendered people; a person's first photo is the reference, the next `views` judge.
+
+    `split`: whose people these must be; settings are chosen on those of validation.
 
     The photos after those, through the autoencoder, are the ceiling. Every other row draws `images` pictures of
     "a [V] face" a person and one of each of `styled` (a style, or style/place), at the same seeds.
@@ -41,6 +44,7 @@ class Config(PersonalizeConfig):
 
     image: str = "none"
     data: str = "data/heads_test"
+    split: str = "test"
     people: int = 25
     images: int = 4
     views: int = 4
@@ -53,6 +57,8 @@ class Config(PersonalizeConfig):
     batch: int = 5  # people fine-tuned in one pass
 
     def __post_init__(self) -> None:
+        if self.split not in ("test", "validation"):
+            raise UserError(f"split={self.split!r}: expected test or validation")
         for row in self.rows:
             if row not in ROWS:
                 raise UserError(f"rows={row!r}: expected of {', '.join(ROWS)}")
@@ -80,7 +86,7 @@ def run(config: Config) -> Path:
     from hyperdb.stages.personalize import Personalizer
 
     # --- people: one reference, `views` judges, the rest for the ceiling
-    people = load_people(config.data, config.people, "test", config.diffusion.size)
+    people = load_people(config.data, config.people, config.split, config.diffusion.size)
     views = config.views
     rows = [r for r in people.photos if len(r) > views + 1]
     if len(rows) < 2:
@@ -126,11 +132,15 @@ def run(config: Config) -> Path:
 
     # --- scores: the person is the unit
     scores = measure(config, judges_of, reference, judges, {k: v[:, 1:] for k, v in styled.items()}, pictures)
+    any_row = next(iter(scores.values()))
     result: dict[str, Any] = {
         "rows": {row: {**summary(score, config.seed), **costs[row]} for row, score in scores.items()},
-        "paired": _pairs(scores, config.seed),
+        "paired": _pairs(scores, "cosine", config.seed),
+        "paired_further": {name: _pairs(scores, name, config.seed) for name in FURTHER if name in any_row},
+        "closed": _closed(scores),
         "slices": slices(people, rows, scores),
         "people": len(rows),
+        "split": config.split,
         "images_a_person": config.images,
         "styled": config.styled,
         "base": model.base.digest,
@@ -341,11 +351,20 @@ def slices(people: People, rows: list[Tensor], scores: dict[str, dict[str, Any]]
     return found
 
 
-def _pairs(scores: dict[str, dict[str, Any]], seed: int) -> dict[str, Any]:
+def _pairs(scores: dict[str, dict[str, Any]], name: str, seed: int) -> dict[str, Any]:
     from hyperdb.metrics.score import paired
 
     return {
-        f"{a}-{b}": paired(scores[a]["cosine"].numpy(), scores[b]["cosine"].numpy(), seed)
+        f"{a}-{b}": paired(scores[a][name].numpy(), scores[b][name].numpy(), seed)
         for a, b in PAIRS
         if a in scores and b in scores
     }
+
+
+def _closed(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return which part of the way from the base to the person's own renders each row goes, by mean face cosine."""
+    if not {"floor", "ceiling"} <= scores.keys():
+        return {}
+    mean = {row: float(score["cosine"].mean()) for row, score in scores.items()}
+    way = mean["ceiling"] - mean["floor"]
+    return {row: round((x - mean["floor"]) / way, 4) for row, x in mean.items() if row not in ("floor", "ceiling")}

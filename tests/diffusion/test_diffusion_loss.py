@@ -13,7 +13,7 @@ from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
-from hyperdb.diffusion.loss import diffusion_loss, predict, signal_weight, stratified_timesteps, target
+from hyperdb.diffusion.loss import diffusion_loss, face_focus, predict, signal_weight, stratified_timesteps, target
 
 
 @pytest.fixture
@@ -58,6 +58,14 @@ def test_signal_weight_of_one_turns_the_error_of_v_into_that_of_epsilon(base: Ba
     of_epsilon = (epsilon - noise).square().mean((1, 2, 3))
     torch.testing.assert_close(signal_weight(base.schedule, timesteps, 1.0) * of_v, of_epsilon)
     assert torch.equal(signal_weight(base.schedule, timesteps, 0.0), torch.ones(3))
+
+
+def test_face_focus_has_mean_one_and_its_peak_in_the_middle() -> None:
+    focus = face_focus(2.0, 9, 9)
+    torch.testing.assert_close(focus.mean(), torch.tensor(1.0))
+    assert focus.argmax() == 40
+    torch.testing.assert_close(focus[4, 4] / focus[0, 0], torch.tensor(3.0), rtol=0.01, atol=0)
+    assert torch.equal(face_focus(0.0, 4, 6), torch.ones(4, 6))
 
 
 def test_targets_of_both_prediction_types(base: Base) -> None:

@@ -49,13 +49,13 @@ def test_one_token_a_layer_and_zero_padding(lidb, head):
 
 
 def test_refinement_changes_the_prediction_and_starts_at_zero(lidb, model):
-    features = model.encoder(_images())
+    seen = model.features(_images())
     model.decoder.iterations = 0
-    assert (model.decoder(features) == 0).all()
+    assert (model.decoder(*seen) == 0).all()
     model.decoder.iterations = 1
-    once = model.decoder(features)
+    once = model.decoder(*seen)
     model.decoder.iterations = 2
-    assert not torch.allclose(once, model.decoder(features))
+    assert not torch.allclose(once, model.decoder(*seen))
 
 
 def test_the_image_is_encoded_once(model, monkeypatch):
@@ -119,12 +119,16 @@ def test_scales_make_predicting_the_mean_cost_one(lidb, kind):
 def test_standardised_features_have_mean_zero_and_deviation_one(model):
     images = _images(40)
     model.standardise_features(images)
-    features = model.features(images).detach()
+    features, summary = (x.detach() for x in model.features(images))
     assert features.shape == (40, model.encoder.tokens, model.encoder.dim)
     assert features.mean(0).abs().max() < 1e-3
     assert features.std(0).median() == pytest.approx(1, abs=1e-3)
     model.standardise_features(images)  # a second time finds the same, not the standardised ones'
-    assert torch.allclose(model.features(images), features, atol=1e-4)
+    assert torch.allclose(model.features(images)[0], features, atol=1e-4)
+    covariance = summary.mT.cov()
+    found = covariance.diagonal() > 0  # forty faces have fewer components than the summary has room for
+    assert 20 < found.sum() < 40
+    assert torch.allclose(covariance[found][:, found], torch.eye(int(found.sum())), atol=1e-2)
 
 
 def test_the_first_feature_is_the_mean_over_the_patches(model):
@@ -148,8 +152,10 @@ def test_different_faces_get_different_tokens_before_any_training(lidb):
     model = Hypernet(CONFIG, lidb)
     images = _images(40)
     model.standardise_features(images)
-    theta = model.decoder(model.features(images))[:, model.mask]
+    theta = model.decoder(*model.features(images))[:, model.mask]
     assert theta.std(0).mean() > 0.3 * theta.square().mean().sqrt()
+    size = torch.linalg.svdvals((theta - theta.mean(0)).detach())
+    assert size.square().sum().square() / size.pow(4).sum() > 10  # they differ in many ways, not in the few largest
 
 
 def test_file_round_trip(model, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from hyperdb.runtime import checkpoint, journal
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import atomic, hash_files, load_json, load_tensors, save_json, save_tensors
-from hyperdb.runtime.optim import EMA, Schedule, adamw
+from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw, orthogonal
 from hyperdb.runtime.seed import derive, generator, numpy_rng
 
 
@@ -86,10 +86,10 @@ def test_journal_ignores_a_torn_last_line(tmp_path):
     assert journal.read(path) == [{"step": 1}]
 
 
-def _train(steps, path, start_from_checkpoint=False, config=None):
+def _train(steps, path, start_from_checkpoint=False, config=None, muon=False):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
-    optimizer = adamw(model.parameters(), 1e-2)
+    optimizer = Muon([model.bias], 1e-2, [model.weight], 1e-2) if muon else adamw(model.parameters(), 1e-2)
     ema = EMA(model.parameters(), 0.9)
     start = checkpoint.load(path, optimizer, ema, config or {}) if start_from_checkpoint else 0
     for step in range(start, steps):
@@ -103,11 +103,24 @@ def _train(steps, path, start_from_checkpoint=False, config=None):
     return [p.detach().clone() for p in model.parameters()] + ema.average
 
 
-def test_resume_is_bit_for_bit(tmp_path):
-    whole = _train(7, tmp_path / "a.safetensors")
-    _train(3, tmp_path / "b.safetensors")
-    parts = _train(7, tmp_path / "b.safetensors", start_from_checkpoint=True)
+@pytest.mark.parametrize("muon", [False, True])
+def test_resume_is_bit_for_bit(tmp_path, muon):
+    whole = _train(7, tmp_path / "a.safetensors", muon=muon)
+    _train(3, tmp_path / "b.safetensors", muon=muon)
+    parts = _train(7, tmp_path / "b.safetensors", start_from_checkpoint=True, muon=muon)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(40, 16), (16, 40), (3, 24, 48)])
+def test_orthogonal_moves_singular_values_near_one_and_keeps_the_directions(shape):
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(given)
+    size = torch.linalg.svdvals(found)
+    assert size.min() > 0.5
+    assert size.max() < 1.4
+    u, _, v = torch.linalg.svd(given, full_matrices=False)
+    assert (u.mT @ found @ v.mT).diagonal(dim1=-2, dim2=-1).min() > 0.5
+
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):

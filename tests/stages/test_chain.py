@@ -276,6 +276,10 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     assert {"cosine", "rank1", "rank1_styled", "style_accuracy", "copy_background", "diversity"} <= set(row)
     assert row["bytes"] > result["rows"]["hyper_only"]["bytes"] > 0
     assert {f"{a}-{b}" for a, b in evaluate.PAIRS} == set(result["paired"])
+    assert set(result["paired_further"]) == {"rank1", "rank1_styled", "style_accuracy"}
+    means = {name: found["cosine"]["mean"] for name, found in result["rows"].items()}
+    way = means["ceiling"] - means["floor"]
+    assert result["closed"]["hyper_40"] == pytest.approx((means["hyper_40"] - means["floor"]) / way, abs=0.01)
     for words_of in result["slices"].values():  # each attribute splits the same people
         assert sum(part["people"] for part in words_of.values()) == result["people"]
         mean = sum(part["people"] * part["floor"] for part in words_of.values()) / result["people"]
@@ -294,6 +298,9 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
 def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):
     words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}"]
     bad_words = {"rows=[best]": "floor", "styled=[fresco]": "fresco", "styled=[sketch/moon]": "moon"}
-    for bad, message in {**bad_words, "recognisers=[]": "least one", "views=3": "photos"}.items():
+    bad_words |= {"recognisers=[]": "least one", "views=3": "photos", "split=train": "split"}
+    for bad, message in bad_words.items():
         with pytest.raises(UserError, match=message):
             configuration.run("evaluate", [*words, bad, *(["views=1"] if "views" not in bad else [])])
+    with pytest.raises(UserError, match="test split"):  # of data, where people of the validation are asked for
+        configuration.run("evaluate", [*words, "views=1", "split=validation"])

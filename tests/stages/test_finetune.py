@@ -54,6 +54,16 @@ def test_fitting_lowers_the_loss(base, lidb, moments):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+def test_face_weight_makes_the_rim_count_less(base, lidb, moments):
+    y, x = (torch.linspace(-1, 1, n) for n in base.latent_shape[1:])
+    rim = (y[:, None] ** 2 + x[None, :] ** 2 > 1).float()
+    losses: list[float] = []
+    for weight in (0.0, 1000.0):
+        config = FitConfig(steps=1, levels=2, face_weight=weight)
+        fit(base, lidb, moments[:1] + 9 * rim, config, progress=lambda _, loss: losses.append(loss))
+    assert losses[1] < 0.5 * losses[0]
+
+
 def test_the_frozen_part_is_under_the_trained_one(base, lidb, moments):
     tokens = fit(base, lidb, moments[:1], FitConfig(steps=2, levels=1, rate=1e-1))["tokens"]
     frozen = {k: (d.detach(), u.detach()) for k, (d, u) in lidb.factors({"tokens": tokens}).items()}
