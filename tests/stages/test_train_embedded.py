@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from hyperdb import config as configuration
 from hyperdb.runtime import checkpoint
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors
+from hyperdb.stages import train_base
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,6 @@ def test_autoencoder_reports_and_scales(vae):
 
 
 def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, monkeypatch):
-    from diffusers import StableDiffusionPipeline
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     configuration.run("train_base", _base_words(rendered, vae, whole))
     save = checkpoint.save
@@ -75,6 +76,33 @@ def test_every_word_of_the_captions_is_one_token(rendered):
     assert all(len(tokenizer.tokenize(word)) == 1 for word in vocabulary())
     assert len(tokenizer.tokenize("zebra")) > 1
     assert tokenizer("a photo of a sks face")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_names_are_one_token_each_and_leave_what_was_known(rendered, tiny_base):
+    from hyperdb.diffusion import DiffusionConfig
+    from hyperdb.heads.captions import vocabulary
+
+    names = train_base.person_names(300)
+    assert len(set(names)) == 300
+    assert not set(names) & set(vocabulary())
+    tokenizer = train_base.build_tokenizer([*vocabulary(), *names], 24)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in [*vocabulary(), *names])
+    base = DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu").load()
+    before = base.text_encoder(base.tokenize(["a photo of a sks face"]))[0]
+    train_base.learn_words(base, names)
+    assert torch.allclose(base.text_encoder(base.tokenize(["a photo of a sks face"]))[0], before, atol=1e-5)
+    assert base.tokenizer.tokenize(names[7]) == [names[7] + "</w>"]
+    with pytest.raises(UserError, match="names"):
+        train_base.person_names(10**6)
+
+
+def test_a_base_learns_people_by_name(rendered, tiny_base, tmp_path):
+    words = [f"data={rendered}", f"named={rendered}", f"init={tiny_base}", f"out={tmp_path}", "steps=1", "batch=4"]
+    configuration.run("train_base", words)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
+    name = train_base.person_names(4)[0]
+    assert pipeline.tokenizer.tokenize(name) == [name + "</w>"]
+    assert len(json.loads((tmp_path / "report.json").read_text())["data"].split()) == 2
 
 
 def test_encoder_needs_enough_people(rendered, tmp_path):
