@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """`vae`: a run of train_autoencoder; `init`: a base folder to go on from (a further segment of training).
+    """`init`: a base folder to go on from (a further segment of training); `vae`: an autoencoder's folder.
+
+    Without `vae`, that of `init`, or of `hyperdb train_autoencoder`'s default run.
 
     `named`: rendered people, of whom `named_share` of a batch is drawn, most of them called by a name of their own
     ("a sketch of a bako face"). A large base knows thousands of people by name, in every style: it has the
@@ -28,7 +30,7 @@ class Config:
     """
 
     data: str = "data/heads"
-    vae: str = "runs/train_autoencoder/default/vae"
+    vae: str | None = None
     init: str | None = None
     named: str | None = None
     named_share: float = 0.5
@@ -225,13 +227,20 @@ def run(config: Config) -> Path:
 
     # --- data, model
     people = load_people(config.data)
+    wanted = config.vae or ("runs/train_autoencoder/default/vae" if config.init is None else None)
+    if wanted is not None and not Path(wanted).is_dir():
+        raise UserError(f"no autoencoder at {wanted}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
+    vae = AutoencoderKL.from_pretrained(wanted) if wanted is not None else None
     if config.init is None:
-        if not Path(config.vae).is_dir():
-            raise UserError(f"no autoencoder at {config.vae}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
-        base = new_base(config, AutoencoderKL.from_pretrained(config.vae), vocabulary())
-        base.digest = hash_files(Path(config.vae))
+        assert vae is not None
+        base = new_base(config, vae, vocabulary())
+        base.digest = hash_files(Path(str(wanted)))
     else:
         base = DiffusionConfig(path=config.init, device="cpu", attention="eager").load()
+        if vae is not None:
+            if len(vae.config.block_out_channels) != len(base.vae.config.block_out_channels):
+                raise UserError(f"{wanted} has other latents than the autoencoder of {config.init}")
+            base.vae = vae.requires_grad_(False).eval()
         base.config.size = base.vae.config.sample_size
         base.schedule = noise_schedule()
     out = Path(config.out)
@@ -274,7 +283,8 @@ def run(config: Config) -> Path:
     optimizer, ema = adamw(params, config.rate, 1e-2), EMA(params, config.ema)
     schedule = Schedule(config.steps, config.warmup, config.decay)
     data = [people.digest, *([known.digest] if known is not None else [])]
-    whole = {**asdict(config), "made_from": [*data, base.digest], "noise": dict(base.schedule.config)}
+    around = hash_files(sorted(Path(wanted).glob("*.safetensors"))) if wanted is not None else None
+    whole = {**asdict(config), "made_from": [*data, base.digest, around], "noise": dict(base.schedule.config)}
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
         saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),

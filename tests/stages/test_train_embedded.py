@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from hyperdb import config as configuration
 from hyperdb.runtime import checkpoint
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors
+from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.stages import train_base
 
 
@@ -30,11 +31,30 @@ def _base_words(rendered, vae, out):
     ]  # fmt: skip
 
 
+def _changed(vae, folder):
+    """Copy an autoencoder with its weights changed a little."""
+    path = shutil.copytree(vae, folder) / "diffusion_pytorch_model.safetensors"
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {k: 1.1 * v for k, v in tensors.items()}, metadata)
+    return folder
+
+
 def test_autoencoder_reports_and_scales(vae):
     report = json.loads((vae.parent / "report.json").read_text())
     assert report["psnr_held_out"] > 0
     assert 0.01 < json.loads((vae / "config.json").read_text())["scaling_factor"] < 100
     assert (vae.parent / "reconstructions.png").is_file()
+
+
+def test_an_autoencoder_can_be_trained_on(rendered, vae, tmp_path):
+    words = [f"data={rendered}", f"out={tmp_path}", "steps=1", "batch=2", "held_out=2", "rate=1e-9"]
+    configuration.run("train_autoencoder", [*words, f"init={vae}"])
+    name = "diffusion_pytorch_model.safetensors"
+    one, two = (load_tensors(f / name)[0] for f in (vae, tmp_path / "vae"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    assert json.loads((tmp_path / "report.json").read_text())["init"]
+    with pytest.raises(UserError, match="nothing_here"):
+        configuration.run("train_autoencoder", [*words, "init=nothing_here"])
 
 
 def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, monkeypatch):
@@ -59,8 +79,11 @@ def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, monkeypatch):
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     # a further segment from the written weights
     segment = [f"data={rendered}", f"init={whole / 'base'}", f"out={tmp_path / 'segment'}", "steps=1", "batch=2"]
-    configuration.run("train_base", segment)
+    configuration.run("train_base", [*segment, f"vae={_changed(vae, tmp_path / 'vae')}"])
     assert json.loads((tmp_path / "segment" / "report.json").read_text())["init"]
+    name = "diffusion_pytorch_model.safetensors"
+    inside, given = (load_tensors(f / name)[0] for f in (tmp_path / "segment" / "base" / "vae", tmp_path / "vae"))
+    assert all(torch.allclose(inside[k].float(), given[k].float(), atol=1e-2) for k in given)
 
 
 def test_a_missing_autoencoder_is_named(rendered, tmp_path):
