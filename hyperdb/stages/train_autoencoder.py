@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """`data`: rendered people; `channels`: the widths of the levels, each halving the side (so 3 levels are f = 4)."""
+    """`data`: rendered people; `channels`: the widths of the levels, each halving the side (so 3 levels are f = 4).
+
+    `init`: an autoencoder's folder to go on from, whose sizes it keeps.
+    """
 
     data: str = "data/heads"
+    init: str | None = None
     name: str = "default"
     out: str = "runs/train_autoencoder/default"
     channels: list[int] = field(default_factory=lambda: [32, 64, 128])
@@ -45,7 +49,7 @@ def run(config: Config) -> Path:
 
     from hyperdb.data.people import load_people
     from hyperdb.runtime.errors import UserError
-    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.seed import derive, generator
@@ -60,18 +64,23 @@ def run(config: Config) -> Path:
     size = people.images.shape[-1]
     levels = len(config.channels)
     torch.manual_seed(derive(config.seed, "autoencoder weights"))  # the only way to seed diffusers' initialisation
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.channels),
-        layers_per_block=1,
-        latent_channels=config.latent_channels,
-        norm_num_groups=8,
-        sample_size=size,
-        mid_block_add_attention=False,
-    )
+    if config.init is not None:
+        if not (Path(config.init) / "config.json").is_file():
+            raise UserError(f"no autoencoder at {config.init}; set init to the vae folder of a base, or to null")
+        vae = AutoencoderKL.from_pretrained(config.init)
+    else:
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(config.channels),
+            layers_per_block=1,
+            latent_channels=config.latent_channels,
+            norm_num_groups=8,
+            sample_size=size,
+            mid_block_add_attention=False,
+        )
     out = Path(config.out)
     axis = torch.linspace(-1, 1, size)
     distance = axis[:, None] ** 2 + axis[None, :] ** 2
@@ -99,7 +108,8 @@ def run(config: Config) -> Path:
 
     optimizer, ema = adamw(vae.parameters(), config.rate, 1e-3), EMA(vae.parameters(), config.ema)
     schedule = Schedule(config.steps, warmup=100)
-    whole = {**asdict(config), "made_from": people.digest}
+    begun_from = hash_files(sorted(Path(config.init).glob("*.safetensors"))) if config.init is not None else None
+    whole = {**asdict(config), "made_from": [people.digest, begun_from]}
     train("autoencoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure, write
@@ -119,6 +129,7 @@ def run(config: Config) -> Path:
             "psnr_held_out": round(psnr, 2),
             "parameters": vae.num_parameters(),
             "data": people.digest,
+            "init": begun_from,
         },
     )
     _picture(out / "reconstructions.png", x, y)

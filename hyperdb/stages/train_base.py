@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hyperdb.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler
@@ -17,11 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """`vae`: a run of train_autoencoder; `init`: a base folder to go on from (a further segment of training)."""
+    """`init`: a base folder to go on from (a further segment of training); `vae`: an autoencoder's folder.
+
+    Without `vae`, that of `init`, or of `hyperdb train_autoencoder`'s default run.
+
+    `named`: rendered people, of whom `named_share` of a batch is drawn, most of them called by a name of their own
+    ("a sketch of a bako face"). A large base knows thousands of people by name, in every style: it has the
+    words' space to put a new person into. `names_used`: how often such a person is called by name.
+    """
 
     data: str = "data/heads"
-    vae: str = "runs/train_autoencoder/default/vae"
+    vae: str | None = None
     init: str | None = None
+    named: str | None = None
+    named_share: float = 0.5
+    names_used: float = 0.8
     name: str = "default"
     out: str = "runs/train_base/default"
     channels: list[int] = field(default_factory=lambda: [64, 128, 192])
@@ -76,6 +89,40 @@ def build_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
     pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *ends, *(first + second for first, second in merges)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+
+
+def person_names(count: int) -> list[str]:
+    """Return `count` different made-up names of two syllables, the same on every run: babe, bocu, ..."""
+    from itertools import product
+
+    from hyperdb.heads.captions import vocabulary
+
+    words = set(vocabulary())
+    syllables = ["".join(x) for x in product("bdfghjklmnprstvwz", "aeiou")]
+    pairs = (first + second for first, second in product(syllables, syllables) if first != second)
+    free = [name for name in pairs if name not in words]
+    if count > len(free):
+        raise UserError(f"{count} people to be named, and there are {len(free)} names; set named to fewer people")
+    return [free[i * len(free) // count] for i in range(count)]  # spread over all first syllables
+
+
+def learn_words(base: Base, words: list[str]) -> None:
+    """Give a base further words, one token each; what it knows of the others stays."""
+    import torch
+
+    from hyperdb.heads.captions import vocabulary
+
+    known, encoder = base.tokenizer.get_vocab(), base.text_encoder
+    old = encoder.get_input_embeddings().weight.detach().clone()
+    base.tokenizer = build_tokenizer([*vocabulary(), *words], base.tokenizer.model_max_length)
+    encoder.resize_token_embeddings(len(base.tokenizer))
+    table = encoder.get_input_embeddings().weight
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        table.copy_(torch.randn(table.shape, generator=g) * old.std())
+        for piece, i in base.tokenizer.get_vocab().items():
+            if piece in known:
+                table[i] = old[known[piece]]
 
 
 def noise_schedule() -> DDPMScheduler:
@@ -173,7 +220,6 @@ def run(config: Config) -> Path:
     from hyperdb.diffusion import DiffusionConfig
     from hyperdb.diffusion.loss import diffusion_loss
     from hyperdb.heads.captions import vocabulary
-    from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
@@ -181,18 +227,35 @@ def run(config: Config) -> Path:
 
     # --- data, model
     people = load_people(config.data)
+    wanted = config.vae or ("runs/train_autoencoder/default/vae" if config.init is None else None)
+    if wanted is not None and not Path(wanted).is_dir():
+        raise UserError(f"no autoencoder at {wanted}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
+    vae = AutoencoderKL.from_pretrained(wanted) if wanted is not None else None
     if config.init is None:
-        if not Path(config.vae).is_dir():
-            raise UserError(f"no autoencoder at {config.vae}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
-        base = new_base(config, AutoencoderKL.from_pretrained(config.vae), vocabulary())
-        base.digest = hash_files(Path(config.vae))
+        assert vae is not None
+        base = new_base(config, vae, vocabulary())
+        base.digest = hash_files(Path(str(wanted)))
     else:
         base = DiffusionConfig(path=config.init, device="cpu", attention="eager").load()
+        if vae is not None:
+            if len(vae.config.block_out_channels) != len(base.vae.config.block_out_channels):
+                raise UserError(f"{wanted} has other latents than the autoencoder of {config.init}")
+            base.vae = vae.requires_grad_(False).eval()
         base.config.size = base.vae.config.sample_size
         base.schedule = noise_schedule()
     out = Path(config.out)
     latents = latent_moments(base, people, Path(config.data))
-    ids = base.tokenize(people.captions)
+    known, first = None, 0  # the rows of people with a name, and how many of a batch are theirs
+    if config.named is not None:
+        known, first = load_people(config.named), round(config.batch * config.named_share)
+        names = person_names(known.identities)
+        learn_words(base, names)
+        latents = torch.cat([latents, latent_moments(base, known, Path(config.named))])
+        called = base.tokenize([
+            re.sub(r"(\bsks )?\bface\b", f"{names[i]} face", text, count=1)
+            for text, i in zip(known.captions, known.identity.tolist(), strict=True)
+        ])  # fmt: skip
+    ids = base.tokenize([*people.captions, *(known.captions if known is not None else [])])
     empty = base.tokenize([""])
     base.unet.requires_grad_(True).train()
     base.text_encoder.requires_grad_(True).train()
@@ -202,10 +265,16 @@ def run(config: Config) -> Path:
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "base", step)
         index = torch.randint(0, len(people), (config.batch,), generator=g)
+        asked = ids[index]
+        if known is not None:
+            theirs = torch.randint(0, len(known), (first,), generator=g)
+            index[:first] = len(people) + theirs
+            by_name = torch.rand(first, 1, generator=g) < config.names_used
+            asked[:first] = torch.where(by_name, called[theirs], ids[index[:first]])
         mean, std = latents[index].float().unbind(1)
         z = mean + std * torch.randn(mean.shape, generator=g)
         dropped = torch.rand(config.batch, 1, generator=g) < config.prompt_dropout
-        words = torch.where(dropped, empty, ids[index])
+        words = torch.where(dropped, empty, asked)
         t = torch.randint(0, base.schedule.config.num_train_timesteps, (config.batch,), generator=g)
         loss = diffusion_loss(base, z, torch.randn(z.shape, generator=g), t, words).mean()
         loss.backward()
@@ -213,7 +282,9 @@ def run(config: Config) -> Path:
 
     optimizer, ema = adamw(params, config.rate, 1e-2), EMA(params, config.ema)
     schedule = Schedule(config.steps, config.warmup, config.decay)
-    whole = {**asdict(config), "made_from": [people.digest, base.digest], "noise": dict(base.schedule.config)}
+    data = [people.digest, *([known.digest] if known is not None else [])]
+    around = hash_files(sorted(Path(wanted).glob("*.safetensors"))) if wanted is not None else None
+    whole = {**asdict(config), "made_from": [*data, base.digest, around], "noise": dict(base.schedule.config)}
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
         saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),
@@ -222,7 +293,7 @@ def run(config: Config) -> Path:
     # --- write
     save_base(base, out / "base")
     made_from = {
-        "data": people.digest,
+        "data": " ".join(data),
         "vae": hash_files(sorted((out / "base" / "vae").glob("*.safetensors"))),
         "init": base.digest if config.init is not None else None,
     }

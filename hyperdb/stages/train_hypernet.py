@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from hyperdb.stages.finetune import PriorConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hyperdb.data.people import People
     from hyperdb.data.weights import WeightStore
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
@@ -31,7 +33,8 @@ class Config:
 
     `weights`: a store of `hyperdb precompute`, or null (beta is then not used); `validation_weights`: one of the
     validation people, for their weight-space loss; `people`: how many identities of `data`; `target_view`: same
-    denoises the conditioning photo (the paper), other another photo of that person.
+    denoises the conditioning photo (the paper), other another photo of that person; `target_style`: any takes that
+    person's pictures in other styles along, each under its own caption (renders have some, photos have none).
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -51,6 +54,7 @@ class Config:
     fit_share: float = 0.25  # share of a batch drawn from the people who have a fit
     weight_loss: str = "gauge_free"  # or plain, the L2 of eq. 2
     target_view: str = "other"
+    target_style: str = "same"
     signal_weight: float = 0.0  # power of alpha_bar that weights a row's loss; 0.5 hears all noise levels alike
     face_weight: float = 0.0  # extra weight of the middle of the frame in the diffusion loss
     prior_weight: float = 0.25
@@ -77,6 +81,10 @@ class Config:
             raise UserError(f"weight_loss={self.weight_loss!r}: expected gauge_free or plain")
         if self.target_view not in ("same", "other"):
             raise UserError(f"target_view={self.target_view!r}: expected same or other")
+        if self.target_style not in ("same", "any"):
+            raise UserError(f"target_style={self.target_style!r}: expected same or any")
+        if self.target_style == "any" and self.target_view == "same":
+            raise UserError("target_style=any needs target_view=other: the conditioning photo has one style")
         if self.tracker not in (None, "wandb", "tensorboard"):
             raise UserError(f"tracker={self.tracker!r}: expected wandb, tensorboard or null")
         if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
@@ -175,7 +183,9 @@ def run(config: Config) -> Path:
     # see `DiffusionConfig.attention`: the fused backward is slow in bf16 on a CPU
     kernels = [SDPBackend.MATH] if config.diffusion.attention == "eager" else list(SDPBackend.__members__.values())[1:]
     injection = Injection(base.targets())
+    ids = base.tokenize(_prompts(people, config.diffusion)) if config.target_style == "any" else None
     instance = base.tokenize([config.diffusion.instance_prompt])
+    wanted_from = people.rows if config.target_style == "any" else photos
     focus = face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
     validation = _Validation(config, base, lidb) if config.validation is not None else None
     fits = config.validation_weights
@@ -187,11 +197,12 @@ def run(config: Config) -> Path:
         drawn = [fitted_people] * few_fitted + [usable] * (config.batch - few_fitted)
         who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
         people_now, levels = config.batch, config.levels
-        shown, wanted = _views(photos, who, levels, config.target_view, g)  #         [I], [I, S]
+        shown, wanted = _views(photos, wanted_from, who, levels, config.target_view, g)  # [I], [I, S]
+        asked = ids[wanted] if ids is not None else instance.expand(people_now, levels, -1)
         t = stratified_timesteps(people_now, levels, base.schedule.config.num_train_timesteps, g, config.logit_normal)
         z_mean, z_std = moments[wanted].float().unbind(2)  #                         [I, S, c, h, w]
         jitter, noise = (torch.randn(z_mean.shape, generator=g) for _ in "zn")
-        rows = [z_mean + z_std * jitter, noise, t, instance.expand(people_now, levels, -1)]  # [I, S, ...] each
+        rows = [z_mean + z_std * jitter, noise, t, asked]  #                         [I, S, ...] each
         rows = [x.to(base.device) for x in rows]
         goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (people_now, levels))
         if prior is not None:
@@ -261,17 +272,32 @@ def run(config: Config) -> Path:
     return out
 
 
-def _views(photos: list[Tensor], who: Tensor, levels: int, target_view: str, g: Any) -> tuple[Tensor, Tensor]:
-    """Draw each person's conditioning photo `[I]` and the photos to denoise `[I, levels]`, as rows of the data."""
+def _views(
+    photos: list[Tensor], pictures: list[Tensor], who: Tensor, levels: int, target_view: str, g: Any
+) -> tuple[Tensor, Tensor]:
+    """Draw each person's conditioning photo `[I]` and the pictures to denoise `[I, levels]`, as rows of the data."""
     import torch
 
     shown, wanted = [], []
     for i in who.tolist():
-        order = photos[i][torch.randperm(len(photos[i]), generator=g)]
-        others = order[1:] if target_view == "other" and len(order) > 1 else order[:1]
-        shown.append(order[0])
+        first = photos[i][torch.randint(0, len(photos[i]), (), generator=g)]
+        others = pictures[i][pictures[i] != first]
+        if target_view == "same" or len(others) == 0:
+            others = first[None]
+        others = others[torch.randperm(len(others), generator=g)]
+        shown.append(first)
         wanted.append(others[torch.arange(levels) % len(others)])
     return torch.stack(shown), torch.stack(wanted)
+
+
+def _prompts(people: People, config: DiffusionConfig) -> list[str]:
+    """Return what every picture is denoised under: photos the instance prompt, others their caption about [V]."""
+    photo, word = people.is_style("photo").tolist(), config.class_word
+    named = re.compile(rf"(?<!{re.escape(config.rare_token)} )\b{re.escape(word)}\b")
+    return [
+        config.instance_prompt if is_photo else named.sub(f"{config.rare_token} {word}", text, count=1)
+        for text, is_photo in zip(people.captions, photo, strict=True)
+    ]
 
 
 class _Validation:

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from hyperdb import config as configuration
+from hyperdb.data.people import load_people
+from hyperdb.diffusion import DiffusionConfig
 from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
-from hyperdb.stages import evaluate
+from hyperdb.stages import evaluate, train_hypernet
 
 TINY = [
     "diffusion.size=32",
@@ -97,12 +99,39 @@ def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", [["weight_loss=plain", "target_view=same"], ["alpha=0"], ["beta=0", "prior_weight=0"], ["face_weight=2"]]
+    "words",
+    [
+        ["weight_loss=plain", "target_view=same"],
+        ["alpha=0"],
+        ["beta=0", "prior_weight=0"],
+        ["face_weight=2"],
+        ["target_style=any"],
+        ["matrix_rate=0.01"],
+        ["encoder_rate=1e-4"],
+    ],
 )
 def test_every_loss_setting_trains(made, words, tmp_path):
     base = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=1", f"out={tmp_path}"]
     configuration.run("train_hypernet", [*base, *words])
     assert Hypernet.load(tmp_path / "hypernet.safetensors").metadata["steps"] == "1"
+
+
+def test_what_is_denoised_is_the_same_person_under_its_own_caption(made):
+    people = load_people(made["data"], split=None)
+    prompts = train_hypernet._prompts(people, DiffusionConfig())
+    photo = people.is_style("photo")
+    assert not photo.all()
+    for text, caption, is_photo in zip(prompts, people.captions, photo, strict=True):
+        assert text.count("sks face") == 1
+        assert text == "a sks face" if is_photo else text.replace("sks ", "") == caption.replace("sks ", "")
+    g = torch.Generator().manual_seed(0)
+    who = torch.arange(len(people.rows)).repeat(20)
+    for pictures in (people.photos, people.rows):
+        shown, wanted = train_hypernet._views(people.photos, pictures, who, 3, "other", g)
+        assert photo[shown].all()
+        assert (people.identity[wanted] == people.identity[shown][:, None]).all()
+        assert (wanted != shown[:, None]).all()
+        assert photo[wanted].all() == (pictures is people.photos)
 
 
 def test_weight_loss_alone_draws_only_people_who_have_a_fit(made, tmp_path):
@@ -177,7 +206,7 @@ def test_training_refuses_what_it_cannot_use(made, judged, tiny_base, tmp_path):
 def test_a_hypernetwork_file_can_be_trained_on(made, tmp_path):
     file = made["hyper"] / "hypernet.safetensors"
     words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=1", f"init={file}"]
-    configuration.run("train_hypernet", [*words, f"out={tmp_path / 'out'}", "rate=1e-9", "encoder_rate=1e-9"])
+    configuration.run("train_hypernet", [*words, f"out={tmp_path / 'out'}", "rate=1e-9", "matrix_rate=1e-9"])
     before, after = (load_tensors(f)[0] for f in (file, tmp_path / "out" / "hypernet.safetensors"))
     assert all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in before)
     with pytest.raises(UserError, match="lidb"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from hyperdb import config as configuration
 from hyperdb.runtime import checkpoint
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors
+from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.stages import train_base
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,14 @@ def _base_words(rendered, vae, out):
     ]  # fmt: skip
 
 
+def _changed(vae, folder):
+    """Copy an autoencoder with its weights changed a little."""
+    path = shutil.copytree(vae, folder) / "diffusion_pytorch_model.safetensors"
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, {k: 1.1 * v for k, v in tensors.items()}, metadata)
+    return folder
+
+
 def test_autoencoder_reports_and_scales(vae):
     report = json.loads((vae.parent / "report.json").read_text())
     assert report["psnr_held_out"] > 0
@@ -35,8 +46,18 @@ def test_autoencoder_reports_and_scales(vae):
     assert (vae.parent / "reconstructions.png").is_file()
 
 
+def test_an_autoencoder_can_be_trained_on(rendered, vae, tmp_path):
+    words = [f"data={rendered}", f"out={tmp_path}", "steps=1", "batch=2", "held_out=2", "rate=1e-9"]
+    configuration.run("train_autoencoder", [*words, f"init={vae}"])
+    name = "diffusion_pytorch_model.safetensors"
+    one, two = (load_tensors(f / name)[0] for f in (vae, tmp_path / "vae"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    assert json.loads((tmp_path / "report.json").read_text())["init"]
+    with pytest.raises(UserError, match="nothing_here"):
+        configuration.run("train_autoencoder", [*words, "init=nothing_here"])
+
+
 def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, monkeypatch):
-    from diffusers import StableDiffusionPipeline
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     configuration.run("train_base", _base_words(rendered, vae, whole))
     save = checkpoint.save
@@ -58,8 +79,11 @@ def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, monkeypatch):
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     # a further segment from the written weights
     segment = [f"data={rendered}", f"init={whole / 'base'}", f"out={tmp_path / 'segment'}", "steps=1", "batch=2"]
-    configuration.run("train_base", segment)
+    configuration.run("train_base", [*segment, f"vae={_changed(vae, tmp_path / 'vae')}"])
     assert json.loads((tmp_path / "segment" / "report.json").read_text())["init"]
+    name = "diffusion_pytorch_model.safetensors"
+    inside, given = (load_tensors(f / name)[0] for f in (tmp_path / "segment" / "base" / "vae", tmp_path / "vae"))
+    assert all(torch.allclose(inside[k].float(), given[k].float(), atol=1e-2) for k in given)
 
 
 def test_a_missing_autoencoder_is_named(rendered, tmp_path):
@@ -75,6 +99,33 @@ def test_every_word_of_the_captions_is_one_token(rendered):
     assert all(len(tokenizer.tokenize(word)) == 1 for word in vocabulary())
     assert len(tokenizer.tokenize("zebra")) > 1
     assert tokenizer("a photo of a sks face")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_names_are_one_token_each_and_leave_what_was_known(rendered, tiny_base):
+    from hyperdb.diffusion import DiffusionConfig
+    from hyperdb.heads.captions import vocabulary
+
+    names = train_base.person_names(300)
+    assert len(set(names)) == 300
+    assert not set(names) & set(vocabulary())
+    tokenizer = train_base.build_tokenizer([*vocabulary(), *names], 24)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in [*vocabulary(), *names])
+    base = DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu").load()
+    before = base.text_encoder(base.tokenize(["a photo of a sks face"]))[0]
+    train_base.learn_words(base, names)
+    assert torch.allclose(base.text_encoder(base.tokenize(["a photo of a sks face"]))[0], before, atol=1e-5)
+    assert base.tokenizer.tokenize(names[7]) == [names[7] + "</w>"]
+    with pytest.raises(UserError, match="names"):
+        train_base.person_names(10**6)
+
+
+def test_a_base_learns_people_by_name(rendered, tiny_base, tmp_path):
+    words = [f"data={rendered}", f"named={rendered}", f"init={tiny_base}", f"out={tmp_path}", "steps=1", "batch=4"]
+    configuration.run("train_base", words)
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
+    name = train_base.person_names(4)[0]
+    assert pipeline.tokenizer.tokenize(name) == [name + "</w>"]
+    assert len(json.loads((tmp_path / "report.json").read_text())["data"].split()) == 2
 
 
 def test_encoder_needs_enough_people(rendered, tmp_path):
