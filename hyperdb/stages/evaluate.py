@@ -363,8 +363,8 @@ def _pairs(scores: dict[str, dict[str, Any]], name: str, seed: int) -> dict[str,
 
 def _closed(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Return which part of the way from the base to the person's own renders each row goes, by mean face cosine."""
-    if not {"floor", "ceiling"} <= scores.keys():
-        return {}
     mean = {row: float(score["cosine"].mean()) for row, score in scores.items()}
-    way = mean["ceiling"] - mean["floor"]
+    way = mean.get("ceiling", 0.0) - mean.get("floor", 0.0)
+    if not {"floor", "ceiling"} <= scores.keys() or way <= 0:
+        return {}
     return {row: round((x - mean["floor"]) / way, 4) for row, x in mean.items() if row not in ("floor", "ceiling")}

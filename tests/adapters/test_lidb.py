@@ -86,7 +86,7 @@ def test_base_hash_tells_descendants_apart_but_not_precisions() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert base_hash({k: copy.deepcopy(v).to(dtype) for k, v in modules.items()}) == original
     with torch.no_grad():
-        modules["b"].weight += 0.05 * modules["b"].weight.std() * torch.randn(300, 40)
+        modules["a"].weight += 0.05 * modules["a"].weight.std() * torch.randn(40, 300)
     assert base_hash(modules) != original
     assert base_hash({"a": nn.Linear(3, 4, device="meta")}) == ""
 
