@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from hyperdb.diffusion.base import Base
+    from hyperdb.diffusion.person import PersonWord
     from hyperdb.runtime.optim import EMA
+
+PERSON = "person.safetensors"  # beside the base's parts: how appearances became words, to go on from
 
 
 @dataclass
@@ -24,17 +27,15 @@ class Config:
 
     Without `vae`, that of `init`, or of `hyperdb train_autoencoder`'s default run.
 
-    `named`: rendered people, of whom `named_share` of a batch is drawn, most of them called by a name of their own
-    ("a sketch of a bako face"). A large base knows thousands of people by name, in every style: it has the
-    words' space to put a new person into. `names_used`: how often such a person is called by name.
+    In `person_share` of a batch the rare token stands for the picture's own person ("a sketch of a sks face"): to its
+    embedding a learned linear function of that person's appearance is added. A large base knows thousands of people by
+    name in every style, so that its words have room for one more; this gives a small one the same.
     """
 
     data: str = "data/heads"
     vae: str | None = None
     init: str | None = None
-    named: str | None = None
-    named_share: float = 0.5
-    names_used: float = 0.8
+    person_share: float = 0.0
     name: str = "default"
     out: str = "runs/train_base/default"
     channels: list[int] = field(default_factory=lambda: [64, 128, 192])
@@ -89,40 +90,6 @@ def build_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
     pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *ends, *(first + second for first, second in merges)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
-
-
-def person_names(count: int) -> list[str]:
-    """Return `count` different made-up names of two syllables, the same on every run: babe, bocu, ..."""
-    from itertools import product
-
-    from hyperdb.heads.captions import vocabulary
-
-    words = set(vocabulary())
-    syllables = ["".join(x) for x in product("bdfghjklmnprstvwz", "aeiou")]
-    pairs = (first + second for first, second in product(syllables, syllables) if first != second)
-    free = [name for name in pairs if name not in words]
-    if count > len(free):
-        raise UserError(f"{count} people to be named, and there are {len(free)} names; set named to fewer people")
-    return [free[i * len(free) // count] for i in range(count)]  # spread over all first syllables
-
-
-def learn_words(base: Base, words: list[str]) -> None:
-    """Give a base further words, one token each; what it knows of the others stays."""
-    import torch
-
-    from hyperdb.heads.captions import vocabulary
-
-    known, encoder = base.tokenizer.get_vocab(), base.text_encoder
-    old = encoder.get_input_embeddings().weight.detach().clone()
-    base.tokenizer = build_tokenizer([*vocabulary(), *words], base.tokenizer.model_max_length)
-    encoder.resize_token_embeddings(len(base.tokenizer))
-    table = encoder.get_input_embeddings().weight
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        table.copy_(torch.randn(table.shape, generator=g) * old.std())
-        for piece, i in base.tokenizer.get_vocab().items():
-            if piece in known:
-                table[i] = old[known[piece]]
 
 
 def noise_schedule() -> DDPMScheduler:
@@ -213,14 +180,17 @@ def save_base(base: Base, out: Path) -> None:
 
 def run(config: Config) -> Path:
     """Train from `config.data`; write the base to `out/base` and return `out`."""
+    import numpy as np
     import torch
     from diffusers import AutoencoderKL
 
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.diffusion import DiffusionConfig
     from hyperdb.diffusion.loss import diffusion_loss
+    from hyperdb.diffusion.person import PersonWord
+    from hyperdb.heads import Identity
     from hyperdb.heads.captions import vocabulary
-    from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.seed import generator
@@ -245,32 +215,32 @@ def run(config: Config) -> Path:
         base.schedule = noise_schedule()
     out = Path(config.out)
     latents = latent_moments(base, people, Path(config.data))
-    known, first = None, 0  # the rows of people with a name, and how many of a batch are theirs
-    if config.named is not None:
-        known, first = load_people(config.named), round(config.batch * config.named_share)
-        names = person_names(known.identities)
-        learn_words(base, names)
-        latents = torch.cat([latents, latent_moments(base, known, Path(config.named))])
-        called = base.tokenize([
-            re.sub(r"(\bsks )?\bface\b", f"{names[i]} face", text, count=1)
-            for text, i in zip(known.captions, known.identity.tolist(), strict=True)
-        ])  # fmt: skip
-    ids = base.tokenize([*people.captions, *(known.captions if known is not None else [])])
+    ids = base.tokenize(people.captions)
+    word, called, appearances = None, ids, torch.empty(0)
+    if config.person_share > 0:
+        seeds = [int(people.seed[rows[0]]) for rows in people.rows]
+        appearances = torch.from_numpy(np.stack([Identity(seed).appearance for seed in seeds]))
+        word = PersonWord(base, appearances)
+        kept = Path(config.init or "") / PERSON
+        if config.init is not None and kept.is_file():
+            word.load_state_dict(load_tensors(kept)[0])
+        rare = base.config.rare_token
+        subject = re.compile(rf"(\b{rare} )?\bface\b")
+        called = base.tokenize([subject.sub(f"{rare} face", text, count=1) for text in people.captions])
     empty = base.tokenize([""])
     base.unet.requires_grad_(True).train()
     base.text_encoder.requires_grad_(True).train()
-    params = [*base.unet.parameters(), *base.text_encoder.parameters()]
+    params = [*base.unet.parameters(), *base.text_encoder.parameters(), *(word.parameters() if word else [])]
 
     # --- train
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "base", step)
         index = torch.randint(0, len(people), (config.batch,), generator=g)
         asked = ids[index]
-        if known is not None:
-            theirs = torch.randint(0, len(known), (first,), generator=g)
-            index[:first] = len(people) + theirs
-            by_name = torch.rand(first, 1, generator=g) < config.names_used
-            asked[:first] = torch.where(by_name, called[theirs], ids[index[:first]])
+        if word is not None:
+            about = torch.rand(config.batch, 1, generator=g) < config.person_share
+            asked = torch.where(about, called[index], asked)
+            word.rows = torch.where(about, appearances[people.identity[index]], torch.nan)
         mean, std = latents[index].float().unbind(1)
         z = mean + std * torch.randn(mean.shape, generator=g)
         dropped = torch.rand(config.batch, 1, generator=g) < config.prompt_dropout
@@ -282,18 +252,19 @@ def run(config: Config) -> Path:
 
     optimizer, ema = adamw(params, config.rate, 1e-2), EMA(params, config.ema)
     schedule = Schedule(config.steps, config.warmup, config.decay)
-    data = [people.digest, *([known.digest] if known is not None else [])]
     around = hash_files(sorted(Path(wanted).glob("*.safetensors"))) if wanted is not None else None
-    whole = {**asdict(config), "made_from": [*data, base.digest, around], "noise": dict(base.schedule.config)}
+    whole = {**asdict(config), "made_from": [people.digest, base.digest, around], "noise": dict(base.schedule.config)}
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
-        saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),
+        saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png", word, appearances[:8].repeat(8, 1)[:8]),
     )  # fmt: skip
 
     # --- write
     save_base(base, out / "base")
+    if word is not None:
+        save_tensors(out / "base" / PERSON, {k: v.detach() for k, v in word.state_dict().items()})
     made_from = {
-        "data": " ".join(data),
+        "data": people.digest,
         "vae": hash_files(sorted((out / "base" / "vae").glob("*.safetensors"))),
         "init": base.digest if config.init is not None else None,
     }
@@ -305,13 +276,20 @@ def run(config: Config) -> Path:
     return out
 
 
-def _preview(base: Base, ema: EMA, path: Path) -> None:
-    """Draw every style from fixed noise with the averaged weights."""
+def _preview(base: Base, ema: EMA, path: Path, word: PersonWord | None, appearances: Tensor) -> None:
+    """Draw every style from fixed noise with the averaged weights; beside it eight people, if the base learns such."""
+    import torch
     from torchvision.utils import save_image
 
     from hyperdb.diffusion.sample import sample, start_noise
     from hyperdb.heads.captions import STYLE_PROMPTS, prompt
-    prompts = [p for style in STYLE_PROMPTS for p in [prompt(style)] * 8]
+
+    subjects = ["", base.config.rare_token] if word is not None else [""]
+    columns = [s for s in subjects for _ in range(8)]
+    prompts = [prompt(style, s) for style in STYLE_PROMPTS for s in columns]
+    if word is not None:
+        about = torch.cat([torch.full_like(appearances, torch.nan), appearances]).repeat(len(STYLE_PROMPTS), 1)
+        word.rows = torch.cat([torch.full_like(about, torch.nan), about])  # the unconditional rows first
     ema.swap()
     latents = sample(base, prompts, start_noise(base, list(range(8)) * (len(prompts) // 8)))
     images = base.decode(latents)

@@ -101,31 +101,33 @@ def test_every_word_of_the_captions_is_one_token(rendered):
     assert tokenizer("a photo of a sks face")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def test_names_are_one_token_each_and_leave_what_was_known(rendered, tiny_base):
+def test_the_rare_token_stands_for_the_person_of_the_picture(tiny_base):
     from hyperdb.diffusion import DiffusionConfig
-    from hyperdb.heads.captions import vocabulary
+    from hyperdb.diffusion.person import PersonWord
 
-    names = train_base.person_names(300)
-    assert len(set(names)) == 300
-    assert not set(names) & set(vocabulary())
-    tokenizer = train_base.build_tokenizer([*vocabulary(), *names], 24)
-    assert all(len(tokenizer.tokenize(word)) == 1 for word in [*vocabulary(), *names])
     base = DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu").load()
-    before = base.text_encoder(base.tokenize(["a photo of a sks face"]))[0]
-    train_base.learn_words(base, names)
-    assert torch.allclose(base.text_encoder(base.tokenize(["a photo of a sks face"]))[0], before, atol=1e-5)
-    assert base.tokenizer.tokenize(names[7]) == [names[7] + "</w>"]
-    with pytest.raises(UserError, match="names"):
-        train_base.person_names(10**6)
+    ids = base.tokenize(["a sks face", "a sks face", "a face"])
+    plain = base.text_encoder(ids)[0]
+    appearances = torch.randn(5, 7)
+    word = PersonWord(base, appearances)
+    assert torch.equal(base.text_encoder(ids)[0], plain)
+    word.rows = appearances[:3].clone()
+    word.rows[1] = torch.nan
+    meant = base.text_encoder(ids)[0]
+    assert not torch.allclose(meant[0], plain[0])
+    assert torch.equal(meant[1:], plain[1:])  # nobody's, and a prompt without the rare token
+    meant.square().sum().backward()
+    assert word.weight.grad.abs().sum() > 0
 
 
-def test_a_base_learns_people_by_name(rendered, tiny_base, tmp_path):
-    words = [f"data={rendered}", f"named={rendered}", f"init={tiny_base}", f"out={tmp_path}", "steps=1", "batch=4"]
-    configuration.run("train_base", words)
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
-    name = train_base.person_names(4)[0]
-    assert pipeline.tokenizer.tokenize(name) == [name + "</w>"]
-    assert len(json.loads((tmp_path / "report.json").read_text())["data"].split()) == 2
+def test_a_base_learns_people_and_goes_on_with_them(rendered, tiny_base, tmp_path):
+    words = [f"data={rendered}", "steps=1", "batch=4", "person_share=1", "warmup=0"]
+    configuration.run("train_base", [*words, f"init={tiny_base}", f"out={tmp_path / 'one'}"])
+    StableDiffusionPipeline.from_pretrained(tmp_path / "one" / "base", safety_checker=None)
+    first, _ = load_tensors(tmp_path / "one" / "base" / train_base.PERSON)
+    configuration.run("train_base", [*words, "rate=1e-12", f"init={tmp_path / 'one' / 'base'}", f"out={tmp_path / 'two'}"])
+    second, _ = load_tensors(tmp_path / "two" / "base" / train_base.PERSON)
+    assert torch.allclose(second["weight"], first["weight"], atol=1e-6)
 
 
 def test_encoder_needs_enough_people(rendered, tmp_path):
