@@ -14,6 +14,9 @@ class PersonWord(nn.Module):
     `rows [B, K]` are the appearances of the next prompts' people, a row of NaN for a prompt about nobody.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, base: Base, appearances: Tensor) -> None:
         super().__init__()
         embedding = base.text_encoder.get_input_embeddings()

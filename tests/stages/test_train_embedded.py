@@ -125,7 +125,8 @@ def test_a_base_learns_people_and_goes_on_with_them(rendered, tiny_base, tmp_pat
     configuration.run("train_base", [*words, f"init={tiny_base}", f"out={tmp_path / 'one'}"])
     StableDiffusionPipeline.from_pretrained(tmp_path / "one" / "base", safety_checker=None)
     first, _ = load_tensors(tmp_path / "one" / "base" / train_base.PERSON)
-    configuration.run("train_base", [*words, "rate=1e-12", f"init={tmp_path / 'one' / 'base'}", f"out={tmp_path / 'two'}"])
+    more = ["rate=1e-12", f"init={tmp_path / 'one' / 'base'}", f"out={tmp_path / 'two'}"]
+    configuration.run("train_base", [*words, *more])
     second, _ = load_tensors(tmp_path / "two" / "base" / train_base.PERSON)
     assert torch.allclose(second["weight"], first["weight"], atol=1e-6)
 
