@@ -273,13 +273,3 @@ class Identity:
         macro = [self.sex == "man", self.age, *self.ancestry, self.muscle, self.weight]
         parts = (macro, [self.melanin], self._local, self._asymmetry)
         return np.concatenate([np.asarray(part, np.float32) for part in parts])
-
-    @property
-    def appearance(self) -> np.ndarray:
-        """`coefficients` and what hair and paint look like, one float32 vector: everything that pictures show."""
-        hair, paint = self.hair, self.paint
-        looks = [*(hair.cut == cut for cut in CUTS), *hair.colour, hair.volume, hair.line, hair.recede, hair.curl]
-        looks += [hair.parting, hair.fringe, hair.opening, *paint.skin, *paint.iris, *paint.lip, paint.lip_strength]
-        looks += [paint.brow_width, paint.brow_arch, paint.brow_density, paint.brow_height, paint.beard]
-        looks += [paint.moustache, paint.blush, paint.freckles, paint.makeup, paint.wrinkles]
-        return np.concatenate([self.coefficients, np.asarray(looks, np.float32)])

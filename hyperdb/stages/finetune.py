@@ -22,8 +22,7 @@ class FitConfig:
     """How an adapter is trained on a person's images.
 
     `levels` noise levels a step, one from each stratum. With `prior_weight` > 0, `prior_rows` further rows a step ask
-    the network to stay as it is: `prior_keeps=base` on class prompts as without any adapter, `prior_keeps=prediction`
-    on those prompts about [V] ("a sketch of a [V] face") as with the adapter that the training began with.
+    that on class prompts the network predict what it predicts without the adapter.
     """
 
     steps: int = 40
@@ -34,12 +33,9 @@ class FitConfig:
     face_weight: float = 0.0  # extra weight of the middle of the frame, where the photo's crop has the face
     prior_weight: float = 0.0
     prior_rows: int = 2
-    prior_keeps: str = "base"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.prior_keeps not in ("base", "prediction"):
-            raise UserError(f"prior_keeps={self.prior_keeps!r}: expected base or prediction")
         if self.steps < 1 or self.levels < 1 or self.rate <= 0:
             raise UserError("steps and levels must be at least 1 and rate above 0")
 
@@ -59,21 +55,15 @@ class PriorConfig:
 
 @dataclass
 class Prior:
-    """Rows `[levels, images, ...]`: latents, noise, timesteps, token ids, and the base's own prediction for them.
-
-    `named` are the token ids of the same prompts about [V].
-    """
+    """Rows `[levels, images, ...]`: latents, noise, timesteps, token ids, and the base's own prediction for them."""
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     ids: Tensor
     own: Tensor
-    named: Tensor
 
-    def draw(
-        self, rows: int, seed: int, step: int, named: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def draw(self, rows: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Draw latents, noise, timesteps, ids and own predictions `[rows, ...]` of evenly spread noise levels."""
         import torch
 
@@ -84,7 +74,7 @@ class Prior:
         level = ((torch.arange(rows) + torch.rand(rows, generator=g)) / rows * levels).long().clamp_(0, levels - 1)
         image = torch.randint(0, images, (rows,), generator=g)
         z, noise, t = (x[level, image] for x in (self.latents, self.noise, self.timesteps))
-        return z, noise, t, (self.named if named else self.ids)[level, image], self.own[level, image]
+        return z, noise, t, self.ids[level, image], self.own[level, image]
 
 
 def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | None = None) -> Prior:
@@ -125,8 +115,7 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
         tensors = {"latents": latents, "own": own}
         save_tensors(cache, tensors, {"key": key})
     latents, own = (tensors[name].float() for name in ("latents", "own"))
-    named = base.tokenize([p.replace(how.class_word, f"{how.rare_token} {how.class_word}") for p in prompts])
-    rows = (latents.expand(*t.shape, -1, -1, -1), noise, t, ids.expand(*t.shape, -1), own, named.expand(*t.shape, -1))
+    rows = (latents.expand(*t.shape, -1, -1, -1), noise, t, ids.expand(*t.shape, -1), own)
     return Prior(*(x.to(base.device) for x in rows))
 
 
@@ -179,14 +168,9 @@ def fit(
             wanted = target(base.schedule, z.flatten(0, 1), *_tile(people, noise, t)).unflatten(0, (people, levels))
             ids = instance.expand(levels, -1)
             if prior is not None and guarded:
-                kept = config.prior_keeps == "prediction" and frozen is not None
-                pz, pnoise, pt, pids, own = prior.draw(extra, config.seed, step, kept)
-                own = own.expand(people, *own.shape)
-                if kept and frozen is not None:
-                    with torch.no_grad(), injection.using(frozen):
-                        own = predict(base, *_tile(people, pz, pnoise, pt, pids)).unflatten(0, (people, extra))
+                pz, pnoise, pt, pids, own = prior.draw(extra, config.seed, step)
                 z = torch.cat([z, pz.expand(people, *pz.shape)], 1)
-                wanted = torch.cat([wanted, own], 1)
+                wanted = torch.cat([wanted, own.expand(people, *own.shape)], 1)
                 noise, t, ids = torch.cat([noise, pnoise]), torch.cat([t, pt]), torch.cat([ids, pids])
             factors = adapter.factors(params)
             with injection.using(concatenate(frozen, factors) if frozen else factors):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,10 +14,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from hyperdb.diffusion.base import Base
-    from hyperdb.diffusion.person import PersonWord
     from hyperdb.runtime.optim import EMA
-
-PERSON = "person.safetensors"  # beside the base's parts: how appearances became words, to go on from
 
 
 @dataclass
@@ -26,16 +22,11 @@ class Config:
     """`init`: a base folder to go on from (a further segment of training); `vae`: an autoencoder's folder.
 
     Without `vae`, that of `init`, or of `hyperdb train_autoencoder`'s default run.
-
-    In `person_share` of a batch the rare token stands for the picture's own person ("a sketch of a sks face"): to its
-    embedding a learned linear function of that person's appearance is added. A large base knows thousands of people by
-    name in every style, so that its words have room for one more; this gives a small one the same.
     """
 
     data: str = "data/heads"
     vae: str | None = None
     init: str | None = None
-    person_share: float = 0.0
     name: str = "default"
     out: str = "runs/train_base/default"
     channels: list[int] = field(default_factory=lambda: [64, 128, 192])
@@ -180,17 +171,14 @@ def save_base(base: Base, out: Path) -> None:
 
 def run(config: Config) -> Path:
     """Train from `config.data`; write the base to `out/base` and return `out`."""
-    import numpy as np
     import torch
     from diffusers import AutoencoderKL
 
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.diffusion import DiffusionConfig
     from hyperdb.diffusion.loss import diffusion_loss
-    from hyperdb.diffusion.person import PersonWord
-    from hyperdb.heads import Identity
     from hyperdb.heads.captions import vocabulary
-    from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
+    from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.seed import generator
@@ -216,35 +204,19 @@ def run(config: Config) -> Path:
     out = Path(config.out)
     latents = latent_moments(base, people, Path(config.data))
     ids = base.tokenize(people.captions)
-    word, called, appearances = None, ids, torch.empty(0)
-    if config.person_share > 0:
-        seeds = [int(people.seed[rows[0]]) for rows in people.rows]
-        appearances = torch.from_numpy(np.stack([Identity(seed).appearance for seed in seeds]))
-        word = PersonWord(base, appearances)
-        kept = Path(config.init or "") / PERSON
-        if config.init is not None and kept.is_file():
-            word.load_state_dict(load_tensors(kept)[0])
-        rare = base.config.rare_token
-        subject = re.compile(rf"(\b{rare} )?\bface\b")
-        called = base.tokenize([subject.sub(f"{rare} face", text, count=1) for text in people.captions])
     empty = base.tokenize([""])
     base.unet.requires_grad_(True).train()
     base.text_encoder.requires_grad_(True).train()
-    params = [*base.unet.parameters(), *base.text_encoder.parameters(), *(word.parameters() if word else [])]
+    params = [*base.unet.parameters(), *base.text_encoder.parameters()]
 
     # --- train
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "base", step)
         index = torch.randint(0, len(people), (config.batch,), generator=g)
-        asked = ids[index]
-        if word is not None:
-            about = torch.rand(config.batch, 1, generator=g) < config.person_share
-            asked = torch.where(about, called[index], asked)
-            word.rows = torch.where(about, appearances[people.identity[index]], torch.nan)
         mean, std = latents[index].float().unbind(1)
         z = mean + std * torch.randn(mean.shape, generator=g)
         dropped = torch.rand(config.batch, 1, generator=g) < config.prompt_dropout
-        words = torch.where(dropped, empty, asked)
+        words = torch.where(dropped, empty, ids[index])
         t = torch.randint(0, base.schedule.config.num_train_timesteps, (config.batch,), generator=g)
         loss = diffusion_loss(base, z, torch.randn(z.shape, generator=g), t, words).mean()
         loss.backward()
@@ -256,13 +228,11 @@ def run(config: Config) -> Path:
     whole = {**asdict(config), "made_from": [people.digest, base.digest, around], "noise": dict(base.schedule.config)}
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
-        saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png", word, appearances[:8].repeat(8, 1)[:8]),
+        saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),
     )  # fmt: skip
 
     # --- write
     save_base(base, out / "base")
-    if word is not None:
-        save_tensors(out / "base" / PERSON, {k: v.detach() for k, v in word.state_dict().items()})
     made_from = {
         "data": people.digest,
         "vae": hash_files(sorted((out / "base" / "vae").glob("*.safetensors"))),
@@ -276,22 +246,16 @@ def run(config: Config) -> Path:
     return out
 
 
-def _preview(base: Base, ema: EMA, path: Path, word: PersonWord | None, appearances: Tensor) -> None:
-    """Draw every style from fixed noise with the averaged weights; beside it eight people, if the base learns such."""
-    import torch
+def _preview(base: Base, ema: EMA, path: Path) -> None:
+    """Draw every style eight times, from fixed noise, with the averaged weights."""
     from torchvision.utils import save_image
 
     from hyperdb.diffusion.sample import sample, start_noise
     from hyperdb.heads.captions import STYLE_PROMPTS, prompt
 
-    subjects = ["", base.config.rare_token] if word is not None else [""]
-    columns = [s for s in subjects for _ in range(8)]
-    prompts = [prompt(style, s) for style in STYLE_PROMPTS for s in columns]
-    if word is not None:
-        about = torch.cat([torch.full_like(appearances, torch.nan), appearances]).repeat(len(STYLE_PROMPTS), 1)
-        word.rows = torch.cat([torch.full_like(about, torch.nan), about])  # the unconditional rows first
+    prompts = [prompt(style) for style in STYLE_PROMPTS for _ in range(8)]
     ema.swap()
     latents = sample(base, prompts, start_noise(base, list(range(8)) * (len(prompts) // 8)))
     images = base.decode(latents)
     ema.swap()
-    save_image(images.float() / 255, path, nrow=16)
+    save_image(images.float() / 255, path, nrow=8)

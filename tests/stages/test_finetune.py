@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hyperdb.adapters.base import concatenate
-from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.adapters.lora import LoRA
 from hyperdb.diffusion import DiffusionConfig
-from hyperdb.diffusion.loss import predict
-from hyperdb.runtime.errors import UserError
 from hyperdb.stages.finetune import FitConfig, PriorConfig, fit, load_prior
 
 
@@ -93,28 +89,6 @@ def test_a_strong_prior_keeps_the_base(base, lidb, moments, prior):
         return sum((up @ down).square().sum().item() for down, up in factors.values())
 
     assert size(100.0) < size(0.01)
-
-
-def test_a_prior_of_the_prediction_keeps_what_the_prediction_does(base, lidb, moments, prior):
-    tokens = fit(base, lidb, moments[:1], FitConfig(steps=3, levels=1, rate=1e-1))["tokens"]
-    frozen = {k: (d.detach(), u.detach()) for k, (d, u) in lidb.factors({"tokens": tokens}).items()}
-    lora, rows = LoRA(lidb.layout, 2), prior.draw(8, 0, 0, named=True)
-    injection = Injection(base.targets())
-
-    def change(**settings) -> float:
-        config = FitConfig(steps=15, levels=2, rate=1e-2, prior_rows=4, **settings)
-        relaxed = lora.factors(fit(base, lora, moments[:1], config, frozen, prior))
-        with torch.no_grad(), injection.using(frozen):
-            before = predict(base, *rows[:4])
-        with torch.no_grad(), injection.using(concatenate(frozen, relaxed)):
-            return (predict(base, *rows[:4]) - before).square().mean().item()
-
-    free, kept = change(prior_weight=1e-3), change(prior_weight=100.0, prior_keeps="prediction")
-    injection.remove()
-    assert kept < 0.5 * free
-    assert (prior.named != prior.ids).any(-1).all()
-    with pytest.raises(UserError, match="prediction"):
-        FitConfig(prior_keeps="photo")
 
 
 def test_prior_is_cached_and_remade_for_other_prompts(base, tmp_path):

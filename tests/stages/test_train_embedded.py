@@ -13,7 +13,6 @@ from hyperdb import config as configuration
 from hyperdb.runtime import checkpoint
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
-from hyperdb.stages import train_base
 
 
 @pytest.fixture(scope="module")
@@ -99,36 +98,6 @@ def test_every_word_of_the_captions_is_one_token(rendered):
     assert all(len(tokenizer.tokenize(word)) == 1 for word in vocabulary())
     assert len(tokenizer.tokenize("zebra")) > 1
     assert tokenizer("a photo of a sks face")["input_ids"][0] == tokenizer.bos_token_id
-
-
-def test_the_rare_token_stands_for_the_person_of_the_picture(tiny_base):
-    from hyperdb.diffusion import DiffusionConfig
-    from hyperdb.diffusion.person import PersonWord
-
-    base = DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu").load()
-    ids = base.tokenize(["a sks face", "a sks face", "a face"])
-    plain = base.text_encoder(ids)[0]
-    appearances = torch.randn(5, 7)
-    word = PersonWord(base, appearances)
-    assert torch.equal(base.text_encoder(ids)[0], plain)
-    word.rows = appearances[:3].clone()
-    word.rows[1] = torch.nan
-    meant = base.text_encoder(ids)[0]
-    assert not torch.allclose(meant[0], plain[0])
-    assert torch.equal(meant[1:], plain[1:])  # nobody's, and a prompt without the rare token
-    meant.square().sum().backward()
-    assert word.weight.grad.abs().sum() > 0
-
-
-def test_a_base_learns_people_and_goes_on_with_them(rendered, tiny_base, tmp_path):
-    words = [f"data={rendered}", "steps=1", "batch=4", "person_share=1", "warmup=0"]
-    configuration.run("train_base", [*words, f"init={tiny_base}", f"out={tmp_path / 'one'}"])
-    StableDiffusionPipeline.from_pretrained(tmp_path / "one" / "base", safety_checker=None)
-    first, _ = load_tensors(tmp_path / "one" / "base" / train_base.PERSON)
-    more = ["rate=1e-12", f"init={tmp_path / 'one' / 'base'}", f"out={tmp_path / 'two'}"]
-    configuration.run("train_base", [*words, *more])
-    second, _ = load_tensors(tmp_path / "two" / "base" / train_base.PERSON)
-    assert torch.allclose(second["weight"], first["weight"], atol=1e-6)
 
 
 def test_encoder_needs_enough_people(rendered, tmp_path):
