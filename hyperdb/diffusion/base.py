@@ -169,8 +169,9 @@ class Base:
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
         """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` uint8, on the CPU, the VAE in float32."""
-        found = []
-        for part in latents.split(batch):
-            image = self.vae.decode(part.float().to(self.device) / self.vae.config.scaling_factor).sample
-            found.append((image / 2 + 0.5).clamp(0, 1).mul(255).round().byte().cpu())
-        return torch.cat(found)
+        return torch.cat([self.pixels(part).clamp(0, 255).round().byte().cpu() for part in latents.split(batch)])
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` float32 around 0 .. 255, differentiably."""
+        image = self.vae.decode(latents.float().to(self.device) / self.vae.config.scaling_factor).sample
+        return (image / 2 + 0.5) * 255

@@ -32,7 +32,6 @@ def start_noise(base: Base, seeds: list[int]) -> Tensor:
     return torch.stack([torch.randn(base.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
-@torch.no_grad()
 def sample(
     base: Base,
     prompts: list[str],
@@ -41,11 +40,13 @@ def sample(
     guidance: float | None = None,
     negative: str = "",
     scheduler: str = "ddim",
+    gradient: bool = False,
 ) -> Tensor:
     """Denoise `noise [B, c, h, w]` under `prompts` (B of them) and return latents `[B, c, h, w]`.
 
     The network sees the unconditional rows first, then the conditional ones: an injection of several identities
-    is set with `repeat=2` (`repeat=1` when guidance is 1, which needs no unconditional rows).
+    is set with `repeat=2` (`repeat=1` when guidance is 1, which needs no unconditional rows). With `gradient` the last
+    step can be differentiated, as in Xu et al. 2023 (ReFL).
     """
     if scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
@@ -58,13 +59,14 @@ def sample(
         raise UserError(f"scheduler={scheduler} cannot draw in {steps} steps; take more, or ddim") from error
     guided = guidance != 1
     ids = base.tokenize(([negative] * len(prompts) if guided else []) + prompts)
-    with base.autocast():
-        context = base.text_encoder(ids)[0]
     z = noise.to(base.device) * solver.init_noise_sigma
-    for t in solver.timesteps:
+    with torch.no_grad(), base.autocast():
+        context = base.text_encoder(ids)[0]
+    for i, t in enumerate(solver.timesteps):
         x = solver.scale_model_input(torch.cat([z, z]) if guided else z, t)
-        with base.autocast():
-            out = base.unet(x, t, context).sample.float()
+        last = gradient and i == len(solver.timesteps) - 1
+        with torch.set_grad_enabled(last), base.autocast():
+            out = base.unet(x, t, base.text_encoder(ids)[0] if last else context).sample.float()
         if guided:
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance * (conditional - unconditional)

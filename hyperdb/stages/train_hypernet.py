@@ -35,6 +35,9 @@ class Config:
     validation people, for their weight-space loss; `people`: how many identities of `data`; `target_view`: same
     denoises the conditioning photo (the paper), other another photo of that person; `target_style`: any takes that
     person's pictures in other styles along, each under its own caption (renders have some, photos have none).
+    `identity_weight` times the squared distance between a picture sampled with the prediction and the person's photos,
+    in the summary of the hypernetwork's own encoder (not in the paper): what likeness is, where the diffusion loss
+    is mostly noise.
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -57,6 +60,9 @@ class Config:
     target_style: str = "same"
     signal_weight: float = 0.0  # power of alpha_bar that weights a row's loss; 0.5 hears all noise levels alike
     face_weight: float = 0.0  # extra weight of the middle of the frame in the diffusion loss
+    identity_weight: float = 0.0
+    identity_people: int = 8  # of a step's, who are drawn
+    identity_steps: int = 4  # of their sampling; the gradient goes through the last
     prior_weight: float = 0.25
     prior_rows: int = 1  # a person a step
     steps: int = 2000
@@ -109,6 +115,7 @@ def run(config: Config) -> Path:
     from hyperdb.data.weights import load_store
     from hyperdb.diffusion import resolve
     from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
+    from hyperdb.diffusion.sample import sample
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.files import hash_files, save_json
@@ -226,6 +233,18 @@ def run(config: Config) -> Path:
                 if prior is not None:
                     terms["prior"] = config.prior_weight * square[:, levels:].mean()
                 torch.stack(list(terms.values())).sum().backward()
+        if config.identity_weight > 0:
+            some = slice(config.identity_people)
+            noise = torch.randn((len(who[some]), *base.latent_shape), generator=g)
+            with torch.no_grad():
+                known = torch.stack([model.features(people.images[photos[i]])[1].mean(0) for i in who[some].tolist()])
+            prompts = [config.diffusion.instance_prompt] * len(noise)
+            twice = 1 if config.diffusion.guidance == 1 else 2
+            with injection.using(lidb.factors({"tokens": tokens[some]}), repeat=twice), sdpa_kernel(kernels):
+                latents = sample(base, prompts, noise, config.identity_steps, gradient=True)
+                seen = model.features(base.pixels(latents))[1]
+                terms["identity"] = config.identity_weight * (seen - known).square().mean()
+                terms["identity"].backward()
         # eq. 2, second term: where a fit exists
         if store is not None and fit_row is not None and scale is not None:
             fits = fit_row[who]
