@@ -28,13 +28,15 @@ def resolve(path: str) -> Path:
 class DiffusionConfig:
     """A base model and how it is asked for pictures.
 
-    `path` is a folder, a hub id, or `package:NAME`; `hypernet` the hypernetwork's folder for this base, if any;
-    `[V]` in prompts stands for `rare_token`; `crop` scales the FFHQ crop that photos of faces get (1 = FFHQ) and `size`
-    is the side of the images in pixels. `attention` is sdpa or eager; eager trains 3 times faster on a CPU at 16 x 16
-    latents, where the fused backward in bf16 is slow.
+    `path` is a folder, a hub id, `package:NAME`, or one `.safetensors` checkpoint as other tools use them, of which
+    `config` (a folder or hub id; null: Stable Diffusion 1.5's) gives configuration and tokenizer; `hypernet` the
+    hypernetwork's folder for this base, if any; `[V]` in prompts stands for `rare_token`; `crop` scales the FFHQ crop
+    that photos of faces get (1 = FFHQ) and `size` is the side of the images in pixels. `attention` is sdpa or eager;
+    eager trains 3 times faster on a CPU at 16 x 16 latents, where the fused backward in bf16 is slow.
     """
 
     path: str = "package:embedded/base"
+    config: str | None = None
     hypernet: str | None = None
     variant: str | None = None
     revision: str | None = None

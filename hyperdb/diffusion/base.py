@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,27 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def _open_checkpoint(config: DiffusionConfig, file: Path) -> tuple[Any, ...]:
+    """Read UNet, text encoder, VAE, tokenizer and noise schedule of one file in Stable Diffusion's first format."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    try:
+        whole = StableDiffusionPipeline.from_single_file(
+            str(file), config=config.config, revision=config.revision, torch_dtype=torch.float32, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        where = "diffusion.config is" if config.config else "without diffusion.config=FOLDER that is fetched, and is"
+        raise UserError(
+            f"{file} is not a Stable Diffusion checkpoint of the configuration asked for ({where} "
+            f"{config.config or 'Stable Diffusion 1.5'}): {why}"
+        ) from error
+    schedule = DDPMScheduler.from_config(whole.scheduler.config)
+    return whole.unet, whole.text_encoder, whole.vae, whole.tokenizer, schedule
+
+
 class Base:
     """A frozen base model.
 
@@ -79,8 +101,12 @@ class Base:
         if folder.is_dir():
             source, digest = str(folder), hash_files(sorted(folder.rglob("*.safetensors")))
             disable_progress_bar()  # a local folder loads in a moment
-        elif config.path.startswith(("package:", "/", ".", "~")):
-            raise UserError(f"no base model at {folder}; set diffusion.path to a Stable Diffusion folder or hub id")
+        elif folder.is_file() and folder.suffix == ".safetensors":
+            source, digest = str(folder), hash_files([folder])
+        elif config.path.startswith(("package:", "/", ".", "~")) or folder.suffix == ".safetensors":
+            raise UserError(
+                f"no base model at {folder}; set diffusion.path to a Stable Diffusion folder, checkpoint or hub id"
+            )
         else:
             source, digest = config.path, f"hub:{config.path}@{config.revision or 'main'}"
         # frozen weights rest in the compute dtype on a GPU; on a CPU autocast keeps small ones in float32
@@ -98,10 +124,14 @@ class Base:
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 raise unusable(name, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
-        unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype, variant=config.variant)
-        text_encoder = part(CLIPTextModel, "text_encoder", dtype=dtype, variant=config.variant)
-        vae = part(AutoencoderKL, "vae", torch_dtype=torch.float32, variant=config.variant)
-        tokenizer = part(CLIPTokenizer, "tokenizer")
+        if folder.is_file():
+            unet, text_encoder, vae, tokenizer, schedule = _open_checkpoint(config, folder)
+            unet, text_encoder = unet.to(dtype), text_encoder.to(dtype)
+        else:
+            unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype, variant=config.variant)
+            text_encoder = part(CLIPTextModel, "text_encoder", dtype=dtype, variant=config.variant)
+            vae = part(AutoencoderKL, "vae", torch_dtype=torch.float32, variant=config.variant)
+            tokenizer, schedule = part(CLIPTokenizer, "tokenizer"), part(DDPMScheduler, "scheduler")
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up for missing files
             raise unusable("tokenizer", "it has no words")
         if (pieces := len(tokenizer.tokenize(config.rare_token))) != 1:
@@ -109,15 +139,7 @@ class Base:
                 f"diffusion.rare_token={config.rare_token!r} is {pieces} tokens for {config.path}; choose a word "
                 "that is one, such as sks"
             )
-        return cls(
-            config,
-            unet.to(device),
-            text_encoder.to(device),
-            vae.to(device),
-            tokenizer,
-            part(DDPMScheduler, "scheduler"),
-            digest,
-        )
+        return cls(config, unet.to(device), text_encoder.to(device), vae.to(device), tokenizer, schedule, digest)
 
     @property
     def device(self) -> torch.device:

@@ -35,9 +35,7 @@ class Config:
     validation people, for their weight-space loss; `people`: how many identities of `data`; `target_view`: same
     denoises the conditioning photo (the paper), other another photo of that person; `target_style`: any takes that
     person's pictures in other styles along, each under its own caption (renders have some, photos have none).
-    `identity_weight` times the squared distance between a picture sampled with the prediction and the person's photos,
-    in the summary of the hypernetwork's own encoder (not in the paper): what likeness is, where the diffusion loss
-    is mostly noise.
+    `identity_weight` times `identity_loss` is added (not in the paper).
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -97,6 +95,8 @@ class Config:
             raise UserError(f"tracker={self.tracker} is not installed; run `pip install hyperdb[{self.tracker}]`")
         if self.logit_normal is not None and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):
             raise UserError(f"logit_normal={self.logit_normal}: expected [mean, standard deviation above 0] or null")
+        if self.identity_weight > 0 and (self.model.summary < 1 or self.identity_people < 1):
+            raise UserError("identity_weight > 0 needs model.summary and identity_people of at least 1")
         if not 0 <= self.fit_share <= 1:
             raise UserError(f"fit_share={self.fit_share}: expected 0 to 1")
         if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):
@@ -115,7 +115,6 @@ def run(config: Config) -> Path:
     from hyperdb.data.weights import load_store
     from hyperdb.diffusion import resolve
     from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
-    from hyperdb.diffusion.sample import sample
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.files import hash_files, save_json
@@ -236,15 +235,12 @@ def run(config: Config) -> Path:
         if config.identity_weight > 0:
             some = slice(config.identity_people)
             noise = torch.randn((len(who[some]), *base.latent_shape), generator=g)
-            with torch.no_grad():
-                known = torch.stack([model.features(people.images[photos[i]])[1].mean(0) for i in who[some].tolist()])
-            prompts = [config.diffusion.instance_prompt] * len(noise)
-            twice = 1 if config.diffusion.guidance == 1 else 2
-            with injection.using(lidb.factors({"tokens": tokens[some]}), repeat=twice), sdpa_kernel(kernels):
-                latents = sample(base, prompts, noise, config.identity_steps, gradient=True)
-                seen = model.features(base.pixels(latents))[1]
-                terms["identity"] = config.identity_weight * (seen - known).square().mean()
-                terms["identity"].backward()
+            repeat = 1 if config.diffusion.guidance == 1 else 2
+            with injection.using(lidb.factors({"tokens": tokens[some]}), repeat=repeat), sdpa_kernel(kernels):
+                shown_all = [people.images[photos[i]] for i in who[some].tolist()]
+                distance = identity_loss(base, model, noise, shown_all, config.identity_steps)
+                terms["identity"] = config.identity_weight * distance.mean()
+                terms["identity"].backward(inputs=[tokens])  # never the encoder: it would learn to see less
         # eq. 2, second term: where a fit exists
         if store is not None and fit_row is not None and scale is not None:
             fits = fit_row[who]
@@ -307,6 +303,22 @@ def _views(
         shown.append(first)
         wanted.append(others[torch.arange(levels) % len(others)])
     return torch.stack(shown), torch.stack(wanted)
+
+
+def identity_loss(base: Base, model: Hypernet, noise: Tensor, photos: list[Tensor], steps: int) -> Tensor:
+    """Return how far the picture of each `noise [I, c, h, w]` is from that person's photos `[K, 3, H, W]`, `[I]`.
+
+    The squared distance of summaries of the hypernetwork's encoder, a mean over their components. What is injected is
+    differentiated through the last of `steps` of sampling (Xu et al. 2023, ReFL).
+    """
+    import torch
+
+    from hyperdb.diffusion.sample import sample
+
+    with torch.no_grad():
+        known = torch.stack([model.features(images)[1].mean(0) for images in photos])
+    latents = sample(base, [base.config.instance_prompt] * len(noise), noise, steps, gradient=True)
+    return (model.features(base.pixels(latents))[1] - known).square().mean(1)
 
 
 def _prompts(people: People, config: DiffusionConfig) -> list[str]:

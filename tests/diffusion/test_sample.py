@@ -113,5 +113,18 @@ def test_sampling_leaves_the_global_generator_alone(base: Base) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_last_step_can_be_differentiated(base: Base) -> None:
+    noise, bias = start_noise(base, [0, 1]), base.unet.conv_out.bias
+    plain = sample(base, PROMPTS, noise, 3)
+    bias.requires_grad_()
+    try:
+        drawn = sample(base, PROMPTS, noise, 3, gradient=True)
+        (found,) = torch.autograd.grad(drawn.sum(), bias)
+    finally:
+        bias.requires_grad_(False)
+    assert torch.equal(drawn, plain)
+    assert found.abs().min() > 0
+
+
 def test_no_gradient_is_kept(base: Base) -> None:
     assert not sample(base, PROMPTS, start_noise(base, [0, 1]), 1).requires_grad

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hyperdb import config as configuration
+from hyperdb.adapters.inject import Injection
 from hyperdb.data.people import load_people
 from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.sample import start_noise
 from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.hypernet.model import Hypernet
@@ -101,11 +103,13 @@ def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        ["weight_loss=plain", "target_view=same"],
+        ["weight_loss=plain", "target_view=same", "target_style=same"],
         ["alpha=0"],
         ["beta=0", "prior_weight=0"],
         ["face_weight=2"],
         ["target_style=any"],
+        ["identity_weight=0.1", "identity_people=2", "identity_steps=2"],
+        ["identity_weight=0"],
         ["matrix_rate=0.01"],
         ["encoder_rate=1e-4"],
     ],
@@ -114,6 +118,24 @@ def test_every_loss_setting_trains(made, words, tmp_path):
     base = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=1", f"out={tmp_path}"]
     configuration.run("train_hypernet", [*base, *words])
     assert Hypernet.load(tmp_path / "hypernet.safetensors").metadata["steps"] == "1"
+
+
+def test_the_identity_loss_brings_pictures_nearer_to_the_person(made):
+    base = DiffusionConfig(path=made["base"].partition("=")[2], size=32, dtype="fp32", device="cpu").load()
+    model = Hypernet.load(made["hyper"] / "hypernet.safetensors")
+    people = load_people(made["data"], split=None)
+    photos = [people.images[rows] for rows in people.photos[:2]]
+    noise, injection = start_noise(base, [0, 1]), Injection(base.targets())
+    tokens = model(torch.stack([p[0] for p in photos])).detach().requires_grad_()
+    found = []
+    for _ in range(8):
+        with injection.using(model.lidb.factors({"tokens": tokens}), repeat=2):
+            loss = train_hypernet.identity_loss(base, model, noise, photos, 2)
+        (step,) = torch.autograd.grad(loss.sum(), tokens)
+        tokens = (tokens - 0.1 * step / step.norm()).detach().requires_grad_()
+        found.append(loss.detach())
+    injection.remove()
+    assert (found[-1] < found[0]).all()
 
 
 def test_what_is_denoised_is_the_same_person_under_its_own_caption(made):

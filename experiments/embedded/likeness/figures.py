@@ -33,22 +33,28 @@ def gallery() -> None:
 
 
 def iterations() -> None:
-    """Face cosine against the iterations of the fine-tuning, with 95 % intervals over people."""
+    """Face cosine against the iterations of the fine-tuning, with 95 % intervals over people, and against copying."""
     whole = load_json(RUNS / "likeness" / "results.json")["rows"]
     found = [load_json(path) for path in RUNS.glob("after_*/results.json")]
     found.sort(key=lambda r: r["fits"]["finetune"]["steps"])
     start = {"hyper_40": "hyper_only", "no_hyper_40": "floor"}
-    _, axes = plt.subplots(figsize=(6, 4))
+    figure, (axes, plane) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for row, label in (("hyper_40", "from the prediction"), ("no_hyper_40", "without the hypernetwork")):
         steps = [0] + [r["fits"]["finetune"]["steps"] for r in found]
-        values = [whole[start[row]]["cosine"]] + [r["rows"][row]["cosine"] for r in found]
+        points = [whole[start[row]], *(r["rows"][row] for r in found)]
+        values = [point["cosine"] for point in points]
         axes.plot(steps, [v["mean"] for v in values], marker="o", label=label)
         axes.fill_between(steps, [v["lo"] for v in values], [v["hi"] for v in values], alpha=0.2)
+        copied = [(p["copy_pose"]["mean"] + p["copy_background"]["mean"]) / 2 for p in points]
+        plane.plot(copied, [v["mean"] for v in values], marker="o")
+        for x, v, n in zip(copied, values, steps, strict=True):
+            plane.annotate(str(n), (x, v["mean"]), textcoords="offset points", xytext=(4, -10))
     ceiling = whole["ceiling"]["cosine"]["mean"]
     axes.axhline(ceiling, linestyle=":", color="grey", label="renders through the autoencoder")
     axes.set(xlabel="iterations", ylabel="face cosine with other photos")
     axes.legend()
-    plt.savefig(HERE / "iterations.png", dpi=120, bbox_inches="tight")
+    plane.set(xlabel="copying of the photo's pose and backdrop (at each number of iterations)")
+    figure.savefig(HERE / "iterations.png", dpi=120, bbox_inches="tight")
 
 
 def training() -> None:
