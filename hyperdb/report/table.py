@@ -1,4 +1,4 @@
-"""Tables from results files: `python -m hyperdb.report.table experiments/embedded/first_evidence/results.json`."""
+"""Tables from results files: `python -m hyperdb.report.table experiments/embedded/likeness/results.json`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,32 @@ ROWS = {
     "lidb_fit": "LiDB fitted to the photo, 200 iterations",
     "ceiling": "the person's renders through the autoencoder",
 }
+FURTHER = {  # columns that an evaluation with styles or a second recogniser has
+    "cosine_dlib": "by dlib",
+    "rank1_styled": "rank-1 in the style",
+    "style_accuracy": "style obeyed",
+    "copy_pose": "pose copied",
+    "copy_background": "backdrop copied",
+}
 
 
 def _interval(value: dict[str, float]) -> str:
     return f"{value['mean']:.3f} [{value['lo']:.3f}, {value['hi']:.3f}]"
 
 
+def _rate(value: float | dict[str, float]) -> str:
+    return f"{value['mean'] if isinstance(value, dict) else value:.2f}"
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """Return the likeness table of an evaluation, of the rows that it has."""
-    lines = ["| embedded base | face cosine | rank-1 | face found |", "| --- | --- | --- | --- |"]
+    """Return the likeness table of an evaluation, of the rows and columns that it has."""
+    further = {name: label for name, label in FURTHER.items() if name in next(iter(results["rows"].values()))}
+    lines = [f"| {' | '.join(['embedded base', 'face cosine', 'rank-1', *further.values()])} |"]
+    lines.append("| --- | --- | --- |" + " --- |" * len(further))
     for name, label in ROWS.items():
         if (row := results["rows"].get(name)) is not None:
-            lines.append(f"| {label} | {_interval(row['cosine'])} | {row['rank1']:.2f} | {row['detected']:.2f} |")
+            cells = [label, _interval(row["cosine"]), _rate(row["rank1"]), *(_rate(row[key]) for key in further)]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| paired difference | mean [95 % interval over people] |", "| --- | --- |"]
     lines += [f"| {name.replace('-', ' − ')} | {_interval(value)} |" for name, value in results["paired"].items()]
     return "\n".join(lines)

@@ -33,12 +33,12 @@ FURTHER = ("cosine_dlib", "rank1", "rank1_styled", "style_accuracy")  # figures 
 
 @dataclass
 class Config(PersonalizeConfig):
-    """`data`: rendered people; a person's first photo is the reference, the next `views` judge.
+    """`data`: rendered people; a person's photo of number `reference` is the reference, the next `views` judge.
 
     `split`: whose people these must be; settings are chosen on those of validation.
 
-    The photos after those, through the autoencoder, are the ceiling. Every other row draws `images` pictures of
-    "a [V] face" a person and one of each of `styled` (a style, or style/place), at the same seeds.
+    The photos after those (round to the first), through the autoencoder, are the ceiling. Every other row draws
+    `images` pictures of "a [V] face" a person and one of each of `styled` (a style, or style/place), at the same seeds.
     `recognisers` judge the likeness; the first one's figures have no suffix.
     """
 
@@ -47,6 +47,7 @@ class Config(PersonalizeConfig):
     split: str = "test"
     people: int = 25
     images: int = 4
+    reference: int = 0
     views: int = 4
     styled: list[str] = field(default_factory=list)
     recognisers: list[str] = field(default_factory=lambda: ["sface"])
@@ -62,6 +63,8 @@ class Config(PersonalizeConfig):
         for row in self.rows:
             if row not in ROWS:
                 raise UserError(f"rows={row!r}: expected of {', '.join(ROWS)}")
+        if self.reference < 0 or self.views < 1:
+            raise UserError(f"reference={self.reference}, views={self.views}: expected at least 0 and 1")
         if not self.recognisers:
             raise UserError("recognisers=[]: name at least one")
         for name in self.recognisers:
@@ -88,9 +91,10 @@ def run(config: Config) -> Path:
     # --- people: one reference, `views` judges, the rest for the ceiling
     people = load_people(config.data, config.people, config.split, config.diffusion.size)
     views = config.views
-    rows = [r for r in people.photos if len(r) > views + 1]
+    needed = max(views + 2, config.reference + 1)
+    rows = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
     if len(rows) < 2:
-        raise UserError(f"{config.data} needs at least two people with {views + 2} photos each")
+        raise UserError(f"{config.data} needs at least two people with {needed} photos each")
     reference = people.images[torch.stack([r[0] for r in rows])]  #                 [I, 3, H, W]
     judges = people.images[torch.stack([r[1 : views + 1] for r in rows])]  #        [I, K, 3, H, W]
     cycled = [[r[views + 1 + k % (len(r) - views - 1)] for k in range(config.images)] for r in rows]

@@ -34,8 +34,8 @@ def gallery() -> None:
 
 def iterations() -> None:
     """Face cosine against the iterations of the fine-tuning, with 95 % intervals over people, and against copying."""
-    whole = load_json(RUNS / "likeness" / "results.json")["rows"]
-    found = [load_json(path) for path in RUNS.glob("after_*/results.json")]
+    results = load_json(RUNS / "likeness" / "results.json")
+    whole, found = results["rows"], [results, *(load_json(path) for path in RUNS.glob("after_*/results.json"))]
     found.sort(key=lambda r: r["fits"]["finetune"]["steps"])
     start = {"hyper_40": "hyper_only", "no_hyper_40": "floor"}
     figure, (axes, plane) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
@@ -78,4 +78,5 @@ if __name__ == "__main__":
     gallery()
     iterations()
     shutil.copy(RUNS / "likeness" / "results.json", HERE / "results.json")
+    shutil.copy(RUNS / "other_photo" / "results.json", HERE / "other_photo.json")
     print(f"figures and results in {HERE}")
