@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 ATTRIBUTES = ("sex", "age", "skin")  # labels of a rendered person, as numbers that grow: man, old, dark
 
+WAYS = 7  # adapters on the way from one person to another
+KNOWN = 8  # people that each new one is compared with
+
 
 @dataclass
 class Config:
@@ -46,8 +49,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.people < 8 or not 1 <= self.components < self.people:
             raise UserError(f"people={self.people}, components={self.components}: expected at least 8, and fewer")
-        if self.sampled < 2 or self.edited < 2 or self.images < 1 or 0.0 not in self.shifts:
-            raise UserError("expected sampled and edited of at least 2, images of at least 1, and 0 among shifts")
+        if min(self.sampled, self.edited, self.images) < 2 or 0.0 not in self.shifts:
+            raise UserError("expected sampled, edited and images of at least 2, and 0 among shifts")
 
 
 class Space:
@@ -97,21 +100,19 @@ def attributes(people: People) -> Tensor:
 class _Studio:
     """Draws and recognises adapters given as numbers `[I, C]`."""
 
-    def __init__(self, base: Base, lidb: LiDB, images: int) -> None:
+    def __init__(self, base: Base, lidb: LiDB, images: int, bar: Any) -> None:
         from hyperdb.metrics.face import SFace
 
-        self.base, self.lidb, self.images, self.feature = base, lidb, images, SFace()
+        self.base, self.lidb, self.images, self.bar, self.feature = base, lidb, images, bar, SFace()
 
     def draw(self, numbers: Tensor, label: str) -> Tensor:
         """Return `[I, images, 3, H, W]`, the same seeds for everyone."""
-        from tqdm import tqdm
-
         from hyperdb.stages.likeness import draw
 
+        self.bar.set_description(label)
         factors = self.lidb.factors({"tokens": self.lidb.unpack(numbers).to(self.base.device)})
         prompts = [self.base.config.instance_prompt] * self.images
-        with tqdm(total=len(numbers), desc=label, unit="adapter", dynamic_ncols=True) as bar:
-            return draw(self.base, factors, len(numbers), prompts, list(range(self.images)), progress=bar.update)
+        return draw(self.base, factors, len(numbers), prompts, list(range(self.images)), progress=self.bar.update)
 
     def faces(self, drawn: Tensor) -> Tensor:
         """Return embeddings `[I, K, C]`, NaN without a face."""
@@ -162,7 +163,10 @@ def run(config: Config) -> Path:
 
     (numbers, seen), (own, seen_unseen) = predict(people), predict(unseen)
     space = Space(numbers, config.components)
-    studio, out = _Studio(base, model.lidb, config.images), Path(config.out)
+    adapters = len(own) * (2 + len(ATTRIBUTES) * len(config.shifts)) + WAYS * (len(own) // 2)
+    adapters += config.sampled + min(KNOWN * config.sampled, len(numbers))
+    bar, out = tqdm(total=adapters, unit="adapter", dynamic_ncols=True), Path(config.out)
+    studio = _Studio(base, model.lidb, config.images, bar)
 
     # --- a direction of each attribute in the space, and a reader of pictures that never saw an adapter
     scale = known.std(0).clamp_min(1e-6)
@@ -195,6 +199,7 @@ def run(config: Config) -> Path:
         "data": people.digest,
         **provenance(),
     }
+    bar.close()
     save_json(out / "results.json", result)
     for word, found in moved.items():
         said = ", ".join(f"{point['attribute']:+.2f} at {point['shift']:+g}" for point in found["curve"])
@@ -247,7 +252,7 @@ def _sample(
 
     new = space.decode(torch.randn(config.sampled, len(space.std), generator=generator(config.seed, "weights")))
     drawn = studio.draw(new, "new people")
-    known = studio.faces(studio.draw(numbers[: 8 * config.sampled], "known people"))
+    known = studio.faces(studio.draw(numbers[: KNOWN * config.sampled], "known people"))
     gallery = torch.nn.functional.normalize(known.nanmean(1), dim=-1)
     words, lidb = studio.base.config, studio.lidb
     for i, tokens in enumerate(lidb.unpack(new)):
@@ -269,7 +274,7 @@ def _between(studio: _Studio, own: Tensor, out: Path) -> list[dict[str, float]]:
 
     pairs = len(own) // 2
     first, last = own[:pairs], own[pairs : 2 * pairs]
-    ways = [k / 6 for k in range(7)]
+    ways = [k / (WAYS - 1) for k in range(WAYS)]
     steps = [studio.draw(first + x * (last - first), f"between {x:.2f}") for x in ways]
     drawn = torch.stack(steps, 1)  #                                                [P, W, K, 3, H, W]
     found = torch.stack([studio.faces(images) for images in drawn.unbind(1)], 1)

@@ -59,7 +59,7 @@ def test_weights_draws_measures_and_saves_new_people(tmp_path, in_tmp):
     out = tmp_path / "out"
     configuration.run("weights", [
         f"data={many}", f"unseen={unseen}", f"out={out}", "people=10", "components=5", "edited=4", "sampled=2",
-        "images=1", "shifts=[-2.0,0.0,2.0]", "diffusion.steps=2",
+        "images=2", "shifts=[-2.0,0.0,2.0]", "diffusion.steps=2",
     ])  # fmt: skip
     result = json.loads((out / "results.json").read_text())
     assert set(result["attributes"]) == set(ATTRIBUTES)
