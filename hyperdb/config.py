@@ -39,6 +39,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "train_judge": ("hyperdb.stages.train_judge", "a classifier of style and place, to measure obedience with"),
     "precompute": ("hyperdb.stages.precompute", "faces -> their LiDB weights, the hypernetwork's targets"),
     "train_hypernet": ("hyperdb.stages.train_hypernet", "the hypernetwork: one photo -> LiDB weights"),
+    "weights": ("hyperdb.stages.weights", "many people's adapters: components, attributes, new people"),
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
 }
 

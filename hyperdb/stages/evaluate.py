@@ -33,7 +33,7 @@ FURTHER = ("cosine_dlib", "rank1", "rank1_styled", "style_accuracy")  # figures 
 
 @dataclass
 class Config(PersonalizeConfig):
-    """`data`: rendered people; a person's photo of number `reference` is the reference, the next `views` judge.
+    """`data`: rendered people; `photos` of a person from number `reference` on are given, the next `views` judge.
 
     `split`: whose people these must be; settings are chosen on those of validation.
 
@@ -48,6 +48,7 @@ class Config(PersonalizeConfig):
     people: int = 25
     images: int = 4
     reference: int = 0
+    photos: int = 1
     views: int = 4
     styled: list[str] = field(default_factory=list)
     recognisers: list[str] = field(default_factory=lambda: ["sface"])
@@ -63,8 +64,10 @@ class Config(PersonalizeConfig):
         for row in self.rows:
             if row not in ROWS:
                 raise UserError(f"rows={row!r}: expected of {', '.join(ROWS)}")
-        if self.reference < 0 or self.views < 1:
-            raise UserError(f"reference={self.reference}, views={self.views}: expected at least 0 and 1")
+        if self.reference < 0 or self.photos < 1 or self.views < 1:
+            raise UserError(
+                f"reference={self.reference}, photos={self.photos}, views={self.views}: expected at least 0, 1, 1"
+            )
         if not self.recognisers:
             raise UserError("recognisers=[]: name at least one")
         for name in self.recognisers:
@@ -90,14 +93,15 @@ def run(config: Config) -> Path:
 
     # --- people: one reference, `views` judges, the rest for the ceiling
     people = load_people(config.data, config.people, config.split, config.diffusion.size)
-    views = config.views
-    needed = max(views + 2, config.reference + 1)
+    given, used = config.photos, config.photos + config.views
+    needed = max(used + 1, config.reference + 1)
     rows = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
     if len(rows) < 2:
         raise UserError(f"{config.data} needs at least two people with {needed} photos each")
-    reference = people.images[torch.stack([r[0] for r in rows])]  #                 [I, 3, H, W]
-    judges = people.images[torch.stack([r[1 : views + 1] for r in rows])]  #        [I, K, 3, H, W]
-    cycled = [[r[views + 1 + k % (len(r) - views - 1)] for k in range(config.images)] for r in rows]
+    shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
+    reference = shown[:, 0]
+    judges = people.images[torch.stack([r[given:used] for r in rows])]  #           [I, K, 3, H, W]
+    cycled = [[r[used + k % (len(r) - used)] for k in range(config.images)] for r in rows]
     others = people.images[torch.tensor(cycled)]  #                                 [I, images, 3, H, W]
     words = [word.partition("/")[0] for word in config.styled]
     if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
@@ -126,7 +130,7 @@ def run(config: Config) -> Path:
             path = out / "rows" / f"{row}.safetensors"
             tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
             if metadata.get("made_from") != made_from:
-                images, costs[row] = _pictures(row, model, config, fits, reference, best, bar.update)
+                images, costs[row] = _pictures(row, model, config, fits, shown, best, bar.update)
                 text = {"made_from": made_from, **{k: str(v) for k, v in costs[row].items()}}
                 save_tensors(path, {"images": images}, text)
                 tensors = {"images": images}
@@ -220,7 +224,7 @@ def _made_from(config: Config, model: Personalizer, people: People) -> str:
 
 
 def _pictures(
-    row: str, model: Personalizer, config: Config, fits: dict[str, FitConfig], reference: Tensor, best: Tensor,
+    row: str, model: Personalizer, config: Config, fits: dict[str, FitConfig], shown: Tensor, best: Tensor,
     progress: Any,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """Draw one row, `[I, images + styled, 3, H, W]` uint8, and say what one person's adapter costs.
@@ -235,14 +239,14 @@ def _pictures(
     from hyperdb.stages.likeness import draw
 
     assert model.hypernet is not None
-    base, lidb, count = model.base, model.lidb, len(reference)
+    base, lidb, (count, given) = model.base, model.lidb, shown.shape[:2]
     if row == "ceiling":  # renders of the person, as the autoencoder lets through
         images = torch.stack([base.decode(base.moments(x)[:, 0]) for x in best])
         progress(count)
         return images, {"seconds": 0.0, "bytes": 0.0}
     began = time.perf_counter()
     with torch.no_grad(), base.autocast():
-        tokens = model.hypernet(reference)
+        tokens = model.hypernet(shown.flatten(0, 1)).unflatten(0, (count, given)).mean(1)
     predicting = (time.perf_counter() - began) / count
     own = {k: (d.detach(), u.detach()) for k, (d, u) in lidb.factors({"tokens": tokens}).items()}
     lora = config.relaxed.build(model.layout)
@@ -251,7 +255,7 @@ def _pictures(
         parts = []
         for first in range(0, count, config.batch):
             chosen = slice(first, min(count, first + config.batch))
-            moments = base.moments(reference[chosen])[:, None]
+            moments = base.moments(shown[chosen].flatten(0, 1)).unflatten(0, (-1, given))
             under = select(frozen, chosen) if frozen is not None else None
             parts.append(adapter.factors(fit(base, adapter, moments, settings, under, model.prior)))
             progress(chosen.stop - chosen.start)

@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from hyperdb.diffusion.base import Base
     from hyperdb.formats.native import Personalization
 
+    Picture = str | Path | np.ndarray
+
 
 @dataclass
 class Config:
     """`image`: a photo in any common format; `hypernet`: a trained one's folder, `default` (the base's own) or null.
 
-    Without a hypernetwork the fast fine-tuning runs alone.
+    Several photos of one person are written `[a.jpg,b.jpg]`: their predictions are averaged, and the fine-tuning
+    sees all of them. Without a hypernetwork the fast fine-tuning runs alone.
     """
 
     image: str = "???"
@@ -102,24 +105,24 @@ class Personalizer:
         """Read, detect, align and crop one face: `[size, size, 3]` uint8. Raises `UserError` naming the file."""
         return crop_face(image, self.config)
 
-    def predict(self, crop: np.ndarray) -> Tensor:
-        """Return the hypernetwork's tokens `[1, N, D]` for a crop; without a hypernetwork the empty template."""
+    def predict(self, crops: np.ndarray) -> Tensor:
+        """Return tokens `[1, N, D]`, the mean over one person's crops `[V, size, size, 3]` or of the only one.
+
+        Without a hypernetwork the empty template.
+        """
         import torch
 
         if self.hypernet is None:
             return self.lidb.init(1)["tokens"]
-        images = torch.from_numpy(crop).permute(2, 0, 1)[None]
         with torch.no_grad(), self.base.autocast():
-            return self.hypernet(images)
+            return self.hypernet(_images(crops)).mean(0, keepdim=True)
 
-    def finetune(self, crop: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Train the relaxed factors on top of the predicted ones (paper section 4.3)."""
-        import torch
-
+    def finetune(self, crops: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Train the relaxed factors on top of the predicted ones (paper section 4.3), on crops as in `predict`."""
         from hyperdb.stages.finetune import fit
 
         lora = self.config.relaxed.build(self.layout)
-        moments = self.base.moments(torch.from_numpy(crop).permute(2, 0, 1)[None])[:, None]
+        moments = self.base.moments(_images(crops))[None]  #                        [1, V, 2, c, h, w]
         frozen = {k: (d.detach(), u.detach()) for k, (d, u) in self.lidb.factors({"tokens": tokens}).items()}
         return lora.factors(fit(self.base, lora, moments, self.config.finetune, frozen, self.prior, progress))
 
@@ -133,11 +136,16 @@ class Personalizer:
             {k: (d.cpu(), u.cpu()) for k, (d, u) in (relaxed or {}).items()},
         )  # fmt: skip
 
-    def personalize(self, image: str | Path | np.ndarray, finetune: bool = True) -> Personalization:
-        """Return the adapter of one photo: prediction, then (unless `finetune` is False) the fast fine-tuning."""
-        crop = self.crop(image)
-        tokens = self.predict(crop)
-        return self.wrap(tokens, self.finetune(crop, tokens) if finetune else None)
+    def personalize(self, image: Picture | list[Picture], finetune: bool = True) -> Personalization:
+        """Return the adapter of one photo, or of several of one person: prediction, then the fast fine-tuning.
+
+        `finetune=False` stops at the prediction.
+        """
+        import numpy as np
+
+        crops = np.stack([self.crop(one) for one in (image if isinstance(image, list) else [image])])
+        tokens = self.predict(crops)
+        return self.wrap(tokens, self.finetune(crops, tokens) if finetune else None)
 
     def pipeline(self) -> Any:
         """Return the base as a plain diffusers `StableDiffusionPipeline`, float32.
@@ -157,6 +165,23 @@ class Personalizer:
         )  # fmt: skip
 
 
+def _images(crops: np.ndarray) -> Tensor:
+    """Return one crop `[size, size, 3]` or several `[V, size, size, 3]` as images `[V, 3, size, size]`."""
+    import torch
+
+    return torch.from_numpy(crops.reshape(-1, *crops.shape[-3:])).permute(0, 3, 1, 2)
+
+
+def photos(image: str) -> list[str]:
+    """Split `[a.jpg,b.jpg]` into its photos; a file that is called so is itself."""
+    if image.startswith("[") and image.endswith("]") and not Path(image).exists():
+        found = [one.strip() for one in image[1:-1].split(",")]
+        if not all(found):
+            raise UserError(f"image={image!r}: expected a photo, or photos of one person as [a.jpg,b.jpg]")
+        return found
+    return [image]
+
+
 def crop_face(image: str | Path | np.ndarray, config: Config) -> np.ndarray:
     """Return the aligned face of a picture, `[size, size, 3]` uint8; notices go to standard output."""
     import numpy as np
@@ -174,6 +199,7 @@ def crop_face(image: str | Path | np.ndarray, config: Config) -> np.ndarray:
 
 def run(config: Config) -> Path:
     """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`."""
+    import numpy as np
     from tqdm import tqdm
 
     from hyperdb.runtime.files import save_json
@@ -187,11 +213,11 @@ def run(config: Config) -> Path:
         seconds[phase] = round(now - clock, 3)
         clock = now
 
-    crop = crop_face(config.image, config)
+    crops = np.stack([crop_face(one, config) for one in photos(config.image)])
     lap("crop")
     model = Personalizer(config)
     lap("load")
-    tokens = model.predict(crop)
+    tokens = model.predict(crops)
     lap("predict")
     with tqdm(total=config.finetune.steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
 
@@ -199,7 +225,7 @@ def run(config: Config) -> Path:
             bar.update(1)
             bar.set_postfix_str(f"loss {loss:.4f}")
 
-        relaxed = model.finetune(crop, tokens, progress)
+        relaxed = model.finetune(crops, tokens, progress)
     lap("finetune")
     out = Path(config.out)
     predicted, finished = model.wrap(tokens), model.wrap(tokens, relaxed)
@@ -209,7 +235,7 @@ def run(config: Config) -> Path:
     report["bytes"] = {n: (out / n).stat().st_size for n in ("lidb.safetensors", "adapter.safetensors")}
     lap("save")
     if config.preview:
-        report["face_cosine_to_photo"] = _preview(model, crop, predicted, finished, out / "preview.png")
+        report["face_cosine_to_photo"] = _preview(model, crops, predicted, finished, out / "preview.png")
         lap("preview")
     save_json(out / "report.json", {**report, "seconds": seconds, **provenance()})
     total = sum(seconds.values())
@@ -222,17 +248,16 @@ def run(config: Config) -> Path:
 
 
 def _preview(
-    model: Personalizer, crop: np.ndarray, predicted: Personalization, finished: Personalization, path: Path
+    model: Personalizer, crops: np.ndarray, predicted: Personalization, finished: Personalization, path: Path
 ) -> dict[str, float]:
-    """Draw photo, base, prediction, fine-tuned and styles on one sheet; return the face cosines to the photo."""
-    import torch
-
+    """Draw photo, base, prediction, fine-tuned and styles on one sheet; return the face cosines to the photos."""
     from hyperdb.faces.image import grid, save_png
     from hyperdb.metrics.face import SFace
     from hyperdb.stages.likeness import draw, face_cosine, galleries
 
     base, seeds = model.base, [0, 1, 2]
-    photo = torch.from_numpy(crop).permute(2, 0, 1)
+    shown = _images(crops)
+    photo = shown[0]
     instance = [base.config.instance_prompt] * len(seeds)
     rows = {
         "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
@@ -242,7 +267,7 @@ def _preview(
     styles = model.config.preview_styles
     styled = draw(base, finished.factors(), 1, styles, [0] * len(styles))[0]
     feature = SFace()
-    gallery = galleries(feature, photo[None, None])
+    gallery = galleries(feature, shown[None])
     cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
     pictures = [photo, *rows["base"][:1], *rows["prediction"][:1], *rows["fine-tuned"], *styled]
     labels = ["photo", "base", "prediction", *["fine-tuned"] * 3, *styles]

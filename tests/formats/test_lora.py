@@ -91,6 +91,23 @@ def test_peft_loads_our_folders(pipeline, tmp_path):
     assert torch.allclose(picture(pipeline), ours, atol=1e-4)
 
 
+@pytest.mark.parametrize("ranks", [(3,), (1, 4, 2)])
+def test_lycoris_loads_our_file(pipeline, tmp_path, monkeypatch, ranks):
+    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
+
+    factors = factors_of(pipeline, ranks)
+    ours = with_adapter(pipeline, factors)
+    path = str(lora.write(tmp_path / "ada.safetensors", factors, "kohya", {}))
+    inside = "" if hasattr(pipeline.text_encoder, "text_model") else "_text_model"
+    for prefix, part in (("lora_unet", pipeline.unet), (f"lora_te{inside}", pipeline.text_encoder)):
+        monkeypatch.setattr(LycorisNetwork, "LORA_PREFIX", prefix)
+        network, _ = create_lycoris_from_weights(1.0, path, part)
+        side = "unet." if part is pipeline.unet else "text_encoder."
+        assert len(network.loras) == sum(name.startswith(side) for name in factors)
+        network.apply_to()
+    assert torch.allclose(picture(pipeline), ours, atol=1e-4)
+
+
 @pytest.mark.parametrize("format", lora.FORMATS)
 def test_round_trip(layout, tmp_path, format):
     factors = factors_of(layout, (1, 3))

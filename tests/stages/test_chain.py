@@ -20,6 +20,7 @@ from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.stages import evaluate, train_hypernet
+from hyperdb.stages.personalize import photos
 
 TINY = [
     "diffusion.size=32",
@@ -251,6 +252,35 @@ def test_people_personalised_one_after_the_other_do_not_mix(made, photo, tmp_pat
     settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
     draws = [p("a photo of a face", generator=torch.Generator().manual_seed(0), **settings) for p in (pipe, plain)]
     assert (draws[0].images != draws[1].images).any()
+
+
+def test_several_photos_of_one_person_count_alike(made, photo, tmp_path):
+    import hyperdb
+    from hyperdb.faces.image import read_image
+
+    words = [made["base"], *TINY, f"hypernet={made['hyper']}", "align=false", "finetune.steps=2", f"out={tmp_path}"]
+    model = hyperdb.load("embedded", *words)
+    first, second = read_image(photo), 255 - read_image(photo)
+    one, two, both = (model.personalize(x, finetune=False).tokens for x in (first, second, [first, second]))
+    assert not torch.allclose(one, two)
+    assert torch.allclose(both, (one + two) / 2, atol=1e-5)
+    alone, more = model.personalize(first).relaxed, model.personalize([first, second]).relaxed
+    assert any(not torch.equal(a, b) for k in alone for a, b in zip(alone[k], more[k], strict=True))
+    other = save_png(tmp_path / "other.png", second)
+    copy = save_png(tmp_path / "copy.png", first)
+    _personalize(made, f"[{copy},{other}]", tmp_path / "out", f"hypernet={made['hyper']}", "preview=false")
+    written = Personalization.load(tmp_path / "out" / "lidb.safetensors").tokens
+    assert torch.allclose(written, both, atol=1e-5)
+
+
+def test_a_list_of_photos_is_told_from_a_file_of_that_name(in_tmp):
+    assert photos("[a.jpg, b.jpg]") == ["a.jpg", "b.jpg"]
+    (in_tmp / "[1].jpg").touch()
+    (in_tmp / "[a,b]").touch()
+    assert photos("[1].jpg") == ["[1].jpg"]
+    assert photos("[a,b]") == ["[a,b]"]
+    with pytest.raises(UserError, match="photos of one person"):
+        photos("[a.jpg,]")
 
 
 def test_a_hypernetwork_of_another_base_warns(made, photo, tiny_base, tmp_path):

@@ -1,0 +1,303 @@
+"""What many people's adapters have in common: principal components, attributes, new people, ways from one to another.
+
+Everybody's LiDB numbers lie in the same frozen bases, so that they can be added, averaged and sampled like vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperdb.adapters.lidb import LiDB
+    from hyperdb.data.people import People
+    from hyperdb.diffusion.base import Base
+
+ATTRIBUTES = ("sex", "age", "skin")  # labels of a rendered person, as numbers that grow: man, old, dark
+
+WAYS = 7  # adapters on the way from one person to another
+KNOWN = 8  # people that each new one is compared with
+
+
+@dataclass
+class Config:
+    """The hypernetwork predicts adapters of `people` of `data`, and of `edited` of `unseen`, who are changed.
+
+    `shifts` are in standard deviations of an attribute over people.
+    """
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    hypernet: str = "default"
+    data: str = "data/heads"
+    unseen: str = "data/heads_validation"
+    people: int = 1000
+    components: int = 100
+    edited: int = 12  # unseen people, whose attributes are shifted
+    shifts: list[float] = field(default_factory=lambda: [-4.0, -2.0, 0.0, 2.0, 4.0])
+    sampled: int = 24  # new people
+    images: int = 4  # pictures a person and adapter
+    name: str = "default"
+    out: str = "runs/weights/default"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.people < 8 or not 1 <= self.components < self.people:
+            raise UserError(f"people={self.people}, components={self.components}: expected at least 8, and fewer")
+        if min(self.sampled, self.edited, self.images) < 2 or 0.0 not in self.shifts:
+            raise UserError("expected sampled, edited and images of at least 2, and 0 among shifts")
+
+
+class Space:
+    """Principal components of adapters `[I, C]`: `mean [C]`, `axes [K, C]`, `std [K]` (weights2weights' space)."""
+
+    def __init__(self, numbers: Tensor, components: int) -> None:
+        import torch
+
+        self.mean = numbers.mean(0)
+        _, size, axes = torch.linalg.svd(numbers - self.mean, full_matrices=False)
+        kept = min(components, int((size > 1e-5 * size[0]).sum()))
+        self.axes, self.std = axes[:kept], size[:kept] / (len(numbers) - 1) ** 0.5
+        self.explained = (size[:kept].square() / size.square().sum()).cumsum(0)
+
+    def encode(self, numbers: Tensor) -> Tensor:
+        """Return coordinates `[I, K]` at unit variance over the people that made the space."""
+        return (numbers - self.mean) @ self.axes.mT / self.std
+
+    def decode(self, coordinates: Tensor) -> Tensor:
+        """Return the adapters `[I, C]` of coordinates `[I, K]`."""
+        return self.mean + (coordinates * self.std) @ self.axes
+
+
+def ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Return weights `[F, T]` and offset `[T]` that predict `y [I, T]` from `x [I, F]`."""
+    import torch
+
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    centred = x - mean_x
+    gram = centred.mT @ centred + penalty * torch.eye(x.shape[1])
+    w = torch.linalg.solve(gram, centred.mT @ (y - mean_y))
+    return w, mean_y - mean_x @ w
+
+
+def attributes(people: People) -> Tensor:
+    """Return what is known about everyone, `[I, len(ATTRIBUTES)]`."""
+    import torch
+
+    from hyperdb.heads import Identity
+
+    if "sex" not in people.labels:
+        raise UserError("attributes are known of rendered people; set data and unseen to some (`hyperdb render_heads`)")
+    known = [Identity(int(people.seed[r[0]])) for r in people.rows]
+    return torch.tensor([[float(p.sex == "man"), float(p.age), float(p.melanin)] for p in known])
+
+
+class _Studio:
+    """Draws and recognises adapters given as numbers `[I, C]`."""
+
+    def __init__(self, base: Base, lidb: LiDB, images: int, bar: Any) -> None:
+        from hyperdb.metrics.face import SFace
+
+        self.base, self.lidb, self.images, self.bar, self.feature = base, lidb, images, bar, SFace()
+
+    def draw(self, numbers: Tensor, label: str) -> Tensor:
+        """Return `[I, images, 3, H, W]`, the same seeds for everyone."""
+        from hyperdb.stages.likeness import draw
+
+        self.bar.set_description(label)
+        factors = self.lidb.factors({"tokens": self.lidb.unpack(numbers).to(self.base.device)})
+        prompts = [self.base.config.instance_prompt] * self.images
+        return draw(self.base, factors, len(numbers), prompts, list(range(self.images)), progress=self.bar.update)
+
+    def faces(self, drawn: Tensor) -> Tensor:
+        """Return embeddings `[I, K, C]`, NaN without a face."""
+        return self.feature(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
+
+    def sheet(self, path: Path, images: Tensor, columns: int, rows: list[str], heads: list[str] | None = None) -> None:
+        """Write pictures `[n, 3, H, W]` with names left of the rows and above the columns."""
+        from hyperdb.faces.image import grid, save_png
+
+        labels = heads * len(rows) if heads is not None else None
+        pixels = [x.permute(1, 2, 0).numpy() for x in images]
+        text = {"software": "hyperdb", "synthetic": "all", "base": self.base.digest}
+        save_png(path, grid(pixels, columns, rows=rows, labels=labels), text)
+
+
+def run(config: Config) -> Path:
+    """Write `results.json`, `attributes.png`, `sampled.png`, `between.png` and the new people's adapters to `out`."""
+    import torch
+    from tqdm import tqdm
+
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.data.people import load_people
+    from hyperdb.diffusion import resolve
+    from hyperdb.hypernet.model import Hypernet
+    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.provenance import provenance
+
+    # --- adapters of many people, and of unseen ones
+    name = config.diffusion.hypernet if config.hypernet == "default" else config.hypernet
+    if name is None or not (file := resolve(name) / "hypernet.safetensors").is_file():
+        raise UserError(f"no hypernetwork at {name}; set hypernet=FOLDER or train one with `hyperdb train_hypernet`")
+    base = config.diffusion.load()
+    model = Hypernet.load(file).to(base.device)
+    Layout.of(base.targets()).require(model.lidb.layout, f"the hypernetwork {name}")
+    people = load_people(config.data, config.people, size=config.diffusion.size)
+    unseen = load_people(config.unseen, config.edited, "validation", config.diffusion.size)
+    known, truth = attributes(people), attributes(unseen)
+
+    @torch.no_grad()
+    def predict(people: People) -> tuple[Tensor, Tensor]:
+        images = people.images[torch.stack([r[0] for r in people.photos])]
+        numbers, seen = [], []
+        for part in tqdm(images.split(64), desc="predicting", dynamic_ncols=True, disable=len(images) < 512):
+            with base.autocast():
+                numbers.append(model.lidb.pack(model(part)).float().cpu())
+            seen.append(model.features(part)[1].cpu())
+        return torch.cat(numbers), torch.cat(seen)
+
+    (numbers, seen), (own, seen_unseen) = predict(people), predict(unseen)
+    space = Space(numbers, config.components)
+    adapters = len(own) * (2 + len(ATTRIBUTES) * len(config.shifts)) + WAYS * (len(own) // 2)
+    adapters += config.sampled + min(KNOWN * config.sampled, len(numbers))
+    bar, out = tqdm(total=adapters, unit="adapter", dynamic_ncols=True), Path(config.out)
+    studio = _Studio(base, model.lidb, config.images, bar)
+
+    # --- a direction of each attribute in the space, and a reader of pictures that never saw an adapter
+    scale = known.std(0).clamp_min(1e-6)
+    w, _ = ridge(space.encode(numbers), known / scale, penalty=len(known) / 10)
+    directions = w / w.square().sum(0)  # [K, T]: one step moves the attribute by one standard deviation
+    reader = ridge(seen, known / scale, penalty=10.0)
+
+    def read(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.features(images)[1].cpu() @ reader[0] + reader[1]
+
+    correlation = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(
+        (seen_unseen @ reader[0] + reader[1]).mT, truth.mT, strict=True
+    )])  # fmt: skip
+    moved = _edit(config, studio, space, directions, own, read, out)
+    for word, value in zip(ATTRIBUTES, correlation.tolist(), strict=True):
+        moved[word]["reader_correlation"] = round(value, 4)
+
+    left = (own - space.decode(space.encode(own))).square().sum() / (own - space.mean).square().sum()
+    kept = [k for k in (1, 5, 10, 20, 50, 100) if k <= len(space.std)]
+    result = {
+        "people": len(numbers),
+        "components": len(space.std),
+        "explained": {str(k): round(float(space.explained[k - 1]), 4) for k in kept},
+        "explained_of_unseen": round(1 - float(left), 4),
+        "attributes": moved,
+        "sampled": _sample(config, studio, space, numbers, own, out),
+        "between": _between(studio, own, out),
+        "base": base.digest,
+        "data": people.digest,
+        **provenance(),
+    }
+    bar.close()
+    save_json(out / "results.json", result)
+    for word, found in moved.items():
+        said = ", ".join(f"{point['attribute']:+.2f} at {point['shift']:+g}" for point in found["curve"])
+        print(f"{word}, in standard deviations: {said}")
+    print(f"pictures, results.json and {config.sampled} new people's adapters in {out}")
+    return out
+
+
+def _edit(
+    config: Config, studio: _Studio, space: Space, directions: Tensor, own: Tensor, read: Any, out: Path
+) -> dict[str, Any]:
+    """Shift every attribute of everyone: what pictures then show of it and of the others, and who is still seen."""
+    import torch
+
+    moved: dict[str, Any] = {}
+    strips = []
+    plain = studio.draw(own, "as they are")
+    before, shown = studio.faces(plain), read(plain.flatten(0, 1))
+    for t, word in enumerate(ATTRIBUTES):
+        curve = []
+        for shift in config.shifts:
+            drawn = studio.draw(own + (shift * directions[:, t] * space.std) @ space.axes, f"{word} {shift:+g}")
+            found, change = studio.faces(drawn), (read(drawn.flatten(0, 1)) - shown).view(len(own), -1, len(ATTRIBUTES))
+            others = [k for k in range(len(ATTRIBUTES)) if k != t]
+            curve.append({
+                "shift": shift,
+                "attribute": round(float(change[..., t].mean()), 4),
+                "others": round(float(change.mean((0, 1))[others].abs().mean()), 4),
+                "face_cosine_to_unedited": round(float((found * before).sum(-1).nanmean()), 4),
+                "face_found": round(float(found.isfinite().all(-1).float().mean()), 4),
+            })  # fmt: skip
+            strips.append(drawn[:2, 0])
+        moved[word] = {"curve": curve}
+    images = torch.stack(strips).unflatten(0, (len(ATTRIBUTES), -1)).transpose(1, 2)  # [T, 2, S, 3, H, W]
+    rows = [f"{word}, person {i + 1}" for word in ATTRIBUTES for i in range(2)]
+    heads = [f"{shift:+g}" for shift in config.shifts]
+    studio.sheet(out / "attributes.png", images.flatten(0, 2), len(heads), rows, heads)
+    return moved
+
+
+def _sample(
+    config: Config, studio: _Studio, space: Space, numbers: Tensor, own: Tensor, out: Path
+) -> dict[str, dict[str, float]]:
+    """Draw people from a Gaussian in the space: are they as varied and as new as unseen people are?"""
+    import torch
+
+    from hyperdb.diffusion.targets import base_hash
+    from hyperdb.formats.native import Personalization
+    from hyperdb.runtime.seed import generator
+
+    new = space.decode(torch.randn(config.sampled, len(space.std), generator=generator(config.seed, "weights")))
+    drawn = studio.draw(new, "new people")
+    known = studio.faces(studio.draw(numbers[: KNOWN * config.sampled], "known people"))
+    gallery = torch.nn.functional.normalize(known.nanmean(1), dim=-1)
+    words, lidb = studio.base.config, studio.lidb
+    for i, tokens in enumerate(lidb.unpack(new)):
+        person = Personalization(
+            lidb.layout, tokens, lidb.config, base_hash(studio.base.targets()), words.rare_token, words.class_word, {}
+        )
+        person.save_lidb(out / "sampled" / f"{i:03d}" / "lidb.safetensors")
+    few = drawn[:12]
+    studio.sheet(out / "sampled.png", few.flatten(0, 1), config.images, [f"new {i:03d}" for i in range(len(few))])
+    return {
+        "new": _variety(studio.faces(drawn), gallery),
+        "predicted_for_unseen": _variety(studio.faces(studio.draw(own, "unseen people")), gallery),
+    }
+
+
+def _between(studio: _Studio, own: Tensor, out: Path) -> list[dict[str, float]]:
+    """Go from one person to another: how like both ends the pictures on the way are."""
+    import torch
+
+    pairs = len(own) // 2
+    first, last = own[:pairs], own[pairs : 2 * pairs]
+    ways = [k / (WAYS - 1) for k in range(WAYS)]
+    steps = [studio.draw(first + x * (last - first), f"between {x:.2f}") for x in ways]
+    drawn = torch.stack(steps, 1)  #                                                [P, W, K, 3, H, W]
+    found = torch.stack([studio.faces(images) for images in drawn.unbind(1)], 1)
+    to_ends = [(found * found[:, end, None]).sum(-1).nanmean((0, 2)) for end in (0, -1)]
+    few = drawn[:4, :, 0]
+    rows = [f"pair {i + 1}" for i in range(len(few))]
+    studio.sheet(out / "between.png", few.flatten(0, 1), len(ways), rows, [f"{x:.2f}" for x in ways])
+    return [
+        {"way": round(x, 3), "to_first": round(float(to_ends[0][i]), 4), "to_last": round(float(to_ends[1][i]), 4)}
+        for i, x in enumerate(ways)
+    ]
+
+
+def _variety(found: Tensor, gallery: Tensor) -> dict[str, float]:
+    """Return how like people `[I, K, C]` are to themselves, to each other, and to the nearest of a gallery `[G, C]`."""
+    import torch
+
+    mean = torch.nn.functional.normalize(found.nanmean(1), dim=-1)
+    same = (found @ found.mT).masked_fill(torch.eye(found.shape[1], dtype=torch.bool), float("nan"))
+    between = (mean @ mean.mT)[torch.ones(len(mean), len(mean)).triu(1) > 0]
+    return {
+        "with_themselves": round(float(same.nanmean()), 4),
+        "with_each_other": round(float(between.nanmean()), 4),
+        "with_the_nearest_known": round(float((mean @ gallery.mT).amax(1).nanmean()), 4),
+        "face_found": round(float(found.isfinite().all(-1).float().mean()), 4),
+    }

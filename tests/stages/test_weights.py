@@ -1,0 +1,77 @@
+"""The space of many people's adapters: coordinates, directions, new people."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from hyperdb import config as configuration
+from hyperdb.formats.native import Personalization
+from hyperdb.runtime.errors import UserError
+from hyperdb.stages.weights import ATTRIBUTES, Config, Space, ridge
+
+
+@pytest.fixture
+def numbers():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(40, 5, generator=g) @ torch.randn(5, 30, generator=g) + 3
+
+
+def test_coordinates_are_those_of_the_people(numbers):
+    space = Space(numbers, 20)
+    assert space.axes.shape == (5, 30)  # no more than there are
+    found = space.encode(numbers)
+    assert torch.allclose(space.decode(found), numbers, atol=1e-3)
+    assert torch.allclose(found.mean(0), torch.zeros(5), atol=1e-4)
+    assert torch.allclose(found.std(0), torch.ones(5), atol=1e-4)
+    assert (space.explained.diff() > 0).all()
+    assert space.explained[-1] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_few_components_keep_the_most(numbers):
+    few, more = Space(numbers, 2), Space(numbers, 4)
+    left = [(numbers - s.decode(s.encode(numbers))).square().sum() for s in (few, more)]
+    assert left[1] < left[0] < (numbers - few.mean).square().sum()
+
+
+def test_ridge_finds_a_linear_function():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(200, 4, generator=g), torch.randn(4, 2, generator=g)
+    found, offset = ridge(x, x @ w + 7, 1e-4)
+    assert torch.allclose(found, w, atol=1e-3)
+    assert torch.allclose(offset, torch.full((2,), 7.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [{"people": 4}, {"components": 5000}, {"shifts": [1.0]}, {"sampled": 1}])
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(UserError, match="expected"):
+        Config(**bad)
+
+
+def test_weights_draws_measures_and_saves_new_people(tmp_path, in_tmp):
+    words = ["size=64", "workers=1", "views=2", "photo_views=2"]
+    many = configuration.run("render_heads", [*words, "identities=10", f"out={tmp_path / 'many'}"])
+    unseen = configuration.run(
+        "render_heads", [*words, "identities=4", "split=validation", f"out={tmp_path / 'unseen'}"]
+    )
+    out = tmp_path / "out"
+    configuration.run("weights", [
+        f"data={many}", f"unseen={unseen}", f"out={out}", "people=10", "components=5", "edited=4", "sampled=2",
+        "images=2", "shifts=[-2.0,0.0,2.0]", "diffusion.steps=2",
+    ])  # fmt: skip
+    result = json.loads((out / "results.json").read_text())
+    assert set(result["attributes"]) == set(ATTRIBUTES)
+    for word in ATTRIBUTES:
+        plain = next(point for point in result["attributes"][word]["curve"] if point["shift"] == 0)
+        assert plain["attribute"] == pytest.approx(0, abs=0.1)
+        assert plain["face_cosine_to_unedited"] == pytest.approx(1, abs=0.05)
+    assert result["between"][0]["to_first"] > result["between"][0]["to_last"]
+    assert result["between"][-1]["to_last"] > result["between"][-1]["to_first"]
+    assert set(result["sampled"]) == {"new", "predicted_for_unseen"}
+    for name in ("attributes", "sampled", "between"):
+        assert (out / f"{name}.png").is_file()
+    people = [Personalization.load(path) for path in sorted(out.glob("sampled/*/lidb.safetensors"))]
+    assert len(people) == 2
+    assert not torch.equal(people[0].tokens, people[1].tokens)
