@@ -32,7 +32,8 @@ class DiffusionConfig:
     `config` (a folder or hub id; null: Stable Diffusion 1.5's) gives configuration and tokenizer; `hypernet` the
     hypernetwork's folder for this base, if any; `[V]` in prompts stands for `rare_token`; `crop` scales the FFHQ crop
     that photos of faces get (1 = FFHQ) and `size` is the side of the images in pixels. `attention` is sdpa or eager;
-    eager trains 3 times faster on a CPU at 16 x 16 latents, where the fused backward in bf16 is slow.
+    eager trains 3 times faster on a CPU at 16 x 16 latents, where the fused backward in bf16 is slow. With
+    `checkpointing` the UNet's activations are computed again in the backward pass instead of being kept.
     """
 
     path: str = "package:embedded/base"
@@ -48,6 +49,7 @@ class DiffusionConfig:
     steps: int = 20
     guidance: float = 3.0
     attention: str = "sdpa"
+    checkpointing: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:

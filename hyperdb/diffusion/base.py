@@ -22,6 +22,7 @@ from hyperdb.diffusion.targets import find_targets
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files
 
+PIXELS = 2**18  # in one pass of the autoencoder, whose memory grows with them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,6 +89,8 @@ class Base:
         if config.attention == "eager":
             unet.set_attn_processor(AttnProcessor())
             text_encoder.set_attn_implementation("eager")
+        if config.checkpointing:
+            unet.enable_gradient_checkpointing()
         for model in (unet, text_encoder, vae):
             model.requires_grad_(False).eval()
 
@@ -179,19 +182,25 @@ class Base:
 
     # --- pictures
 
+    @property
+    def _pictures_a_pass(self) -> int:
+        """How many pictures the autoencoder takes at once: 64 of 64 x 64 px, 1 of 512 x 512."""
+        return max(1, PIXELS // self.config.size**2)
+
     @torch.no_grad()
-    def moments(self, images: Tensor | np.ndarray, batch: int = 128) -> Tensor:
+    def moments(self, images: Tensor | np.ndarray) -> Tensor:
         """Encode images `[B, 3, H, W]` uint8 to scaled latent mean and standard deviation `[B, 2, c, h, w]`."""
         found = []
-        for part in torch.as_tensor(images).split(batch):
+        for part in torch.as_tensor(images).split(self._pictures_a_pass):
             posterior = self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist
             found.append(torch.stack([posterior.mean, posterior.std], 1).cpu())
         return torch.cat(found) * self.vae.config.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 64) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` uint8, on the CPU, the VAE in float32."""
-        return torch.cat([self.pixels(part).clamp(0, 255).round().byte().cpu() for part in latents.split(batch)])
+        parts = latents.split(self._pictures_a_pass)
+        return torch.cat([self.pixels(part).clamp(0, 255).round().byte().cpu() for part in parts])
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` float32 around 0 .. 255, differentiably."""

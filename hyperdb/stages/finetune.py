@@ -173,20 +173,21 @@ def fit(
                 wanted = torch.cat([wanted, own.expand(people, *own.shape)], 1)
                 noise, t, ids = torch.cat([noise, pnoise]), torch.cat([t, pt]), torch.cat([ids, pids])
             factors = adapter.factors(params)
+            # in use until the backward pass has ended: checkpointing computes with it again
             with injection.using(concatenate(frozen, factors) if frozen else factors):
                 out = predict(base, z.flatten(0, 1), *_tile(people, noise, t, ids))
-            square = (out.unflatten(0, (people, levels + extra)) - wanted).square()  #  [I, S + P, c, h, w]
-            square = torch.cat([square[:, :levels] * focus, square[:, levels:]], 1)
-            error = square.flatten(2).mean(2)  #                                      [I, S + P]
-            weighted = signal_weight(base.schedule, t, config.signal_weight) * error
-            loss = weighted[:, :levels].mean(1).sum()
-            if guarded:
-                loss = loss + config.prior_weight * weighted[:, levels:].mean(1).sum()
-            if not torch.isfinite(loss):
-                raise NonFiniteError(f"the loss is {loss.item()} at step {step}; lower the rate ({config.rate})")
-            set_rate(optimizer, schedule(step))
-            optimizer.zero_grad()
-            loss.backward()
+                square = (out.unflatten(0, (people, levels + extra)) - wanted).square()  #  [I, S + P, c, h, w]
+                square = torch.cat([square[:, :levels] * focus, square[:, levels:]], 1)
+                error = square.flatten(2).mean(2)  #                                      [I, S + P]
+                weighted = signal_weight(base.schedule, t, config.signal_weight) * error
+                loss = weighted[:, :levels].mean(1).sum()
+                if guarded:
+                    loss = loss + config.prior_weight * weighted[:, levels:].mean(1).sum()
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(f"the loss is {loss.item()} at step {step}; lower the rate ({config.rate})")
+                set_rate(optimizer, schedule(step))
+                optimizer.zero_grad()
+                loss.backward()
             optimizer.step()
             if progress is not None:
                 progress(step + 1, error[:, :levels].mean().item())

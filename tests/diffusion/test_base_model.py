@@ -101,6 +101,31 @@ def test_settings_out_of_range_are_named(wrong: dict, message: str) -> None:
         DiffusionConfig(**wrong)
 
 
+def test_checkpointing_changes_no_gradient(config: DiffusionConfig) -> None:
+    found = []
+    for checkpointing in (False, True):
+        base = replace(config, checkpointing=checkpointing).load()
+        calls, block = [], base.unet.down_blocks[0].resnets[0]
+        block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        base.unet.conv_in.bias.requires_grad_()
+        z = torch.randn(1, *base.latent_shape, generator=torch.Generator().manual_seed(0))
+        base.unet(z, torch.tensor([5]), base.text_encoder(base.tokenize(["a face"]))[0]).sample.sum().backward()
+        found.append(base.unet.conv_in.bias.grad)
+        assert len(calls) == 1 + checkpointing
+    assert torch.allclose(*found)
+
+
+def test_large_pictures_pass_the_autoencoder_one_by_one(config: DiffusionConfig) -> None:
+    base = config.load()
+    images = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    together = base.moments(images)
+    base.config = replace(config, size=512)
+    sizes: list[int] = []
+    base.vae.encoder.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    assert torch.allclose(base.moments(images), together, atol=1e-5)
+    assert sizes == [1, 1, 1]
+
+
 # --- words
 
 
@@ -147,7 +172,7 @@ def test_unknown_words_are_named_once_and_in_order(base: Base) -> None:
 
 def test_moments_are_the_scaled_posterior(base: Base) -> None:
     pictures = images(5)
-    moments = base.moments(pictures, batch=2)
+    moments = base.moments(pictures)
     assert moments.shape == (5, 2, *base.latent_shape) == (5, 2, 4, 16, 16)
     with torch.no_grad():
         posterior = base.vae.encode(pictures.float() / 127.5 - 1).latent_dist
@@ -158,7 +183,7 @@ def test_moments_are_the_scaled_posterior(base: Base) -> None:
 
 def test_decode_is_the_decoder_of_unscaled_latents(base: Base) -> None:
     latents = torch.randn(3, *base.latent_shape, generator=torch.Generator().manual_seed(0))
-    pictures = base.decode(latents, batch=2)
+    pictures = base.decode(latents)
     assert pictures.shape == (3, 3, 32, 32)
     assert pictures.dtype == torch.uint8
     with torch.no_grad():

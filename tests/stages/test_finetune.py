@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,14 @@ def test_the_same_image_gives_the_same_fit(base, lidb, moments):
     """Learnable targets: one initial A and one stream of noise make a fit a function of the image."""
     twice = fit(base, lidb, moments[:1].repeat(2, 1, 1, 1, 1, 1), FitConfig(steps=3, levels=2, rate=1e-2))["tokens"]
     assert torch.allclose(twice[0], twice[1], atol=1e-5)
+
+
+def test_checkpointing_changes_no_fit(base, lidb, moments):
+    config = FitConfig(steps=3, levels=2, rate=1e-2)
+    saving = replace(base.config, checkpointing=True).load()
+    plain, saved = (fit(b, lidb, moments[:1], config)["tokens"] for b in (base, saving))
+    assert not torch.equal(plain, lidb.init(1)["tokens"])
+    assert torch.allclose(plain, saved, atol=1e-5)
 
 
 def test_fitting_lowers_the_loss(base, lidb, moments):
