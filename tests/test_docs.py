@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_is_the_results_files():
-    results = load_json(ROOT / "experiments" / "embedded" / "first_evidence" / "results.json")
+    results = load_json(ROOT / "experiments" / "embedded" / "likeness" / "results.json")
     assert markdown(results) in README
     assert markdown(results) in (ROOT / "hyperdb" / "embedded" / "MODEL_CARD.md").read_text()
 

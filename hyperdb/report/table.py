@@ -19,7 +19,7 @@ ROWS = {
     "ceiling": "the person's renders through the autoencoder",
 }
 FURTHER = {  # columns that an evaluation with styles or a second recogniser has
-    "cosine_dlib": "by dlib",
+    "rank1_dlib": "rank-1 by dlib",
     "rank1_styled": "rank-1 in the style",
     "style_accuracy": "style obeyed",
     "copy_pose": "pose copied",
