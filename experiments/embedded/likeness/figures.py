@@ -78,5 +78,6 @@ if __name__ == "__main__":
     gallery()
     iterations()
     shutil.copy(RUNS / "likeness" / "results.json", HERE / "results.json")
-    shutil.copy(RUNS / "other_photo" / "results.json", HERE / "other_photo.json")
+    for path in (RUNS / "other_photo" / "results.json", *RUNS.glob("after_*/results.json")):
+        shutil.copy(path, HERE / f"{path.parent.name}.json")
     print(f"figures and results in {HERE}")
