@@ -106,7 +106,7 @@ class Base:
             disable_progress_bar()  # a local folder loads in a moment
         elif folder.is_file() and folder.suffix == ".safetensors":
             source, digest = str(folder), hash_files([folder])
-        elif config.path.startswith(("package:", "/", ".", "~")) or folder.suffix == ".safetensors":
+        elif config.path.startswith(("package:", "/", ".", "~")) or folder.is_file() or folder.suffix == ".safetensors":
             raise UserError(
                 f"no base model at {folder}; set diffusion.path to a Stable Diffusion folder, checkpoint or hub id"
             )

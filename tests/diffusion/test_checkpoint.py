@@ -119,6 +119,14 @@ def test_a_hub_layout_with_a_variant_draws_what_the_folder_draws(
         replace(folder.config, path="someone/model", variant="bf16").load()
 
 
+def test_a_pickle_is_never_opened(folder: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.ckpt").write_bytes(b"anything")
+    for path in ("model.ckpt", str(tmp_path / "model.ckpt")):
+        with pytest.raises(UserError, match=r"no base model at .*model\.ckpt"):
+            replace(folder.config, path=path).load()
+
+
 def test_what_is_no_checkpoint_is_named(folder: Base, tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no base model at .*none\.safetensors"):
         replace(folder.config, path=str(tmp_path / "none.safetensors")).load()

@@ -23,6 +23,7 @@ from hyperdb.data.people import load_people
 from hyperdb.data.weights import load_store
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
+from hyperdb.stages.weights import ridge
 
 FOLDS, PENALTIES, PENALTY = 5, (1.0, 10.0, 100.0, 1000.0), 100.0  # the last is the one that counts
 
@@ -41,18 +42,15 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return ((between - within) / (between + within)).item()
 
 
-def ridge(x: Tensor, y: Tensor, penalty: float) -> float:
+def held_out(x: Tensor, y: Tensor, penalty: float) -> float:
     """Return R2 on held-out folds of a ridge regression from x `[I, F]` to y `[I, C]`."""
     fold = torch.arange(len(x)) % FOLDS
     missed = total = 0.0
     for k in range(FOLDS):
         train, test = fold != k, fold == k
-        mean_x, mean_y = x[train].mean(0), y[train].mean(0)
-        centred = x[train] - mean_x
-        gram = centred.mT @ centred + penalty * torch.eye(x.shape[1])
-        w = torch.linalg.solve(gram, centred.mT @ (y[train] - mean_y))
-        missed += (y[test] - mean_y - (x[test] - mean_x) @ w).square().sum().item()
-        total += (y[test] - mean_y).square().sum().item()
+        w, offset = ridge(x[train], y[train], penalty)
+        missed += (y[test] - x[test] @ w - offset).square().sum().item()
+        total += (y[test] - y[train].mean(0)).square().sum().item()
     return 1 - missed / total
 
 
@@ -71,7 +69,7 @@ def main() -> None:
     known = torch.cat([labels["coefficients"][rows].float(), labels["age"][rows, None].float() / 50, *words], 1)
     known = (known - known.mean(0)) / known.std(0).clamp_min(1e-3)
     fits = residuals(store.lidb, store.tokens)
-    r2 = {str(p): ridge(known, fits, p) for p in PENALTIES}
+    r2 = {str(p): held_out(known, fits, p) for p in PENALTIES}
     result = {"people": len(fits), "repeated": len(once), "icc": icc, "r2_by_penalty": r2, "r2": r2[str(PENALTY)]}
     result["passed"] = {"icc": icc > 0.5, "r2": result["r2"] >= 0.2}
     save_json(Path(__file__).with_name("g3.json"), {**result, "base": base.digest, **provenance()})
