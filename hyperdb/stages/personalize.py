@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from hyperdb.adapters.layout import Layout
     from hyperdb.diffusion.base import Base
     from hyperdb.formats.native import Personalization
+    from hyperdb.hypernet.model import Hypernet
 
     Picture = str | Path | np.ndarray
 
@@ -59,6 +61,37 @@ class Config:
     seed: int = 0
 
 
+def hypernet_folder(hypernet: str | None, diffusion: DiffusionConfig) -> Path | None:
+    """Return the folder of the hypernetwork asked for, None for none. Raises `UserError` if there is no such."""
+    from hyperdb.diffusion import resolve
+
+    name = diffusion.hypernet if hypernet == "default" else hypernet
+    if name is None and hypernet is not None:
+        raise UserError(
+            f"no hypernetwork is known for the base {diffusion.path}: train one with "
+            "`hyperdb train_hypernet` and set hypernet=FOLDER, or run the fast fine-tuning alone with hypernet=null"
+        )
+    folder = resolve(name) if name is not None else None
+    if folder is not None and not (folder / "hypernet.safetensors").is_file():
+        raise UserError(f"no hypernetwork at {folder}; set hypernet=FOLDER or hypernet=null")
+    return folder
+
+
+def load_hypernet(folder: Path, base: Base, layout: Layout) -> Hypernet:
+    """Read a hypernetwork for a base; one that was trained on another is warned of."""
+    from hyperdb.hypernet.model import Hypernet
+
+    model = Hypernet.load(folder / "hypernet.safetensors").to(base.device)
+    layout.require(model.lidb.layout, f"the hypernetwork {folder}")
+    trained_on = model.metadata.get("base")
+    if trained_on and trained_on != base.digest:
+        warnings.warn(
+            f"the hypernetwork {folder} was trained on base {trained_on}, this is {base.digest}: expect less likeness",
+            stacklevel=3,
+        )
+    return model
+
+
 class Personalizer:
     """A base and its hypernetwork, loaded once: `personalize(image)` as often as you like."""
 
@@ -66,33 +99,14 @@ class Personalizer:
         from hyperdb.adapters.layout import Layout
         from hyperdb.diffusion import resolve
         from hyperdb.diffusion.targets import base_hash
-        from hyperdb.hypernet.model import Hypernet
         from hyperdb.stages.finetune import load_prior
 
         self.config = config
-        name = config.diffusion.hypernet if config.hypernet == "default" else config.hypernet
-        if name is None and config.hypernet is not None:
-            raise UserError(
-                f"no hypernetwork is known for the base {config.diffusion.path}: train one with "
-                "`hyperdb train_hypernet` and set hypernet=FOLDER, or run the fast fine-tuning alone with hypernet=null"
-            )
-        folder = resolve(name) if name is not None else None
-        if folder is not None and not (folder / "hypernet.safetensors").is_file():
-            raise UserError(f"no hypernetwork at {folder}; set hypernet=FOLDER or hypernet=null")
+        folder = hypernet_folder(config.hypernet, config.diffusion)
         self.base: Base = config.diffusion.load()
         self.layout = Layout.of(self.base.targets())
         self.base_hash = base_hash(self.base.targets())
-        self.hypernet = None
-        if folder is not None:
-            self.hypernet = Hypernet.load(folder / "hypernet.safetensors").to(self.base.device)
-            self.layout.require(self.hypernet.lidb.layout, f"the hypernetwork {folder}")
-            trained_on = self.hypernet.metadata.get("base")
-            if trained_on and trained_on != self.base.digest:
-                warnings.warn(
-                    f"the hypernetwork {folder} was trained on base {trained_on}, this is {self.base.digest}: "
-                    "expect less likeness",
-                    stacklevel=2,
-                )
+        self.hypernet = load_hypernet(folder, self.base, self.layout) if folder is not None else None
         self.lidb = self.hypernet.lidb if self.hypernet is not None else config.lidb.build(self.layout)
         self.lidb.to(self.base.device)
         self.prior = None

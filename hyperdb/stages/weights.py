@@ -135,18 +135,15 @@ def run(config: Config) -> Path:
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import load_people
-    from hyperdb.diffusion import resolve
-    from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.stages.personalize import hypernet_folder, load_hypernet
 
     # --- adapters of many people, and of unseen ones
-    name = config.diffusion.hypernet if config.hypernet == "default" else config.hypernet
-    if name is None or not (file := resolve(name) / "hypernet.safetensors").is_file():
-        raise UserError(f"no hypernetwork at {name}; set hypernet=FOLDER or train one with `hyperdb train_hypernet`")
+    folder = hypernet_folder(config.hypernet, config.diffusion)
+    assert folder is not None  # only null means none
     base = config.diffusion.load()
-    model = Hypernet.load(file).to(base.device)
-    Layout.of(base.targets()).require(model.lidb.layout, f"the hypernetwork {name}")
+    model = load_hypernet(folder, base, Layout.of(base.targets()))
     people = load_people(config.data, config.people, size=config.diffusion.size)
     unseen = load_people(config.unseen, config.edited, "validation", config.diffusion.size)
     known, truth = attributes(people), attributes(unseen)
