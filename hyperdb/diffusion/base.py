@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hyperdb.diffusion import DiffusionConfig, resolve
 from hyperdb.diffusion.targets import find_targets
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files
+from hyperdb.runtime.precision import autocast
 
 PIXELS = 2**18  # in one pass of the autoencoder, whose memory grows with them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,8 +162,7 @@ class Base:
 
     def autocast(self) -> Any:
         """Return the context in which UNet and text encoder run."""
-        dtype = DTYPES[self.config.dtype]
-        return nullcontext() if dtype is torch.float32 else torch.autocast(self.device.type, dtype)
+        return autocast(self.device, DTYPES[self.config.dtype])
 
     # --- words
 

@@ -16,7 +16,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class Journal:
-    """Write `path` (JSON lines, a record every `every` steps) and show a bar from `start` to `total` steps.
+    """Write `path` (JSON lines, a record every `every` steps and at the last) and show a bar, `start` to `total` steps.
 
     On resume, records after `start` are dropped first, so an interrupted and resumed run leaves records of the same
     steps as an uninterrupted one; the seconds and the smoothed loss start afresh.
@@ -26,7 +26,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read(path) if r["step"] <= start] if path.exists() and start else []
         path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self.every = every
+        self.every, self.total = every, total
         self._file = path.open("a")
         self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, smoothing=0.05)
         self._smooth: float | None = None
@@ -38,7 +38,7 @@ class Journal:
             raise NonFiniteError(f"the loss is {loss} at step {step}; lower the learning rate or use fp32")
         self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
         self._bar.update(1)
-        if step % self.every == 0:
+        if step % self.every == 0 or step == self.total:
             self._bar.set_postfix_str(f"loss {self._smooth:.4f}")
             self.record(step, loss=round(self._smooth, 6), **values)
 

@@ -71,6 +71,8 @@ def device(_: Config) -> Iterator[Finding]:
     """Name what `device=auto` takes, and whether bf16 is fast there."""
     import torch
 
+    from hyperdb.runtime.precision import cpu_has_bf16
+
     if torch.cuda.is_available():
         first = torch.cuda.get_device_properties(0)
         yield Finding("ok", f"cuda: {first.name}, {first.total_memory / 2**30:.0f} GB")
@@ -81,11 +83,11 @@ def device(_: Config) -> Iterator[Finding]:
     else:
         kind = torch.backends.cpu.get_cpu_capability()
         yield Finding("ok", f"cpu: {torch.get_num_threads()} threads, {kind}")
-        bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        bf16 = cpu_has_bf16()
     if bf16:
         yield Finding("ok", "bf16")
     else:
-        yield Finding("optional", "bf16 in hardware", "it is emulated here: trainings and fits are slower")
+        yield Finding("optional", "bf16 in hardware", "float32 is used instead: trainings and fits are slower")
 
 
 # --- models ------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.precision import autocast
     from hyperdb.runtime.seed import derive, generator
 
     # --- data, model
@@ -92,7 +93,7 @@ def run(config: Config) -> Path:
         index = torch.randint(0, len(seen), (config.batch,), generator=g)
         x = seen[index].float() / 127.5 - 1
         x = torch.where(torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5, x.flip(-1), x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
             y = vae.decode(z).sample

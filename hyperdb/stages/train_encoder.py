@@ -55,6 +55,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import save_json, save_tensors
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.precision import autocast
     from hyperdb.runtime.seed import derive, generator
 
     # --- data: rendered people's photos and portraits
@@ -78,7 +79,7 @@ def run(config: Config) -> Path:
 
     def drawn(images: Tensor) -> Tensor:
         # the fused attention's backward is slow in bf16 on a CPU
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
+        with autocast("cpu", torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
             return draw(encoder(images)[:, 0]).float()
 
     # --- train

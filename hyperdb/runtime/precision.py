@@ -1,0 +1,23 @@
+"""In which precision networks run."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype) -> Any:
+    """Return the context in which matrix products and convolutions run in `dtype`.
+
+    bf16 on a CPU that only emulates it is float32: a convolution would take hundreds of times as long.
+    """
+    kind = torch.device(device).type
+    emulated = dtype is torch.bfloat16 and kind == "cpu" and not cpu_has_bf16()
+    return nullcontext() if emulated or dtype is torch.float32 else torch.autocast(kind, dtype)
