@@ -285,7 +285,17 @@ def load(stage: str, words: Sequence[str] = ()) -> Any:
 
 def run(stage: str, words: Sequence[str] = ()) -> Path | None:
     """Run a stage from `key=value` words."""
-    return stage_module(stage).run(load(stage, words))
+    return execute(stage, load(stage, words))
+
+
+def execute(stage: str, settings: Any) -> Path | None:
+    """Run a stage; with `dry_run` only say what it would load, and how much memory it would take."""
+    if getattr(settings, "dry_run", False):
+        from hyperdb.stages.memory import report
+
+        report(stage, settings)
+        return None
+    return stage_module(stage).run(settings)
 
 
 def sweep(stage: str, words: Sequence[str]) -> None:
@@ -304,7 +314,7 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     register(stage, schema)
 
     def task(raw: Any) -> str | None:
-        result = stage_module(stage).run(build(stage, raw))
+        result = execute(stage, build(stage, raw))
         return None if result is None else str(result)
 
     quiet = {  # stages make their own folders; only the sweep's own record is kept

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from hyperdb.diffusion import DiffusionConfig, resolve
@@ -22,6 +23,7 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files
 from hyperdb.runtime.precision import autocast
 
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose configuration a checkpoint has by default
 PIXELS = 2**18  # in one pass of the autoencoder, whose memory grows with them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +46,35 @@ def pick_device(name: str = "auto") -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _find(config: DiffusionConfig) -> tuple[str, Path | None]:
+    """Return what diffusers reads the base from, and the folder or file that is; None for a hub id."""
+    folder = resolve(config.path)
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
+        return str(folder), folder
+    if config.path.startswith(("package:", "/", ".", "~")) or folder.is_file() or folder.suffix == ".safetensors":
+        raise UserError(
+            f"no base model at {folder}; set diffusion.path to a Stable Diffusion folder, checkpoint or hub id"
+        )
+    return config.path, None
+
+
+def _unusable(config: DiffusionConfig, name: str, why: str) -> UserError:
+    fetch = "" if resolve(config.path).exists() else f" fetch it with `hf download {config.path}`,"
+    return UserError(
+        f"the base model {config.path!r} has no usable {name} ({why});{fetch} set diffusion.path to a folder or "
+        "checkpoint that has it, or use diffusion=embedded"
+    )
+
+
+@contextmanager
+def _usable(config: DiffusionConfig, name: str) -> Iterator[None]:
+    """Turn what diffusers and transformers say of a missing or damaged part into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _unusable(config, name, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def _open_checkpoint(config: DiffusionConfig, file: Path) -> tuple[Any, ...]:
@@ -100,34 +131,22 @@ class Base:
         device = pick_device(config.device)
         if config.dtype == "fp16" and device.type == "cpu":
             raise UserError("diffusion.dtype=fp16 on a CPU is 17 times slower than bf16; use diffusion.dtype=bf16")
-        folder = resolve(config.path)
-        if folder.is_dir():
-            source, digest = str(folder), hash_files(sorted(folder.rglob("*.safetensors")))
+        source, folder = _find(config)
+        if folder is None:
+            digest = f"hub:{source}@{config.revision or 'main'}"
+        elif folder.is_dir():
+            digest = hash_files(sorted(folder.rglob("*.safetensors")))
             disable_progress_bar()  # a local folder loads in a moment
-        elif folder.is_file() and folder.suffix == ".safetensors":
-            source, digest = str(folder), hash_files([folder])
-        elif config.path.startswith(("package:", "/", ".", "~")) or folder.is_file() or folder.suffix == ".safetensors":
-            raise UserError(
-                f"no base model at {folder}; set diffusion.path to a Stable Diffusion folder, checkpoint or hub id"
-            )
         else:
-            source, digest = config.path, f"hub:{config.path}@{config.revision or 'main'}"
+            digest = hash_files([folder])
         # frozen weights rest in the compute dtype on a GPU; on a CPU autocast keeps small ones in float32
         dtype = DTYPES[config.dtype] if device.type != "cpu" else torch.float32
 
-        def unusable(name: str, why: str) -> UserError:
-            return UserError(
-                f"the base model {config.path!r} has no usable {name} ({why}); "
-                "download it, or use diffusion=embedded"
-            )
-
         def part(kind: Any, name: str, **more: Any) -> Any:
-            try:
+            with _usable(config, name):
                 return kind.from_pretrained(source, subfolder=name, revision=config.revision, **more)
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                raise unusable(name, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
-        if folder.is_file():
+        if folder is not None and folder.is_file():
             unet, text_encoder, vae, tokenizer, schedule = _open_checkpoint(config, folder)
             unet, text_encoder = unet.to(dtype), text_encoder.to(dtype)
         else:
@@ -136,13 +155,34 @@ class Base:
             vae = part(AutoencoderKL, "vae", torch_dtype=torch.float32, variant=config.variant)
             tokenizer, schedule = part(CLIPTokenizer, "tokenizer"), part(DDPMScheduler, "scheduler")
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up for missing files
-            raise unusable("tokenizer", "it has no words")
+            raise _unusable(config, "tokenizer", "it has no words")
         if (pieces := len(tokenizer.tokenize(config.rare_token))) != 1:
             raise UserError(
                 f"diffusion.rare_token={config.rare_token!r} is {pieces} tokens for {config.path}; choose a word "
                 "that is one, such as sks"
             )
         return cls(config, unet.to(device), text_encoder.to(device), vae.to(device), tokenizer, schedule, digest)
+
+    @classmethod
+    def sketch(cls, config: DiffusionConfig) -> Base:
+        """Return a base of shapes on the meta device, from its configuration files alone; it has no words.
+
+        Raises `UserError` as `load` does.
+        """
+        source, folder = _find(config)
+        if folder is not None and folder.is_file():
+            source = config.config or STABLE_DIFFUSION
+
+        def part(kind: Any, name: str) -> Any:
+            with _usable(config, name):
+                return kind.from_config(kind.load_config(source, subfolder=name, revision=config.revision))
+
+        with torch.device("meta"):
+            unet, vae = part(UNet2DConditionModel, "unet"), part(AutoencoderKL, "vae")
+            with _usable(config, "text_encoder"):
+                words = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", revision=config.revision)
+                text_encoder = CLIPTextModel(words)
+        return cls(config, unet, text_encoder, vae, None, None, "")
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +222,7 @@ class Base:
     # --- pictures
 
     @property
-    def _pictures_a_pass(self) -> int:
+    def pictures_a_pass(self) -> int:
         """How many pictures the autoencoder takes at once: 64 of 64 x 64 px, 1 of 512 x 512."""
         return max(1, PIXELS // self.config.size**2)
 
@@ -190,7 +230,7 @@ class Base:
     def moments(self, images: Tensor | np.ndarray) -> Tensor:
         """Encode images `[B, 3, H, W]` uint8 to scaled latent mean and standard deviation `[B, 2, c, h, w]`."""
         found = []
-        for part in torch.as_tensor(images).split(self._pictures_a_pass):
+        for part in torch.as_tensor(images).split(self.pictures_a_pass):
             posterior = self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist
             found.append(torch.stack([posterior.mean, posterior.std], 1).cpu())
         return torch.cat(found) * self.vae.config.scaling_factor
@@ -198,7 +238,7 @@ class Base:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` uint8, on the CPU, the VAE in float32."""
-        parts = latents.split(self._pictures_a_pass)
+        parts = latents.split(self.pictures_a_pass)
         return torch.cat([self.pixels(part).clamp(0, 255).round().byte().cpu() for part in parts])
 
     def pixels(self, latents: Tensor) -> Tensor:

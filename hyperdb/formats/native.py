@@ -2,6 +2,9 @@
 
 The LiDB numbers are one flat tensor without padding: 28,800 numbers, 115,200 bytes of float32, for SD1.5.
 The bases are not stored; their algorithm, seed and fingerprint are. Everything is checked before any is used.
+
+As int8 the largest of each layer's A and of its B is 127, the largest of each relaxed direction too, and the float32
+scales that undo it are in one tensor each.
 """
 
 from __future__ import annotations
@@ -38,6 +41,12 @@ def _data_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _int8(values: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return int8 numbers and the scales, along every axis but `dim`, that they are to be multiplied by."""
+    scale = values.abs().amax(dim, keepdim=True) / 127
+    return (values / scale.clamp_min(1e-30)).round().to(torch.int8), scale
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -140,9 +149,12 @@ class Personalization:
         return handle
 
     def _write(self, path: str | Path, relaxed: Factors, dtype: torch.dtype) -> Path:
-        tensors = {"lidb": self.lidb.pack(self.tokens).to(dtype)}
-        for name, (down, up) in relaxed.items():
-            tensors |= {f"{name}.down": down[0].to(dtype), f"{name}.up": up[0].to(dtype)}
+        if dtype is torch.int8:
+            tensors = self._quantised(relaxed)
+        else:
+            tensors = {"lidb": self.lidb.pack(self.tokens).to(dtype)}
+            for name, (down, up) in relaxed.items():
+                tensors |= {f"{name}.down": down[0].to(dtype), f"{name}.up": up[0].to(dtype)}
         if not all(bool(x.isfinite().all()) for x in tensors.values()):
             raise UserError(f"some numbers are too large for {dtype}; save as torch.float32")
         metadata = {
@@ -159,12 +171,23 @@ class Personalization:
         }
         return save_tensors(path, tensors, metadata)
 
+    def _quantised(self, relaxed: Factors) -> dict[str, Tensor]:
+        """Return the tensors of an int8 file."""
+        sides = [_int8(side, (-2, -1)) for side in self.lidb.split(self.tokens)]  # scales [N, 1, 1]
+        numbers = self.lidb.join(*(side for side, _ in sides))
+        tensors = {"lidb": self.lidb.pack(numbers), "lidb.scale": torch.cat([s.flatten(1) for _, s in sides], 1)}
+        scales = []
+        for name, (down, up) in relaxed.items():
+            (tensors[f"{name}.down"], a), (tensors[f"{name}.up"], b) = _int8(down[0], 1), _int8(up[0], 0)
+            scales.append(a.flatten() * b.flatten())  # one a direction: only their product matters
+        return {**tensors, "scale": torch.cat(scales)} if scales else tensors
+
     def save_lidb(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write the LiDB numbers alone, as float32 or float16, atomically."""
+        """Write the LiDB numbers alone, as float32, float16 or int8, atomically."""
         return self._write(path, {}, dtype)
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write the LiDB numbers and the relaxed factors, as float32 or float16, atomically."""
+        """Write the LiDB numbers and the relaxed factors, as float32, float16 or int8, atomically."""
         return self._write(path, self.relaxed, dtype)
 
     @classmethod
@@ -206,20 +229,48 @@ class Personalization:
         if numbers is None or numbers.shape != (lidb.numbers,):
             found = "none" if numbers is None else list(numbers.shape)
             raise UserError(f"its layout needs [{lidb.numbers}] LiDB numbers, there are {found}")
-        if odd := [k for k, x in tensors.items() if x.dtype not in (torch.float32, torch.float16)]:
-            raise UserError(f"tensor {odd[0][:80]!r} is {tensors[odd[0]].dtype}, not float32 or float16")
+        quantised = numbers.dtype is torch.int8
+        scales = {"lidb.scale", "scale"} if quantised else set()
+        kinds = (torch.int8,) if quantised else (torch.float32, torch.float16)
+        for name, tensor in tensors.items():
+            expected_kinds = (torch.float32,) if name in scales else kinds
+            if tensor.dtype not in expected_kinds:
+                raise UserError(f"tensor {name[:80]!r} is {tensor.dtype}, not {' or '.join(map(str, expected_kinds))}")
         if _data_digest(tensors) != metadata["data_digest"]:
             raise UserError("its numbers do not have the digest it states")
         expected = {f"{name}.{part}" for name in layout.names for part in ("down", "up")}
-        names = tensors.keys() - {"lidb"}
+        names = tensors.keys() - {"lidb"} - scales
         if names and names != expected:
             raise UserError(f"tensor {sorted(names ^ expected)[0][:80]!r} is missing or unknown")
         relaxed = {
-            name: (tensors[f"{name}.down"][None], tensors[f"{name}.up"][None])
+            name: (tensors[f"{name}.down"][None].float(), tensors[f"{name}.up"][None].float())
             for name in (layout.names if names else ())
         }
+        tokens = lidb.unpack(numbers.float())
+        if quantised:
+            tokens, relaxed = cls._scaled(lidb, tokens, relaxed, tensors)
         words = {key: metadata[key] for key in (*WORDS, "fingerprint")}
-        return cls(layout, lidb.unpack(numbers.float()), config, relaxed=relaxed, **words)
+        return cls(layout, tokens, config, relaxed=relaxed, **words)
+
+    @staticmethod
+    def _scaled(
+        lidb: LiDB, tokens: Tensor, relaxed: Factors, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Factors]:
+        """Multiply an int8 file's numbers by its scales. Raises `UserError` when these do not fit."""
+        for name, (down, up) in relaxed.items():
+            if down.ndim != 3 or up.ndim != 3 or down.shape[1] != up.shape[2]:
+                raise UserError(f"factors of shape {list(down.shape)} and {list(up.shape)} do not fit layer {name}")
+        ranks = {name: down.shape[1] for name, (down, _) in relaxed.items()}
+        for key, shape in (("lidb.scale", [len(tokens), 2]), ("scale", [sum(ranks.values())])):
+            found = list(tensors[key].shape) if key in tensors else None
+            if found != (shape if key == "lidb.scale" or relaxed else None):
+                raise UserError(f"tensor {key!r} has shape {found}, not {shape}")
+        A, B = lidb.split(tokens)
+        a, b = tensors["lidb.scale"][..., None, None].unbind(1)  #                 [N, 1, 1] each
+        if relaxed:
+            each = tensors["scale"].split(list(ranks.values()))
+            relaxed = {n: (down, up * s) for (n, (down, up)), s in zip(relaxed.items(), each, strict=True)}
+        return lidb.join(A * a, B * b), relaxed
 
 
 def find_adapter(path: str) -> Path:

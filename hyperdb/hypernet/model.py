@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,21 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
 
 KIND = "hyperdb-hypernet-1"
+
+
+def header(path: Path, metadata: Mapping[str, str]) -> tuple[HypernetConfig, LiDB]:
+    """Return what a hypernetwork's file says of itself. Raises `UserError` for a foreign or damaged one."""
+    if metadata.get("kind") != KIND:
+        raise UserError(f"{path} is not a hyperdb hypernetwork; train one with `hyperdb train_hypernet`")
+    try:
+        settings = json.loads(metadata["config"])
+        encoder = EncoderConfig(**settings.pop("encoder"))
+        lidb = LiDBConfig(**json.loads(metadata["lidb"])).build(Layout.from_text(metadata["layout"]))
+        if not encoder.frozen:  # its weights are in the file
+            encoder.weights, encoder.pretrained = None, False
+        return HypernetConfig(**settings, encoder=encoder), lidb
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} has a damaged header ({error})") from error
 
 
 class Hypernet(nn.Module):
@@ -105,17 +121,9 @@ class Hypernet(nn.Module):
     def load(cls, path: Path) -> Hypernet:
         """Read a hypernetwork. Raises `UserError` for a foreign or damaged file."""
         tensors, metadata = load_tensors(path)
-        if metadata.get("kind") != KIND:
-            raise UserError(f"{path} is not a hyperdb hypernetwork; train one with `hyperdb train_hypernet`")
-        try:
-            settings = json.loads(metadata["config"])
-            encoder = EncoderConfig(**settings.pop("encoder"))
-            lidb = LiDBConfig(**json.loads(metadata["lidb"])).build(Layout.from_text(metadata["layout"]))
-            if not encoder.frozen:  # its weights are in the file
-                encoder.weights, encoder.pretrained = None, False
-            model = cls(HypernetConfig(**settings, encoder=encoder), lidb)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} has a damaged header ({error})") from error
+        config, lidb = header(path, metadata)
+        encoder = config.encoder
+        model = cls(config, lidb)
         if lidb.fingerprint != metadata.get("fingerprint"):
             raise UserError(f"{path} was made with other LiDB bases than this version builds; train it again")
         own = model.state_dict()
@@ -127,6 +135,6 @@ class Hypernet(nn.Module):
         missing = [k for k in own if k not in tensors and not (encoder.frozen and k.startswith("encoder."))]
         if missing:
             raise UserError(f"{path} lacks {missing[0]}")
-        model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+        model.load_state_dict(tensors, strict=False)
         model.metadata = metadata
         return model.eval()

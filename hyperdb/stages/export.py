@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from hyperdb.formats.native import Personalization
 
 FORMATS = ("kohya", "diffusers", "peft", "native")
+DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 SD15_LAYOUT = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
 
 
 @dataclass
 class Config:
-    """`strength` is baked in; `dtype` is fp32 or fp16."""
+    """`strength` is baked in; `dtype` is fp32 or fp16, or int8 in the native format."""
 
     adapter: str = "???"  # a file of `hyperdb personalize`, or its folder
     format: str = "kohya"
@@ -31,8 +32,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise UserError(f"format={self.format!r}: expected one of {', '.join(FORMATS)}")
-        if self.dtype not in ("fp32", "fp16"):
-            raise UserError(f"dtype={self.dtype!r}: expected fp32 or fp16")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.dtype == "int8" and self.format != "native":
+            raise UserError(f"dtype=int8: other tools read no such {self.format} file; use format=native, or fp16")
         if not math.isfinite(self.strength):
             raise UserError(f"strength={self.strength}: expected a finite number")
 
@@ -48,7 +51,7 @@ def run(config: Config) -> Path:
 
     file = find_adapter(config.adapter)
     person = Personalization.load(file)
-    out, dtype = Path(config.out), {"fp32": torch.float32, "fp16": torch.float16}[config.dtype]
+    out, dtype = Path(config.out), getattr(torch, DTYPES[config.dtype])
     words = f"{person.rare_token} {person.class_word}"
     target = out if config.format == "peft" else out / f"{config.name}.safetensors"
     if config.format == "native":

@@ -49,6 +49,7 @@ class Config:
     batch: int = 8  # pictures drawn at once; changes the memory needed, not the pictures
     name: str = "default"
     out: str = "runs/generate/default"
+    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_images <= 10_000:

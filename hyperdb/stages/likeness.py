@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from hyperdb.metrics.feature import Feature
 
 
+def together(size: int) -> int:
+    """Return how many pictures of `size` px are drawn at once."""
+    return max(1, min(64, 2**20 // size**2))
+
+
 @torch.no_grad()
 def draw(
     base: Base,
@@ -27,16 +32,17 @@ def draw(
     seeds: list[int],
     steps: int | None = None,
     strength: float = 1.0,
-    batch: int = 64,
+    batch: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Return images `[I, K, 3, H, W]` uint8: for each of `people` the K prompts at the K seeds, the same for everyone.
 
-    `factors` have an identity axis of `people` (or 1, or are None: the base alone).
+    `factors` have an identity axis of `people` (or 1, or are None: the base alone). `batch` pictures are drawn at once:
+    64 of 64 px, 4 of 512 px.
     """
     injection = Injection(base.targets())
     noise = start_noise(base, seeds)
-    group = max(1, batch // len(prompts))
+    group = max(1, (batch or together(base.config.size)) // len(prompts))
     found = []
     try:
         for first in range(0, people, group):

@@ -59,6 +59,7 @@ class Config:
     finetune: FitConfig = field(default_factory=FitConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
     seed: int = 0
+    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
 
 def hypernet_folder(hypernet: str | None, diffusion: DiffusionConfig) -> Path | None:

@@ -35,6 +35,7 @@ class Config:
     identities: int = 256
     first: int = 0
     batch: int = 16
+    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
 
 def reference_rows(people: People, views: int) -> list[list[int]]:

@@ -79,6 +79,7 @@ class Config:
     save_every: int = 100
     tracker: str | None = None  # wandb or tensorboard
     seed: int = 0
+    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
     def __post_init__(self) -> None:
         if self.weight_loss not in ("gauge_free", "plain"):

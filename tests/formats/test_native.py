@@ -78,6 +78,30 @@ def test_lidb_alone_and_half_precision(tmp_path: Path) -> None:
     torch.testing.assert_close(read.tokens, made.tokens, atol=2e-3, rtol=1e-3)
 
 
+def test_int8_is_a_quarter_as_large_and_nearly_the_same_residual(tmp_path: Path) -> None:
+    made = person()
+    path = made.save(tmp_path / "a.safetensors", torch.int8)
+    kinds = {k: v.dtype for k, v in load_file(path).items()}
+    assert {k for k, v in kinds.items() if v is torch.float32} == {"lidb.scale", "scale"}
+    assert all(v is torch.int8 for k, v in kinds.items() if k not in ("lidb.scale", "scale"))
+    read = Personalization.load(path)
+    assert read.relaxed.keys() == made.relaxed.keys()
+    for name, pair in made.factors().items():
+        exact, rough = delta(*pair), delta(*read.factors()[name])
+        assert 0 < (rough - exact).norm() / exact.norm() < 0.015
+    alone = made.save_lidb(tmp_path / "lidb.safetensors", torch.int8)
+    assert Personalization.load(alone).relaxed == {}
+    again = read.save(tmp_path / "b.safetensors", torch.int8)
+    for name, pair in Personalization.load(again).factors().items():
+        torch.testing.assert_close(delta(*pair), delta(*read.factors()[name]))
+
+
+def test_int8_of_zeros_is_zero(tmp_path: Path) -> None:
+    made = person()
+    empty = replace(made, tokens=0 * made.tokens, relaxed={})
+    assert not Personalization.load(empty.save(tmp_path / "a.safetensors", torch.int8)).tokens.any()
+
+
 def test_the_papers_size_on_sd15(tmp_path: Path) -> None:
     clip = CLIPTextConfig(
         vocab_size=49408,
@@ -93,12 +117,15 @@ def test_the_papers_size_on_sd15(tmp_path: Path) -> None:
         )
     layout = Layout.of(find_targets(unet, text_encoder))
     tokens = LiDBConfig().build(layout).template
-    path = Personalization(layout, tokens, base="0" * 16).save_lidb(tmp_path / "lidb.safetensors")
-    assert sum(x.nbytes for x in load_file(path).values()) == 115_200
-    header = int.from_bytes(path.read_bytes()[:8], "little")
-    assert header <= 16 * 1024
-    assert path.stat().st_size == 8 + header + 115_200 < 131_072
-    assert torch.equal(Personalization.load(path).tokens, tokens)
+    made = Personalization(layout, tokens, base="0" * 16)
+    scales = 192 * 2 * 4
+    for dtype, size in ((torch.float32, 115_200), (torch.float16, 57_600), (torch.int8, 28_800 + scales)):
+        path = made.save_lidb(tmp_path / "lidb.safetensors", dtype)
+        assert sum(x.nbytes for x in load_file(path).values()) == size
+        header = int.from_bytes(path.read_bytes()[:8], "little")
+        assert header <= 16 * 1024
+        assert path.stat().st_size == 8 + header + size < 131_072
+        torch.testing.assert_close(Personalization.load(path).tokens, tokens, atol=5e-3, rtol=0)
 
 
 # ---- files and values that must be refused ----
@@ -108,7 +135,7 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str
     """Apply `change`, then make the data digest right again: only the change itself is wrong."""
     tensors, metadata = load_file(path), load_metadata(path)
     change(tensors, metadata)
-    if all(x.dtype in (torch.float16, torch.float32) for x in tensors.values()):
+    if all(x.dtype in (torch.float16, torch.float32, torch.int8) for x in tensors.values()):
         metadata.setdefault("data_digest", "")
         metadata["data_digest"] = metadata["data_digest"] and _data_digest(tensors)
     save_file(tensors, path, metadata)
@@ -147,6 +174,25 @@ HOSTILE = {
     "long word": (lambda t, m: m.update(rare_token="x" * 201), "rare_token"),
     "two lines": (lambda t, m: m.update(class_word="a\nb"), "class_word"),
 }
+
+
+HOSTILE_INT8 = {
+    "no scale": (lambda t, m: t.pop("scale"), "'scale' has shape None, not \\[9\\]"),
+    "no LiDB scale": (lambda t, m: t.pop("lidb.scale"), "'lidb.scale' has shape None"),
+    "scales too many": (lambda t, m: t.update(scale=torch.ones(10)), "'scale' has shape \\[10\\]"),
+    "scale of int8": (lambda t, m: t.update(scale=torch.ones(9).char()), "'scale' is torch.int8"),
+    "scale not finite": (lambda t, m: t["scale"][0].fill_(torch.nan), "not finite"),
+    "mixed": (lambda t, m: t.update({"flat.up": torch.zeros(9, 3)}), "'flat.up' is torch.float32"),
+    "scalar": (lambda t, m: t.update({"flat.up": torch.tensor(1).char()}), "do not fit layer flat"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_INT8)
+def test_hostile_int8_files_give_one_clear_line(tmp_path: Path, case: str) -> None:
+    change, message = HOSTILE_INT8[case]
+    path = person().save(tmp_path / "a.safetensors", torch.int8)
+    with pytest.raises(UserError, match=message):
+        Personalization.load(rewrite(path, change))
 
 
 @pytest.mark.parametrize("case", HOSTILE)

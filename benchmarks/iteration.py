@@ -1,0 +1,74 @@
+"""What the method costs over the bare model: one iteration of the fast fine-tuning against the same networks alone.
+
+    python benchmarks/iteration.py [diffusion=sd15 diffusion.path=FOLDER] [repeats=9]
+
+The iteration is `hyperdb.stages.finetune.fit`'s own: text encoder and UNet forward and backward with the predicted LiDB
+factors, the relaxed ones trained, optimiser step included. The bare pass: the same rows through the same frozen
+networks, forward, and backward to the latents and the token embeddings, no adapter. They take turns in one process; the
+ratio of the medians goes to iteration_NAME.json beside this file, NAME the base's configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from hyperdb import config
+from hyperdb.adapters.layout import Layout
+from hyperdb.diffusion.loss import predict
+from hyperdb.runtime.files import save_json
+from hyperdb.runtime.precision import cpu_has_bf16
+from hyperdb.runtime.provenance import provenance
+from hyperdb.stages.finetune import fit
+
+
+def main(words: list[str]) -> None:
+    """Measure, print, write."""
+    repeats = int(next((w.partition("=")[2] for w in words if w.startswith("repeats=")), "9"))
+    words = [w for w in words if not w.startswith("repeats=")]
+    settings = config.load("personalize", ["image=none", "finetune.prior_weight=0", *words])
+    name = next((w.partition("=")[2] for w in words if w.startswith("diffusion=")), "embedded")
+    base, tuning = settings.diffusion.load(), settings.finetune
+    tuning.steps = repeats + 1
+    layout = Layout.of(base.targets())
+    lidb = settings.lidb.build(layout).to(base.device)
+    frozen = lidb.factors({"tokens": lidb.template[None] + 0.02})
+    rows = tuning.levels
+    ids, t = base.tokenize([base.config.instance_prompt] * rows), torch.arange(rows) * 200 + 100
+    latents, noise = torch.randn(2, rows, *base.latent_shape)
+    seconds: dict[str, list[float]] = {"iteration": [], "bare": []}
+    embedding = base.text_encoder.get_input_embeddings()
+    clock = time.perf_counter()
+
+    def bare(step: int, _: float) -> None:
+        nonlocal clock
+        seconds["iteration"].append(time.perf_counter() - clock)
+        began = time.perf_counter()
+        reach = embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+        z = latents.clone().requires_grad_()
+        predict(base, z, noise, t, ids).square().mean().backward()
+        reach.remove()
+        seconds["bare"].append(time.perf_counter() - began)
+        print(f"{step:3d}  iteration {seconds['iteration'][-1]:.3f} s  bare {seconds['bare'][-1]:.3f} s", flush=True)
+        clock = time.perf_counter()
+
+    moments = torch.stack([latents[:1], torch.zeros_like(latents[:1])], 2)  #       [1, 1, 2, c, h, w]
+    fit(base, settings.relaxed.build(layout), moments, tuning, frozen, None, bare)
+    medians = {key: statistics.median(times[1:]) for key, times in seconds.items()}  # the first turn warms up
+    pairs = [a / b for a, b in zip(seconds["iteration"][1:], seconds["bare"][1:], strict=True)]
+    result = {"base": name, "rows": rows, "size": base.config.size, "dtype": base.config.dtype}
+    result |= {"cpu_has_bf16": cpu_has_bf16(), "cores": os.cpu_count(), "repeats": repeats}
+    result |= {"median_seconds": {k: round(v, 4) for k, v in medians.items()}}
+    result |= {"ratio_of_medians": round(medians["iteration"] / medians["bare"], 3)}
+    result |= {"ratios": [round(r, 3) for r in sorted(pairs)], **provenance()}
+    out = save_json(Path(__file__).with_name(f"iteration_{name}.json"), result)
+    print(f"an iteration takes {result['ratio_of_medians']} of the bare networks' time; {out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

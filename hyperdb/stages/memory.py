@@ -1,0 +1,293 @@
+"""What a command would load, where, and how much memory it would take: `dry_run=true`, for every stage with a base.
+
+Nothing is loaded or computed. The networks are built from their configurations as shapes, each pass of the stage is
+run once on shapes, and the most bytes alive at once are counted. A graphics card's kernels keep about what the
+CPU's keep, which are the ones counted; what a library reserves beyond that is not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hyperdb.adapters.inject import Injection
+from hyperdb.adapters.layout import Layout
+from hyperdb.diffusion.base import DTYPES, Base, pick_device
+from hyperdb.runtime.files import load_metadata
+from hyperdb.runtime.precision import autocast
+from hyperdb.stages.likeness import together
+from hyperdb.stages.personalize import hypernet_folder
+
+if TYPE_CHECKING:
+    from hyperdb.adapters.base import Factors
+    from hyperdb.hypernet.model import Hypernet
+
+GIGABYTE = 2**30
+LIBRARIES = 0.8 * GIGABYTE  # a process that has imported everything; a CUDA context is about as large
+TRAINED = 4 * 4  # bytes a trained number takes beside its own: gradient, two moments, average; float32
+
+
+class Peak(TorchDispatchMode):
+    """Count the bytes of the tensors that come alive within the block; the most at once are `bytes`."""
+
+    def __init__(self, *present: nn.Module) -> None:
+        super().__init__()
+        self.bytes = self._now = 0
+        self._known: Any = weakref.WeakKeyDictionary()
+        for module in present:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._known[tensor.untyped_storage()] = 0
+
+    def _free(self, size: int) -> None:
+        self._now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                size = self._known[storage] = storage.nbytes()
+                weakref.finalize(storage, self._free, size)
+                self._now += size
+                self.bytes = max(self.bytes, self._now)
+        return out
+
+
+@dataclass
+class Module:
+    """A network in memory; `extra` is what its training keeps beside the weights, in bytes."""
+
+    name: str
+    parameters: int
+    bytes: int
+    extra: int = 0
+
+
+@dataclass
+class Need:
+    """Memory in bytes: what stays, and what each pass takes on top while it runs."""
+
+    device: str
+    dtype: str
+    modules: list[Module]
+    passes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """The most there is at once, libraries included."""
+        stays = sum(m.bytes + m.extra for m in self.modules)
+        return round(LIBRARIES + stays + max(self.passes.values(), default=0))
+
+
+def _shaped(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Replace the weights of a network on the meta device by the running mode's shapes, floating ones in `dtype`."""
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                part._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=dtype), weight.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                kind = dtype if buffer.is_floating_point() else buffer.dtype
+                part._buffers[name] = torch.empty(buffer.shape, dtype=kind)
+    return module
+
+
+class Sketch:
+    """A base and perhaps a hypernetwork as shapes, whose passes can be measured."""
+
+    def __init__(self, config: Any, device: str) -> None:
+        """Build everything for `config.diffusion` on a device called `device`. Raises `UserError` as loading would."""
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.config, self.device = config, device
+        self.dtype = DTYPES[config.diffusion.dtype]
+        self.base = Base.sketch(config.diffusion)
+        self.layout = Layout.of(self.base.targets())
+        rest = torch.float32 if device == "cpu" else self.dtype
+        networks = (self.base.unet, self.base.text_encoder, self.base.vae)
+        with self.mode:
+            for module, dtype in zip(networks, (rest, rest, torch.float32), strict=True):
+                _shaped(module, dtype)
+        self.modules = dict(zip(("UNet", "text encoder", "autoencoder"), networks, strict=True))
+        self.passes: dict[str, int] = {}
+        self.hypernet: Hypernet | None = None
+
+    def add_hypernet(self, hypernet: Hypernet) -> None:
+        """Take a hypernetwork on the meta device along."""
+        with self.mode:
+            _shaped(hypernet, torch.float32)
+        self.hypernet = hypernet
+        self.modules |= {"image encoder": hypernet.encoder, "hypernetwork decoder": hypernet.decoder}
+
+    def autocast(self) -> Any:
+        """Return the context of UNet, text encoder and hypernetwork: the device's rule, on the CPU's shapes."""
+        if self.device == "cpu":
+            return autocast("cpu", self.dtype)
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Count what is alive at most within the block as the pass called `name`."""
+        with self.mode, Peak(*self.modules.values()) as peak:
+            yield
+        self.passes[name] = peak.bytes
+
+    def factors(self, people: int, rank: int, trained: bool) -> Factors:
+        """Return factors of this rank for so many people."""
+        pairs = {}
+        for layer in self.layout.layers:
+            down, up = torch.empty(people, rank, layer.in_), torch.empty(people, layer.out, rank)
+            pairs[layer.name] = (down.requires_grad_(trained), up.requires_grad_(trained))
+        return pairs
+
+    def denoise(self, rows: int, factors: Factors | None = None, repeat: int = 1) -> None:
+        """Run text encoder and UNet on so many rows; with factors that are trained, backward too."""
+        base, trained = self.base, factors is not None and next(iter(factors.values()))[0].requires_grad
+        injection = Injection(base.targets())
+        injection.set(factors or {}, repeat=repeat)
+        with torch.set_grad_enabled(trained):
+            with self.autocast():
+                noisy = torch.empty(rows, *base.latent_shape)
+                ids = torch.zeros(rows, base.text_encoder.config.max_position_embeddings, dtype=torch.long)
+                steps = torch.zeros(rows, dtype=torch.long)
+                out = base.unet(noisy, steps, base.text_encoder(ids)[0]).sample.float()
+            if trained:
+                out.square().mean().backward()
+        injection.remove()
+
+    def encode(self) -> None:
+        """Run the autoencoder's encoder on as many pictures as it takes at once."""
+        size = self.base.config.size
+        with torch.no_grad():
+            self.base.vae.encode(torch.empty(self.base.pictures_a_pass, 3, size, size))
+
+    def draw(self, pictures: int) -> None:
+        """Run the UNet on so many pictures, guided; then the autoencoder's decoder."""
+        guided = 1 if self.base.config.guidance == 1 else 2
+        self.denoise(guided * pictures, self.factors(1, 5, trained=False))
+        with torch.no_grad():
+            self.base.pixels(torch.empty(min(pictures, self.base.pictures_a_pass), *self.base.latent_shape))
+
+    def predict(self, people: int, trained: bool = False) -> Tensor:
+        """Run the hypernetwork on so many photos."""
+        assert self.hypernet is not None
+        size = self.base.config.size
+        with torch.set_grad_enabled(trained), self.autocast():
+            return self.hypernet(torch.empty(people, 3, size, size, dtype=torch.uint8))
+
+
+def _known_hypernet(config: Any) -> Hypernet | None:
+    """Return the hypernetwork that a personalisation would load, on the meta device; None for none."""
+    from hyperdb.hypernet.model import Hypernet, header
+
+    folder = hypernet_folder(config.hypernet, config.diffusion)
+    if folder is None:
+        return None
+    path = folder / "hypernet.safetensors"
+    settings, lidb = header(path, load_metadata(path))
+    return _on_meta(Hypernet, settings, lidb)
+
+
+def _on_meta(kind: Any, settings: Any, lidb: Any) -> Any:
+    """Build a hypernetwork on the meta device, without its encoder's weights."""
+    settings.encoder.weights, settings.encoder.pretrained = None, False
+    lidb.to("meta").template  # noqa: B018 (made once, before everything is made on that device)
+    with torch.device("meta"):
+        return kind(settings, lidb)
+
+
+def need(stage: str, config: Any, device: str) -> Need:
+    """Return what `stage` would need under `config` on a device called `device` (cpu, cuda, mps)."""
+    sketch = Sketch(config, device)
+    extra: dict[str, int] = {}
+    if stage == "generate":
+        with sketch.measure("drawing"):
+            sketch.draw(min(config.batch, config.num_images))
+    elif stage == "precompute":
+        rows = config.batch * _rows(config.fit)
+        with sketch.measure("encoding photos"):
+            sketch.encode()
+        with sketch.measure("fits"):
+            sketch.denoise(rows, sketch.factors(config.batch, config.lidb.rank, trained=True))
+    elif stage == "train_hypernet":
+        extra = _train_hypernet(sketch, config)
+    else:
+        _personalize(sketch, config, people=getattr(config, "batch", 1))
+    modules = []
+    for name, module in sketch.modules.items():
+        tensors = [*module.parameters(), *module.buffers()]
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        modules.append(Module(name, sum(p.numel() for p in module.parameters()), size, extra.get(name, 0)))
+    return Need(device, config.diffusion.dtype, modules, sketch.passes)
+
+
+def _rows(fit: Any) -> int:
+    """Return how many rows a person has in a pass of a fit."""
+    return fit.levels + (fit.prior_rows if fit.prior_weight > 0 else 0)
+
+
+def _personalize(sketch: Sketch, config: Any, people: int) -> None:
+    """Measure the passes of `personalize`, and of `evaluate`, which fits several people at once."""
+    hypernet = _known_hypernet(config)
+    if hypernet is not None:
+        sketch.add_hypernet(hypernet)
+        with sketch.measure("prediction"):
+            sketch.predict(people)
+    with sketch.measure("encoding photos"):
+        sketch.encode()
+    with sketch.measure("fast fine-tuning"):
+        rank = config.lidb.rank + config.relaxed.rank
+        sketch.denoise(people * _rows(config.finetune), sketch.factors(people, rank, trained=True))
+    if config.preview or people > 1:
+        with sketch.measure("drawing"):
+            sketch.draw(max(len(config.preview_styles), 3) if people == 1 else together(config.diffusion.size))
+
+
+def _train_hypernet(sketch: Sketch, config: Any) -> dict[str, int]:
+    """Measure a step of the hypernetwork's training; return what training keeps of each network."""
+    from hyperdb.hypernet.model import Hypernet
+
+    hypernet = _on_meta(Hypernet, config.model, config.lidb.build(sketch.layout))
+    hypernet.encoder.requires_grad_(config.encoder_rate > 0 and not config.model.encoder.frozen)
+    sketch.add_hypernet(hypernet)
+    people = config.batch
+    with sketch.measure("encoding photos"):
+        sketch.encode()
+    with sketch.measure("training step"):
+        tokens = sketch.predict(people, trained=True)
+        rows = people * (config.levels + (config.prior_rows if config.prior_weight > 0 else 0))
+        if config.alpha > 0:
+            sketch.denoise(rows, sketch.factors(people, config.lidb.rank, trained=True))
+        tokens.float().square().mean().backward()
+    with sketch.mode:
+        for parameter in hypernet.parameters():
+            parameter.grad = None
+    if config.validation is not None:
+        with sketch.measure("validation"):
+            sketch.draw(together(config.diffusion.size))
+    trained = {"image encoder": hypernet.encoder, "hypernetwork decoder": hypernet.decoder}
+    return {n: TRAINED * sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in trained.items()}
+
+
+def text(stage: str, found: Need) -> str:
+    """Return the report's lines."""
+    lines = [f"{stage} on {found.device} in {found.dtype}; nothing is loaded or written", ""]
+    lines += [f"{'network':24}{'parameters':>15}{'weights':>12}{'training':>12}"]
+    for m in found.modules:
+        trained = f"{m.extra / GIGABYTE:9.2f} GB" if m.extra else ""
+        lines += [f"{m.name:24}{m.parameters:15,}{m.bytes / GIGABYTE:9.2f} GB{trained}"]
+    lines += ["", f"{'pass':24}{'on top of the weights':>27}"]
+    lines += [f"{name:24}{size / GIGABYTE:24.2f} GB" for name, size in found.passes.items()]
+    return "\n".join([*lines, "", f"expected at most: {found.total / GIGABYTE:.1f} GB, libraries included"])
+
+
+def report(stage: str, config: Any) -> None:
+    """Print what `stage` would need on the device it would run on."""
+    print(text(stage, need(stage, config, pick_device(config.diffusion.device).type)))
