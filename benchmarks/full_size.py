@@ -105,7 +105,9 @@ def main(work: Path, drawing_steps: int) -> None:
         save_json(out, result)
 
     words = [*base, "hypernet=./hypernet", "image=photo.png", "preview=false", "out=person"]
-    done("personalize", process(["personalize", *words]), phases=load_json("person/report.json")["seconds"])
+    run = process(["personalize", *words])
+    report = load_json("person/report.json")
+    done("personalize", run, phases=report["seconds"], bytes=report["bytes"])
     drawing = [*base, "adapter=person", "num_images=1", f"steps={drawing_steps}", "out=pictures"]
     done("generate", process(["generate", *drawing]), steps=drawing_steps)
     done("precompute", process(["precompute", *fits]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,7 +73,9 @@ def _unusable(config: DiffusionConfig, name: str, why: str) -> UserError:
 def _usable(config: DiffusionConfig, name: str) -> Iterator[None]:
     """Turn what diffusers and transformers say of a missing or damaged part into one line."""
     try:
-        yield
+        with warnings.catch_warnings():  # of what diffusers still passes to the hub
+            warnings.filterwarnings("ignore", message=r"The `\w+` argument is (deprecated and )?ignored")
+            yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unusable(config, name, (str(error).splitlines() or [type(error).__name__])[0]) from error
 

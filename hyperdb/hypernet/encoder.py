@@ -33,7 +33,11 @@ class Encoder(nn.Module):
             if hasattr(self.net, "set_input_size"):  # a transformer; a convolutional network takes any
                 self.net.set_input_size(config.size, config.patch)
         except (RuntimeError, TypeError, OSError) as error:  # OSError: its weights cannot be fetched
-            raise UserError(f"encoder.name={config.name!r}: timm cannot build it ({error})") from error
+            missing = config.pretrained and isinstance(error, OSError)
+            fetch = f"; fetch its weights with `hf download timm/{config.name}`, or use diffusion=embedded"
+            raise UserError(
+                f"encoder.name={config.name!r}: timm cannot build it ({error}){fetch if missing else ''}"
+            ) from error
         data = timm.data.resolve_model_data_config(self.net)
         self.size = config.size or data["input_size"][-1]
         self.dim = self.net.num_features

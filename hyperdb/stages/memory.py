@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
+from hyperdb.runtime import precision
 from hyperdb.runtime.files import load_metadata
-from hyperdb.runtime.precision import autocast
 from hyperdb.stages.likeness import together
 from hyperdb.stages.personalize import hypernet_folder
 
@@ -129,7 +129,7 @@ class Sketch:
     def autocast(self) -> Any:
         """Return the context of UNet, text encoder and hypernetwork: the device's rule, on the CPU's shapes."""
         if self.device == "cpu":
-            return autocast("cpu", self.dtype)
+            return precision.autocast("cpu", self.dtype)
         return torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32)
 
     @contextmanager
@@ -225,7 +225,10 @@ def need(stage: str, config: Any, device: str) -> Need:
         tensors = [*module.parameters(), *module.buffers()]
         size = sum(x.numel() * x.element_size() for x in tensors)
         modules.append(Module(name, sum(p.numel() for p in module.parameters()), size, extra.get(name, 0)))
-    return Need(device, config.diffusion.dtype, modules, sketch.passes)
+    dtype = config.diffusion.dtype
+    if dtype == "bf16" and device == "cpu" and not precision.cpu_has_bf16():
+        dtype = "fp32, this CPU has no bf16"
+    return Need(device, dtype, modules, sketch.passes)
 
 
 def _rows(fit: Any) -> int:

@@ -5,7 +5,7 @@ Everybody's LiDB numbers lie in the same frozen bases, so that they can be added
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from hyperdb.data.people import People
     from hyperdb.diffusion.base import Base
 
-ATTRIBUTES = ("sex", "age", "skin")  # labels of a rendered person, as numbers that grow: man, old, dark
+# labels of a rendered person and of a photo, as numbers that grow: man, old, dark skin, light hair, smiling
+ATTRIBUTES = ("sex", "age", "skin", "hair", "smile")
+SMILES = ("smiling", "laughing")
 
+READER = 100.0  # penalty of the reader of attributes
 WAYS = 7  # adapters on the way from one person to another
 KNOWN = 8  # people that each new one is compared with
 
@@ -29,13 +32,15 @@ KNOWN = 8  # people that each new one is compared with
 class Config:
     """The hypernetwork predicts adapters of `people` of `data`, and of `edited` of `unseen`, who are changed.
 
-    `shifts` are in standard deviations of an attribute over people.
+    `weights`: a store of `hyperdb precompute`, whose fits of people of `data` make the space instead. `shifts` are in
+    standard deviations of an attribute over people.
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     hypernet: str = "default"
     data: str = "data/heads"
     unseen: str = "data/heads_validation"
+    weights: str | None = None
     people: int = 1000
     components: int = 100
     edited: int = 12  # unseen people, whose attributes are shifted
@@ -86,15 +91,26 @@ def ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
 
 
 def attributes(people: People) -> Tensor:
-    """Return what is known about everyone, `[I, len(ATTRIBUTES)]`."""
+    """Return what is known of every picture, `[n, len(ATTRIBUTES)]`; of the bald, the hair they would have."""
     import torch
 
     from hyperdb.heads import Identity
 
     if "sex" not in people.labels:
         raise UserError("attributes are known of rendered people; set data and unseen to some (`hyperdb render_heads`)")
-    known = [Identity(int(people.seed[r[0]])) for r in people.rows]
-    return torch.tensor([[float(p.sex == "man"), float(p.age), float(p.melanin)] for p in known])
+    persons = {seed: Identity(seed) for seed in people.seed.unique().tolist()}
+    known = [persons[seed] for seed in people.seed.tolist()]
+    expressions = people.names["expression"]
+    smile = torch.isin(people.labels["expression"], torch.tensor([expressions.index(word) for word in SMILES]))
+    rows = [[float(p.sex == "man"), float(p.age), float(p.melanin), float(p.hair.colour.mean())] for p in known]
+    return torch.cat([torch.tensor(rows), smile[:, None].float()], 1)
+
+
+def _looks(images: Tensor) -> Tensor:
+    """Return pictures `[n, 3, H, W]` uint8 as what their attributes are read from: `[n, F]`, pixels and no network."""
+    from torch.nn import functional as F
+
+    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 32).flatten(1)
 
 
 class _Studio:
@@ -135,6 +151,7 @@ def run(config: Config) -> Path:
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import load_people
+    from hyperdb.data.weights import load_store
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.provenance import provenance
     from hyperdb.stages.personalize import hypernet_folder, load_hypernet
@@ -146,19 +163,28 @@ def run(config: Config) -> Path:
     model = load_hypernet(folder, base, Layout.of(base.targets()))
     people = load_people(config.data, config.people, size=config.diffusion.size)
     unseen = load_people(config.unseen, config.edited, "validation", config.diffusion.size)
-    known, truth = attributes(people), attributes(unseen)
 
     @torch.no_grad()
-    def predict(people: People) -> tuple[Tensor, Tensor]:
+    def predict(people: People) -> Tensor:
         images = people.images[torch.stack([r[0] for r in people.photos])]
-        numbers, seen = [], []
+        numbers = []
         for part in tqdm(images.split(64), desc="predicting", dynamic_ncols=True, disable=len(images) < 512):
             with base.autocast():
                 numbers.append(model.lidb.pack(model(part)).float().cpu())
-            seen.append(model.features(part)[1].cpu())
-        return torch.cat(numbers), torch.cat(seen)
+        return torch.cat(numbers)
 
-    (numbers, seen), (own, seen_unseen) = predict(people), predict(unseen)
+    own = predict(unseen)
+    first = torch.stack([r[0] for r in people.photos])  # the photo that each adapter is of
+    if config.weights is None:
+        numbers = predict(people)
+    else:
+        store = load_store(config.weights, model.lidb.layout, base.digest)
+        if asdict(store.lidb.config) != asdict(model.lidb.config):
+            raise UserError(f"{config.weights} has lidb {asdict(store.lidb.config)}, the hypernetwork has other")
+        fits = store.rows_of(people.seed[first])
+        if (fits >= 0).sum() < 8:
+            raise UserError(f"{config.weights} holds fits of {int((fits >= 0).sum())} of the people in {config.data}")
+        numbers, first = model.lidb.pack(store.tokens[fits[fits >= 0]]), first[fits >= 0]
     space = Space(numbers, config.components)
     adapters = len(own) * (2 + len(ATTRIBUTES) * len(config.shifts)) + WAYS * (len(own) // 2)
     adapters += config.sampled + min(KNOWN * config.sampled, len(numbers))
@@ -166,18 +192,19 @@ def run(config: Config) -> Path:
     studio = _Studio(base, model.lidb, config.images, bar)
 
     # --- a direction of each attribute in the space, and a reader of pictures that never saw an adapter
+    known = attributes(people)
     scale = known.std(0).clamp_min(1e-6)
-    w, _ = ridge(space.encode(numbers), known / scale, penalty=len(known) / 10)
-    directions = w / w.square().sum(0)  # [K, T]: one step moves the attribute by one standard deviation
-    reader = ridge(seen, known / scale, penalty=10.0)
+    w, _ = ridge(space.encode(numbers), known[first] / scale, penalty=len(first) / 10)
+    # [K, T]: a step moves one attribute by a standard deviation and leaves the others where they are
+    directions = w @ torch.linalg.inv(w.mT @ w)
+    shown, truth = people.subset(torch.cat(people.photos)), unseen.subset(torch.cat(unseen.photos))
+    reader = ridge(_looks(shown.images), attributes(shown) / scale, penalty=READER)
 
     def read(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model.features(images)[1].cpu() @ reader[0] + reader[1]
+        return _looks(images) @ reader[0] + reader[1]
 
-    correlation = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(
-        (seen_unseen @ reader[0] + reader[1]).mT, truth.mT, strict=True
-    )])  # fmt: skip
+    pairs = zip(read(truth.images).mT, attributes(truth).mT, strict=True)
+    correlation = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
     moved = _edit(config, studio, space, directions, own, read, out)
     for word, value in zip(ATTRIBUTES, correlation.tolist(), strict=True):
         moved[word]["reader_correlation"] = round(value, 4)
