@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hyperdb.adapters.lidb import LiDB
     from hyperdb.data.people import People
     from hyperdb.diffusion.base import Base
+    from hyperdb.hypernet.model import Hypernet
 
 # labels of a rendered person and of a photo, as numbers that grow: man, old, dark skin, light hair, smiling
 ATTRIBUTES = ("sex", "age", "skin", "hair", "smile")
@@ -106,11 +107,17 @@ def attributes(people: People) -> Tensor:
     return torch.cat([torch.tensor(rows), smile[:, None].float()], 1)
 
 
-def _looks(images: Tensor) -> Tensor:
-    """Return pictures `[n, 3, H, W]` uint8 as what their attributes are read from: `[n, F]`, pixels and no network."""
+def _looks(model: Hypernet, images: Tensor) -> Tensor:
+    """Return pictures `[n, 3, H, W]` uint8 as what their attributes are read from, `[n, F]`.
+
+    The encoder's mean feature, which knows who it is, and the pixels, which show the smile that it leaves out.
+    """
+    import torch
     from torch.nn import functional as F
 
-    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 32).flatten(1)
+    with torch.no_grad():
+        features = torch.cat([model.features(part)[0][:, 0].float().cpu() for part in images.split(256)])
+    return torch.cat([features, F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 32).flatten(1)], 1)
 
 
 class _Studio:
@@ -198,10 +205,10 @@ def run(config: Config) -> Path:
     # [K, T]: a step moves one attribute by a standard deviation and leaves the others where they are
     directions = w @ torch.linalg.inv(w.mT @ w)
     shown, truth = people.subset(torch.cat(people.photos)), unseen.subset(torch.cat(unseen.photos))
-    reader = ridge(_looks(shown.images), attributes(shown) / scale, penalty=READER)
+    reader = ridge(_looks(model, shown.images), attributes(shown) / scale, penalty=READER)
 
     def read(images: Tensor) -> Tensor:
-        return _looks(images) @ reader[0] + reader[1]
+        return _looks(model, images) @ reader[0] + reader[1]
 
     pairs = zip(read(truth.images).mT, attributes(truth).mT, strict=True)
     correlation = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
