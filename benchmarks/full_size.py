@@ -1,17 +1,19 @@
 """Every stage of the method at Stable Diffusion 1.5's size, with random weights: seconds and peak memory.
 
     pip install --no-deps open-clip-torch
-    python benchmarks/full_size.py WORK [steps of generate]
+    python benchmarks/full_size.py WORK [personalize generate precompute train_hypernet]     (all, or those named)
 
 In the folder WORK: the base of random_sd15.py (bf16), a hypernetwork with a ViT-H/14 of random weights, a few rendered
 people at 512 px. Then, each as its own process: `personalize` (prediction, 40 iterations), `generate`, `precompute`
 of the fits, and `train_hypernet experiment=paper` with both losses, batch 1, killed after three optimiser steps and run
-again for two more. Takes an hour or two on a CPU and 10 GB of disk. Writes full_size.json beside this file.
+again for two more. Takes the better part of an hour on 2 cores and 10 GB of disk. Writes full_size.json beside this
+file; what was not run stays there as it was.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from hyperdb.runtime.journal import read
 from hyperdb.runtime.precision import cpu_has_bf16
 from hyperdb.runtime.provenance import provenance
 
+STAGES = ("personalize", "generate", "precompute", "train_hypernet")
 STEPS, KILLED_AT = 5, 3  # of the training
 
 
@@ -87,13 +90,15 @@ def process(words: list[str], watch: Path | None = None, until: int | None = Non
     return {**found, **({"seconds_when_step_was_done": steps} if steps else {}), **({"killed": True} if killed else {})}
 
 
-def main(work: Path, drawing_steps: int) -> None:
-    """Run every stage in order, write the JSON after each."""
+def main(work: Path, stages: list[str]) -> None:
+    """Run the stages in order, write the JSON after each."""
     os.chdir(work)
     here = Path(".")
-    result: dict[str, Any] = {"parameters": prepare(here), "cores": os.cpu_count(), "cpu_has_bf16": cpu_has_bf16()}
-    result |= {"cpu": torch.backends.cpu.get_cpu_capability(), "runs": {}, **provenance()}
     out = Path(__file__).with_suffix(".json")
+    result: dict[str, Any] = load_json(out) if out.is_file() else {"runs": {}}
+    result |= {"parameters": prepare(here), "cores": os.cpu_count(), "cpu_has_bf16": cpu_has_bf16()}
+    result |= {"cpu": torch.backends.cpu.get_cpu_capability(), **provenance()}
+    commit = result.pop("commit")
     base = ["diffusion=sd15", "diffusion.path=./base"]
     fits = [*base, "experiment=paper_fits", "data=heads", "identities=2", "batch=1", "fit.steps=2", "out=fits"]
     train = [*base, "experiment=paper", "data=heads", "validation=null", "weights=fits", "batch=1"]
@@ -101,20 +106,26 @@ def main(work: Path, drawing_steps: int) -> None:
     train += ["fit_share=1.0", f"steps={STEPS}", "warmup=1", "save_every=1"]
 
     def done(name: str, run: dict[str, Any], **more: Any) -> None:
-        result["runs"][name] = {**run, **more}
+        result["runs"][name] = {**run, **more, "commit": commit}
         save_json(out, result)
 
     words = [*base, "hypernet=./hypernet", "image=photo.png", "preview=false", "out=person"]
-    run = process(["personalize", *words])
-    report = load_json("person/report.json")
-    done("personalize", run, phases=report["seconds"], bytes=report["bytes"])
-    drawing = [*base, "adapter=person", "num_images=1", f"steps={drawing_steps}", "out=pictures"]
-    done("generate", process(["generate", *drawing]), steps=drawing_steps)
-    done("precompute", process(["precompute", *fits]))
-    checkpoint = here / "train/checkpoint.safetensors"
-    done("train_hypernet", process(["train_hypernet", *train], checkpoint, KILLED_AT))
-    resumed = process(["train_hypernet", *train], checkpoint)
-    done("train_hypernet_resumed", resumed, last_step=read(here / "train/journal.jsonl")[-1])
+    if "personalize" in stages:
+        run = process(["personalize", *words])
+        report = load_json("person/report.json")
+        done("personalize", run, phases=report["seconds"], bytes=report["bytes"])
+    if "generate" in stages:
+        shutil.rmtree("pictures", ignore_errors=True)
+        done("generate", process(["generate", *base, "adapter=person", "num_images=1", "out=pictures"]))
+    if "precompute" in stages:
+        shutil.rmtree("fits", ignore_errors=True)
+        done("precompute", process(["precompute", *fits]))
+    if "train_hypernet" in stages:
+        shutil.rmtree("train", ignore_errors=True)
+        checkpoint = here / "train/checkpoint.safetensors"
+        done("train_hypernet", process(["train_hypernet", *train], checkpoint, KILLED_AT))
+        resumed = process(["train_hypernet", *train], checkpoint)
+        done("train_hypernet_resumed", resumed, last_step=read(here / "train/journal.jsonl")[-1])
     print(f"seconds and memory in {out}")
 
 
@@ -123,4 +134,4 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    main(folder.resolve(), int(sys.argv[2]) if len(sys.argv) > 2 else 50)
+    main(folder.resolve(), sys.argv[2:] or list(STAGES))
