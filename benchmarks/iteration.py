@@ -57,7 +57,8 @@ def main(words: list[str]) -> None:
         print(f"{step:3d}  iteration {seconds['iteration'][-1]:.3f} s  bare {seconds['bare'][-1]:.3f} s", flush=True)
         clock = time.perf_counter()
 
-    moments = torch.stack([latents[:1], torch.zeros_like(latents[:1])], 2)  #       [1, 1, 2, c, h, w]
+    first = latents[None, :1]
+    moments = torch.stack([first, torch.zeros_like(first)], 2)  #                   [1, 1, 2, c, h, w]
     fit(base, settings.relaxed.build(layout), moments, tuning, frozen, None, bare)
     medians = {key: statistics.median(times[1:]) for key, times in seconds.items()}  # the first turn warms up
     pairs = [a / b for a, b in zip(seconds["iteration"][1:], seconds["bare"][1:], strict=True)]
