@@ -203,7 +203,7 @@ def run(config: Config) -> Path:
     scale = known.std(0).clamp_min(1e-6)
     w, _ = ridge(space.encode(numbers), known[first] / scale, penalty=len(first) / 10)
     # [K, T]: a step moves one attribute by a standard deviation and leaves the others where they are
-    directions = w @ torch.linalg.inv(w.mT @ w)
+    directions = torch.linalg.pinv(w).mT
     shown, truth = people.subset(torch.cat(people.photos)), unseen.subset(torch.cat(unseen.photos))
     reader = ridge(_looks(model, shown.images), attributes(shown) / scale, penalty=READER)
 
@@ -213,8 +213,8 @@ def run(config: Config) -> Path:
     pairs = zip(read(truth.images).mT, attributes(truth).mT, strict=True)
     correlation = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
     moved = _edit(config, studio, space, directions, own, read, out)
-    for word, value in zip(ATTRIBUTES, correlation.tolist(), strict=True):
-        moved[word]["reader_correlation"] = round(value, 4)
+    for word, value in zip(ATTRIBUTES, correlation, strict=True):
+        moved[word]["reader_correlation"] = _number(value)
 
     left = (own - space.decode(space.encode(own))).square().sum() / (own - space.mean).square().sum()
     kept = [k for k in (1, 5, 10, 20, 50, 100) if k <= len(space.std)]
@@ -257,9 +257,9 @@ def _edit(
             others = [k for k in range(len(ATTRIBUTES)) if k != t]
             curve.append({
                 "shift": shift,
-                "attribute": round(float(change[..., t].mean()), 4),
+                "attribute": _number(change[..., t].mean()),
                 "others": round(float(change.mean((0, 1))[others].abs().mean()), 4),
-                "face_cosine_to_unedited": round(float((found * before).sum(-1).nanmean()), 4),
+                "face_cosine_to_unedited": _number((found * before).sum(-1).nanmean()),
                 "face_found": round(float(found.isfinite().all(-1).float().mean()), 4),
             })  # fmt: skip
             strips.append(drawn[:2, 0])
@@ -317,6 +317,11 @@ def _between(studio: _Studio, own: Tensor, out: Path) -> list[dict[str, float]]:
         {"way": round(x, 3), "to_first": round(float(to_ends[0][i]), 4), "to_last": round(float(to_ends[1][i]), 4)}
         for i, x in enumerate(ways)
     ]
+
+
+def _number(value: Tensor) -> float | None:
+    """Return a figure, none where there is nothing to measure: nobody differs, or no face is found."""
+    return round(float(value), 4) if bool(value.isfinite()) else None
 
 
 def _variety(found: Tensor, gallery: Tensor) -> dict[str, float]:
