@@ -4,7 +4,7 @@
 
 Personalises rendered people of the test split on the embedded base, saves each adapter in every precision, and draws
 the same prompts at the same seeds with what is read back. `change` is the mean absolute difference to the pictures of
-fp32, in steps of 1/255; for its size beside it the same for the next seed's pictures of the same person. Writes
+fp32, in steps of 1/255; for its size beside it the same for other seeds' pictures of the same person. Writes
 adapter_sizes.json beside this file.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,15 +22,16 @@ from hyperdb.heads import Identity, View, render
 from hyperdb.metrics.face import SFace
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
+from hyperdb.stages.export import DTYPES
 from hyperdb.stages.likeness import draw, face_cosine, galleries
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+PRECISIONS = {name: getattr(torch, kind) for name, kind in DTYPES.items()}
 PROMPTS = ["a [V] face", "a [V] face", "a pencil sketch of a [V] face", "an oil painting of a [V] face"]
 
 
-def files(person: Personalization, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write a person in every precision; return path and bytes of each file."""
-    found: dict[str, dict[str, Any]] = {}
+def files(person: Personalization, folder: Path) -> dict[str, dict[str, Path]]:
+    """Write a person in every precision; return the paths."""
+    found: dict[str, dict[str, Path]] = {}
     for name, dtype in PRECISIONS.items():
         lidb = person.save_lidb(folder / f"lidb-{name}.safetensors", dtype)
         whole = person.save(folder / f"adapter-{name}.safetensors", dtype)

@@ -44,7 +44,7 @@ def prepare(work: Path) -> dict[str, int]:
     """Make base, hypernetwork, photo and people, those that are missing; return parameter counts."""
     if not (work / "base/model_index.json").is_file():
         random_sd15.main(str(work / "base"), "bf16")
-    file, count = work / "hypernet/hypernet.safetensors", {}
+    file = work / "hypernet/hypernet.safetensors"
     settings = config.load("train_hypernet", ["experiment=paper", "model.encoder.pretrained=false"])
     settings.model.encoder.frozen = False  # so that the file holds its random weights
     with torch.device("meta"):

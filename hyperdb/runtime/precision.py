@@ -13,11 +13,15 @@ def cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def emulated(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether `dtype` is bf16 and the device a CPU that only emulates it; float32 is used there instead."""
+    return dtype is torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bf16()
+
+
 def autocast(device: torch.device | str, dtype: torch.dtype) -> Any:
     """Return the context in which matrix products and convolutions run in `dtype`.
 
     bf16 on a CPU that only emulates it is float32: a convolution would take hundreds of times as long.
     """
-    kind = torch.device(device).type
-    emulated = dtype is torch.bfloat16 and kind == "cpu" and not cpu_has_bf16()
-    return nullcontext() if emulated or dtype is torch.float32 else torch.autocast(kind, dtype)
+    exact = dtype is torch.float32 or emulated(device, dtype)
+    return nullcontext() if exact else torch.autocast(torch.device(device).type, dtype)

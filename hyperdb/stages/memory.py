@@ -1,4 +1,4 @@
-"""What a command would load, where, and how much memory it would take: `dry_run=true`, for every stage with a base.
+"""What a command would load, where, and how much memory it would take: `dry_run=true`.
 
 Nothing is loaded or computed. The networks are built from their configurations as shapes, each pass of the stage is
 run once on shapes, and the most bytes alive at once are counted. A graphics card's kernels keep about what the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
+from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
 from hyperdb.runtime.files import load_metadata
 from hyperdb.stages.likeness import together
@@ -29,7 +30,8 @@ from hyperdb.stages.personalize import hypernet_folder
 
 if TYPE_CHECKING:
     from hyperdb.adapters.base import Factors
-    from hyperdb.hypernet.model import Hypernet
+    from hyperdb.adapters.lidb import LiDB
+    from hyperdb.hypernet import HypernetConfig
 
 GIGABYTE = 2**30
 LIBRARIES = 0.8 * GIGABYTE  # a process that has imported everything; a CUDA context is about as large
@@ -106,7 +108,7 @@ class Sketch:
     def __init__(self, config: Any, device: str) -> None:
         """Build everything for `config.diffusion` on a device called `device`. Raises `UserError` as loading would."""
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.config, self.device = config, device
+        self.device = device
         self.dtype = DTYPES[config.diffusion.dtype]
         self.base = Base.sketch(config.diffusion)
         self.layout = Layout.of(self.base.targets())
@@ -185,22 +187,20 @@ class Sketch:
 
 def _known_hypernet(config: Any) -> Hypernet | None:
     """Return the hypernetwork that a personalisation would load, on the meta device; None for none."""
-    from hyperdb.hypernet.model import Hypernet, header
-
     folder = hypernet_folder(config.hypernet, config.diffusion)
     if folder is None:
         return None
     path = folder / "hypernet.safetensors"
     settings, lidb = header(path, load_metadata(path))
-    return _on_meta(Hypernet, settings, lidb)
+    return _on_meta(settings, lidb)
 
 
-def _on_meta(kind: Any, settings: Any, lidb: Any) -> Any:
+def _on_meta(settings: HypernetConfig, lidb: LiDB) -> Hypernet:
     """Build a hypernetwork on the meta device, without its encoder's weights."""
-    settings.encoder.weights, settings.encoder.pretrained = None, False
+    settings = replace(settings, encoder=replace(settings.encoder, weights=None, pretrained=False))
     lidb.to("meta").template  # noqa: B018 (made once, before everything is made on that device)
     with torch.device("meta"):
-        return kind(settings, lidb)
+        return Hypernet(settings, lidb)
 
 
 def need(stage: str, config: Any, device: str) -> Need:
@@ -225,14 +225,13 @@ def need(stage: str, config: Any, device: str) -> Need:
         tensors = [*module.parameters(), *module.buffers()]
         size = sum(x.numel() * x.element_size() for x in tensors)
         modules.append(Module(name, sum(p.numel() for p in module.parameters()), size, extra.get(name, 0)))
-    dtype = config.diffusion.dtype
-    if dtype == "bf16" and device == "cpu" and not precision.cpu_has_bf16():
-        dtype = "fp32, this CPU has no bf16"
+    emulated = precision.emulated(device, sketch.dtype)
+    dtype = "fp32, this CPU has no bf16" if emulated else config.diffusion.dtype
     return Need(device, dtype, modules, sketch.passes)
 
 
 def _rows(fit: Any) -> int:
-    """Return how many rows a person has in a pass of a fit."""
+    """Return how many rows a person has in a pass of a fit or of the hypernetwork's training."""
     return fit.levels + (fit.prior_rows if fit.prior_weight > 0 else 0)
 
 
@@ -255,9 +254,7 @@ def _personalize(sketch: Sketch, config: Any, people: int) -> None:
 
 def _train_hypernet(sketch: Sketch, config: Any) -> dict[str, int]:
     """Measure a step of the hypernetwork's training; return what training keeps of each network."""
-    from hyperdb.hypernet.model import Hypernet
-
-    hypernet = _on_meta(Hypernet, config.model, config.lidb.build(sketch.layout))
+    hypernet = _on_meta(config.model, config.lidb.build(sketch.layout))
     hypernet.encoder.requires_grad_(config.encoder_rate > 0 and not config.model.encoder.frozen)
     sketch.add_hypernet(hypernet)
     people = config.batch
@@ -265,13 +262,9 @@ def _train_hypernet(sketch: Sketch, config: Any) -> dict[str, int]:
         sketch.encode()
     with sketch.measure("training step"):
         tokens = sketch.predict(people, trained=True)
-        rows = people * (config.levels + (config.prior_rows if config.prior_weight > 0 else 0))
         if config.alpha > 0:
-            sketch.denoise(rows, sketch.factors(people, config.lidb.rank, trained=True))
+            sketch.denoise(people * _rows(config), sketch.factors(people, config.lidb.rank, trained=True))
         tokens.float().square().mean().backward()
-    with sketch.mode:
-        for parameter in hypernet.parameters():
-            parameter.grad = None
     if config.validation is not None:
         with sketch.measure("validation"):
             sketch.draw(together(config.diffusion.size))

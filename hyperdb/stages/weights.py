@@ -204,13 +204,13 @@ def run(config: Config) -> Path:
     w, _ = ridge(space.encode(numbers), known[first] / scale, penalty=len(first) / 10)
     # [K, T]: a step moves one attribute by a standard deviation and leaves the others where they are
     directions = torch.linalg.pinv(w).mT
-    shown, truth = people.subset(torch.cat(people.photos)), unseen.subset(torch.cat(unseen.photos))
-    reader = ridge(_looks(model, shown.images), attributes(shown) / scale, penalty=READER)
+    shown, judged = torch.cat(people.photos), torch.cat(unseen.photos)
+    reader = ridge(_looks(model, people.images[shown]), known[shown] / scale, penalty=READER)
 
     def read(images: Tensor) -> Tensor:
         return _looks(model, images) @ reader[0] + reader[1]
 
-    pairs = zip(read(truth.images).mT, attributes(truth).mT, strict=True)
+    pairs = zip(read(unseen.images[judged]).mT, attributes(unseen)[judged].mT, strict=True)
     correlation = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
     moved = _edit(config, studio, space, directions, own, read, out)
     for word, value in zip(ATTRIBUTES, correlation, strict=True):

@@ -125,7 +125,8 @@ def test_the_papers_size_on_sd15(tmp_path: Path) -> None:
         header = int.from_bytes(path.read_bytes()[:8], "little")
         assert header <= 16 * 1024
         assert path.stat().st_size == 8 + header + size < 131_072
-        torch.testing.assert_close(Personalization.load(path).tokens, tokens, atol=5e-3, rtol=0)
+        read = Personalization.load(path).tokens
+        torch.testing.assert_close(read, tokens, atol=0 if dtype is torch.float32 else 5e-3, rtol=0)
 
 
 # ---- files and values that must be refused ----
