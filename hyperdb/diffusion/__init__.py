@@ -14,6 +14,7 @@ from hyperdb.runtime.errors import UserError
 if TYPE_CHECKING:
     from hyperdb.diffusion.base import Base
 
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # the paper's base, on the hub
 PLACEHOLDER = "[V]"  # stands for the rare token in every prompt
 
 

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from hyperdb.diffusion import DiffusionConfig, resolve
+from hyperdb.diffusion import STABLE_DIFFUSION, DiffusionConfig, resolve
 from hyperdb.diffusion.targets import find_targets
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files
 from hyperdb.runtime.precision import autocast
 
-STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # whose configuration a checkpoint has by default
 PIXELS = 2**18  # in one pass of the autoencoder, whose memory grows with them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

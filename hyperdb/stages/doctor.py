@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from hyperdb.diffusion import STABLE_DIFFUSION
+
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 
 
@@ -23,7 +25,7 @@ EMBEDDED = Path(__file__).parent.parent / "embedded"
 class Config:
     """Which models of a hub to look for in the local cache."""
 
-    sd15: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # the paper's base, for diffusion=sd15
+    sd15: str = STABLE_DIFFUSION  # the paper's base, for diffusion=sd15
     encoder: str = "timm/vit_huge_patch14_clip_224.laion2b"  # the paper's image encoder, for diffusion=sd15
 
 
