@@ -33,16 +33,19 @@ def expected(stage: str, words: list[str], device: str) -> float:
     return round(need(stage, config.load(stage, words), device).total / GIGABYTE, 2)
 
 
-def settings(stage: str) -> list[tuple[float, str]]:
-    """Return (gigabytes, setting) of a stage on a graphics card, the setting preferred by people first."""
+def settings(stage: str) -> list[dict[str, Any]]:
+    """Return batch, settings and gigabytes of what a stage can be told on a graphics card, those to prefer first."""
     base = ["diffusion=sd15", "diffusion.path=./base", *STAGES[stage]]
-    found = []
-    for recompute in (False, True) if stage != "generate" else (False,):
-        for batch in reversed(BATCHES) if stage != "personalize" else (None,):
-            words = [] if batch is None else [f"batch={batch}"]
-            words += ["diffusion.checkpointing=true"] if recompute else []
-            found.append((expected(stage, [*base, *words], "cuda"), " ".join(words) or "as it is"))
-    return found
+    if stage == "personalize":
+        choices: list[tuple[int, list[str]]] = [(1, []), (1, ["hypernet=null"])]
+    else:
+        choices = [(batch, [f"batch={batch}"]) for batch in BATCHES]
+        if stage != "generate":
+            choices += [(batch, [*words, "diffusion.checkpointing=true"]) for batch, words in choices]
+    return [
+        {"batch": batch, "settings": " ".join(words) or "as it is", "gb": expected(stage, [*base, *words], "cuda")}
+        for batch, words in choices
+    ]
 
 
 def main(work: Path) -> None:
@@ -63,9 +66,9 @@ def main(work: Path) -> None:
         table[str(card)] = {}
         for stage, choices in every.items():
             # the largest batch; of equal ones the one that does not compute twice
-            fits = [c for c in choices if c[0] <= SPARE * card]
-            best = max(fits, key=lambda c: int(c[1].partition("batch=")[2].split()[0] or 0) if "batch" in c[1] else 0)
-            table[str(card)][stage] = f"{best[1]} ({best[0]:.1f} GB)" if fits else "no"
+            fits = [choice for choice in choices if choice["gb"] <= SPARE * card]
+            best = max(fits, key=lambda choice: choice["batch"], default=None)
+            table[str(card)][stage] = f"{best['settings']}, {best['gb']:.1f} GB" if best else "none"
     for card, row in table.items():
         print(f"{card:>3} GB", row)
     result = {"checked_on_cpu": checked, "by_card": table, "all": every, "share_of_card_used": SPARE, **provenance()}

@@ -75,7 +75,7 @@ def test_a_dry_run_loads_and_writes_nothing(
     assert configuration.run(stage, words(weightless, "dry_run=true", *more)) is None
     said = capsys.readouterr().out
     assert f"{stage} on cpu in fp32" in said
-    assert "expected at most" in said
+    assert "expected: " in said
     assert "UNet" in said
     assert all(name in said for name in passes)
     assert sorted(in_tmp.rglob("*")) == before
