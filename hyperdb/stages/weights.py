@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ATTRIBUTES = ("sex", "age", "skin", "hair", "smile")
 SMILES = ("smiling", "laughing")
 
+DIRECTIONS = "hyperdb.directions"  # kind of the file
 READER = 100.0  # penalty of the reader of attributes
 WAYS = 7  # adapters on the way from one person to another
 KNOWN = 8  # people that each new one is compared with
@@ -152,14 +153,14 @@ class _Studio:
 
 
 def run(config: Config) -> Path:
-    """Write `results.json`, `attributes.png`, `sampled.png`, `between.png` and the new people's adapters to `out`."""
+    """Write results, three pictures, the directions for `hyperdb edit` and the new people's adapters to `out`."""
     import torch
     from tqdm import tqdm
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import load_people
     from hyperdb.data.weights import load_store
-    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.files import save_json, save_tensors
     from hyperdb.runtime.provenance import provenance
     from hyperdb.stages.personalize import hypernet_folder, load_hypernet
 
@@ -204,6 +205,9 @@ def run(config: Config) -> Path:
     w, _ = ridge(space.encode(numbers), known[first] / scale, penalty=len(first) / 10)
     # [K, T]: a step moves one attribute by a standard deviation and leaves the others where they are
     directions = torch.linalg.pinv(w).mT
+    in_numbers = (directions.mT * space.std) @ space.axes  #                        [T, C]
+    text = {"kind": DIRECTIONS, "lidb": model.lidb.fingerprint, "attributes": " ".join(ATTRIBUTES), "base": base.digest}
+    save_tensors(out / "directions.safetensors", {"directions": in_numbers}, text)
     shown, judged = torch.cat(people.photos), torch.cat(unseen.photos)
     reader = ridge(_looks(model, people.images[shown]), known[shown] / scale, penalty=READER)
 
@@ -212,7 +216,7 @@ def run(config: Config) -> Path:
 
     pairs = zip(read(unseen.images[judged]).mT, attributes(unseen)[judged].mT, strict=True)
     correlation = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
-    moved = _edit(config, studio, space, directions, own, read, out)
+    moved = _edit(config, studio, in_numbers, own, read, out)
     for word, value in zip(ATTRIBUTES, correlation, strict=True):
         moved[word]["reader_correlation"] = _number(value)
 
@@ -240,7 +244,7 @@ def run(config: Config) -> Path:
 
 
 def _edit(
-    config: Config, studio: _Studio, space: Space, directions: Tensor, own: Tensor, read: Any, out: Path
+    config: Config, studio: _Studio, directions: Tensor, own: Tensor, read: Any, out: Path
 ) -> dict[str, Any]:
     """Shift every attribute of everyone: what pictures then show of it and of the others, and who is still seen."""
     import torch
@@ -252,7 +256,7 @@ def _edit(
     for t, word in enumerate(ATTRIBUTES):
         curve = []
         for shift in config.shifts:
-            drawn = studio.draw(own + (shift * directions[:, t] * space.std) @ space.axes, f"{word} {shift:+g}")
+            drawn = studio.draw(own + shift * directions[t], f"{word} {shift:+g}")
             found, change = studio.faces(drawn), (read(drawn.flatten(0, 1)) - shown).view(len(own), -1, len(ATTRIBUTES))
             others = [k for k in range(len(ATTRIBUTES)) if k != t]
             curve.append({

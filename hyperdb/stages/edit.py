@@ -1,0 +1,118 @@
+"""Change a person's attributes, average people, or go part of the way from one to another: adapters as vectors.
+
+    hyperdb edit adapter=runs/personalize/ada age=2 name=older
+    hyperdb edit adapter=[runs/personalize/ada,runs/personalize/bob] shares=[0.7,0.3] name=between
+
+LiDB numbers lie in bases that are the same for everyone, so they add like vectors. Relaxed factors are kept, in a
+mixture side by side, each with its person's share. Needs no base. `hyperdb weights` measures how well it works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.stages.weights import ATTRIBUTES, DIRECTIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperdb.formats.native import Personalization
+
+
+@dataclass
+class Config:
+    """`shares` of the people, alike if none are given; they need not sum to 1.
+
+    `sex` (up: man), `age` (older), `skin` (darker), `hair` (lighter) and `smile` are shifts in standard deviations
+    over the people that `hyperdb weights` found the `directions` among.
+    """
+
+    adapter: list[str] = field(default_factory=list)  # files of `hyperdb personalize`, or their folders
+    shares: list[float] = field(default_factory=list)
+    sex: float = 0.0
+    age: float = 0.0
+    skin: float = 0.0
+    hair: float = 0.0
+    smile: float = 0.0
+    directions: str = "package:embedded/directions.safetensors"
+    name: str = "default"
+    out: str = "runs/edit/default"
+
+    def __post_init__(self) -> None:
+        if not self.adapter:
+            raise UserError("adapter=[]: name an adapter, or several as [A,B]")
+        if self.shares and len(self.shares) != len(self.adapter):
+            raise UserError(f"shares={self.shares}: {len(self.adapter)} adapters need as many")
+        for name in ATTRIBUTES:
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name}={getattr(self, name)}: expected a finite number")
+        if not all(map(math.isfinite, self.shares)):
+            raise UserError(f"shares={self.shares}: expected finite numbers")
+
+
+def run(config: Config) -> Path:
+    """Write `out/adapter.safetensors` and return `out`."""
+    from hyperdb.formats.native import Personalization, find_adapter
+
+    people = [Personalization.load(find_adapter(path)) for path in config.adapter]
+    person = mix(people, config.shares or [1 / len(people)] * len(people))
+    shifts = {name: getattr(config, name) for name in ATTRIBUTES if getattr(config, name)}
+    if shifts:
+        directions = load_directions(config.directions, person)
+        if odd := sorted(shifts.keys() - directions.keys()):
+            raise UserError(f"{config.directions} has no direction of {odd[0]}; there are {', '.join(directions)}")
+        numbers = person.lidb.pack(person.tokens)
+        for name, shift in shifts.items():
+            numbers = numbers + shift * directions[name]
+        person = dataclasses.replace(person, tokens=person.lidb.unpack(numbers))
+    path = person.save(Path(config.out) / "adapter.safetensors")
+    print(f"adapter in {path}")
+    print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
+    return Path(config.out)
+
+
+def mix(people: list[Personalization], shares: list[float]) -> Personalization:
+    """Return the person of the weighted sum. Raises `UserError` for people of different models or bases of LiDB."""
+    import torch
+
+    from hyperdb.adapters.base import concatenate, scale
+
+    first = people[0]
+    for other in people[1:]:
+        first.layout.require(other.layout, other.source)
+        for what in ("config", "fingerprint", "base", "rare_token", "class_word"):
+            mine, theirs = getattr(first, what), getattr(other, what)
+            if mine != theirs:
+                raise UserError(f"{other.source} has {what} {theirs}, {first.source} has {mine}: they do not mix")
+    tokens = torch.stack([share * p.tokens for share, p in zip(shares, people, strict=True)]).sum(0)
+    relaxed = [scale(p.relaxed, share) for share, p in zip(shares, people, strict=True) if p.relaxed]
+    return dataclasses.replace(first, tokens=tokens, relaxed=concatenate(*relaxed) if relaxed else {})
+
+
+def load_directions(path: str, person: Personalization) -> dict[str, Tensor]:
+    """Read `directions.safetensors` of `hyperdb weights`: the numbers `[C]` that a step adds to a person's.
+
+    Raises `UserError` for another file and for directions in other bases than the person's.
+    """
+    import torch
+
+    from hyperdb.diffusion import resolve
+    from hyperdb.runtime.files import load_tensors
+
+    file = resolve(path)
+    if not file.is_file():
+        raise UserError(f"no directions at {file}; `hyperdb weights` writes them")
+    tensors, metadata = load_tensors(file)
+    if metadata.get("kind") != DIRECTIONS:
+        raise UserError(f"{file} is not a file of directions; give the directions.safetensors of `hyperdb weights`")
+    if metadata.get("lidb") != (person.fingerprint or person.lidb.fingerprint):
+        raise UserError(f"{file} was made in other LiDB bases than {person.source}: run `hyperdb weights` on its base")
+    found, names = tensors.get("directions", torch.empty(0)), metadata.get("attributes", "").split()
+    if found.shape != (len(names), person.lidb.numbers) or not found.isfinite().all():
+        raise UserError(f"{file} is damaged: directions of shape {list(found.shape)} for {', '.join(names)}")
+    return dict(zip(names, found.float(), strict=True))

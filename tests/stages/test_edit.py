@@ -1,0 +1,99 @@
+"""Adapters as vectors: shifted, mixed, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hyperdb import config as configuration
+from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters.base import delta
+from hyperdb.adapters.layout import Layout
+from hyperdb.formats.native import Personalization
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import save_tensors
+from hyperdb.stages.weights import ATTRIBUTES, DIRECTIONS
+
+
+def person(seed, relaxed=True, lidb=None):
+    layout = Layout.of({"unet.a": torch.nn.Linear(12, 8), "unet.b": torch.nn.Linear(6, 10)})
+    g = torch.Generator().manual_seed(seed)
+    settings = lidb or LiDBConfig(4, 3)
+    tokens = torch.randn(settings.build(layout).mask.shape, generator=g)
+    factors = {
+        x.name: (torch.randn(1, 2, x.in_, generator=g), torch.randn(1, x.out, 2, generator=g)) for x in layout.layers
+    }
+    return Personalization(layout, tokens, settings, relaxed=factors if relaxed else {})
+
+
+@pytest.fixture
+def two(tmp_path):
+    people = [person(0), person(1)]
+    return people, [str(p.save(tmp_path / f"{i}.safetensors")) for i, p in enumerate(people)]
+
+
+def edit(tmp_path, *words):
+    configuration.run("edit", [*words, f"out={tmp_path / 'out'}"])
+    return Personalization.load(tmp_path / "out" / "adapter.safetensors")
+
+
+def test_shares_weigh_the_numbers_and_the_relaxed_residuals(two, tmp_path):
+    (a, b), files = two
+    mixed = edit(tmp_path, f"adapter=[{files[0]},{files[1]}]", "shares=[0.75,0.25]")
+    assert torch.allclose(mixed.tokens, 0.75 * a.tokens + 0.25 * b.tokens, atol=1e-6)
+    for name in a.layout.names:
+        expected = 0.75 * delta(*a.relaxed[name]) + 0.25 * delta(*b.relaxed[name])
+        assert torch.allclose(delta(*mixed.relaxed[name]), expected, atol=1e-5)
+
+
+def test_without_shares_people_count_alike_and_one_alone_is_unchanged(two, tmp_path):
+    (a, b), files = two
+    assert torch.allclose(edit(tmp_path, f"adapter=[{files[0]},{files[1]}]").tokens, (a.tokens + b.tokens) / 2)
+    alone = edit(tmp_path, f"adapter={files[0]}")
+    assert torch.equal(alone.tokens, a.tokens)
+    assert torch.equal(alone.relaxed["unet.a"][0], a.relaxed["unet.a"][0])
+
+
+def test_a_prediction_and_a_fine_tuned_person_mix(tmp_path):
+    a, b = person(0), person(1, relaxed=False)
+    files = [a.save(tmp_path / "a.safetensors"), b.save(tmp_path / "b.safetensors")]
+    mixed = edit(tmp_path, f"adapter=[{files[0]},{files[1]}]")
+    assert torch.allclose(delta(*mixed.relaxed["unet.b"]), delta(*a.relaxed["unet.b"]) / 2, atol=1e-6)
+
+
+def test_shifts_add_directions_and_nothing_else(two, tmp_path):
+    (a, _), files = two
+    g = torch.Generator().manual_seed(2)
+    steps = torch.randn(len(ATTRIBUTES), a.lidb.numbers, generator=g)
+    text = {"kind": DIRECTIONS, "lidb": a.lidb.fingerprint, "attributes": " ".join(ATTRIBUTES)}
+    path = save_tensors(tmp_path / "directions.safetensors", {"directions": steps}, text)
+    shifted = edit(tmp_path, f"adapter={files[0]}", "age=2", "hair=-0.5", f"directions={path}")
+    moved = a.lidb.pack(shifted.tokens) - a.lidb.pack(a.tokens)
+    expected = 2 * steps[ATTRIBUTES.index("age")] - 0.5 * steps[ATTRIBUTES.index("hair")]
+    assert torch.allclose(moved, expected, atol=1e-5)
+    assert torch.equal(shifted.relaxed["unet.b"][1], a.relaxed["unet.b"][1])
+
+
+def test_what_cannot_be_is_refused_and_writes_nothing(two, tmp_path):
+    (a, _), files = two
+    other = person(3, lidb=LiDBConfig(4, 3, seed=1)).save(tmp_path / "other.safetensors")
+    renamed = dataclasses.replace(person(4), rare_token="xyz").save(tmp_path / "renamed.safetensors")
+    wrong = save_tensors(tmp_path / "wrong.safetensors", {"x": torch.zeros(1)})
+    text = {"kind": DIRECTIONS, "lidb": a.lidb.fingerprint, "attributes": "age"}
+    short = save_tensors(tmp_path / "short.safetensors", {"directions": torch.zeros(1, 3)}, text)
+    for words, message in (
+        (["adapter=[]"], "name an adapter"),
+        ([f"adapter=[{files[0]},{files[1]}]", "shares=[1.0]"], "need as many"),
+        ([f"adapter={files[0]}", "age=inf"], "finite"),
+        ([f"adapter=[{files[0]},{other}]"], "do not mix"),
+        ([f"adapter=[{files[0]},{renamed}]"], "rare_token"),
+        ([f"adapter={files[0]}", "age=1"], "other LiDB bases"),  # those of the embedded base
+        ([f"adapter={files[0]}", "age=1", f"directions={wrong}"], "not a file of directions"),
+        ([f"adapter={files[0]}", "age=1", f"directions={short}"], "damaged"),
+        ([f"adapter={files[0]}", "age=1", f"directions={tmp_path}/none"], "no directions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            edit(tmp_path, *words)
+    assert not (tmp_path / "out").exists()
