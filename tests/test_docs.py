@@ -19,6 +19,17 @@ def test_the_table_is_the_results_files():
     assert markdown(results) in (ROOT / "hyperdb" / "embedded" / "MODEL_CARD.md").read_text()
 
 
+def test_the_tables_of_memory_are_the_results_files():
+    text = (ROOT / "docs" / "stable_diffusion.md").read_text()
+    found = load_json(ROOT / "benchmarks" / "memory.json")
+    measured = load_json(ROOT / "benchmarks" / "full_size.json")["runs"]
+    for name, run in found["checked_on_cpu"].items():
+        assert run["measured_gb"] == measured[name]["peak_gb"]
+        assert f"| {name} | {run['expected_gb']:.1f} | {run['measured_gb']:.1f} |" in text
+    for card, stages in found["by_card"].items():
+        assert f"| {card} GB | {' | '.join(stages.values())} |" in text
+
+
 def test_every_command_named_is_a_stage_with_those_settings():
     lines = re.findall(r"^hyperdb ([a-z_]+)([^\n#]*)", README, flags=re.MULTILINE)
     assert lines
