@@ -13,7 +13,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import resolve
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.hypernet.model import Hypernet
-from hyperdb.runtime.files import load_metadata
+from hyperdb.runtime.files import load_metadata, load_tensors
 
 EMBEDDED = resolve("package:embedded")
 
@@ -27,6 +27,14 @@ def test_the_hypernetwork_belongs_to_the_base(model):
     hypernet = Hypernet.load(EMBEDDED / "hypernet" / "hypernet.safetensors")
     assert hypernet.metadata["base"] == model.base.digest
     assert hypernet.lidb.layout == Layout.of(model.base.targets())
+
+
+def test_the_directions_are_in_the_hypernetworks_bases():
+    hypernet = Hypernet.load(EMBEDDED / "hypernet" / "hypernet.safetensors")
+    tensors, metadata = load_tensors(EMBEDDED / "directions.safetensors")
+    assert metadata["lidb"] == hypernet.lidb.fingerprint
+    assert metadata["base"] == hypernet.metadata["base"]
+    assert tensors["directions"].shape == (len(metadata["attributes"].split()), hypernet.lidb.numbers)
 
 
 def test_the_shipped_prior_is_used(model, monkeypatch, tmp_path):
