@@ -32,7 +32,7 @@ class Config:
     over the people that `hyperdb weights` found the `directions` among.
     """
 
-    adapter: list[str] = field(default_factory=list)  # files of `hyperdb personalize`, or their folders
+    adapter: list[str] = "???"  # type: ignore[assignment]  # required: files of `hyperdb personalize`, or their folders
     shares: list[float] = field(default_factory=list)
     sex: float = 0.0
     age: float = 0.0
