@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class Config:
     """`image`: a photo in any common format; `hypernet`: a trained one's folder, `default` (the base's own) or null.
 
     Several photos of one person are written `[a.jpg,b.jpg]`: their predictions are averaged, and the fine-tuning
-    sees all of them. Without a hypernetwork the fast fine-tuning runs alone.
+    sees all of them, `finetune.steps` iterations a photo. Without a hypernetwork the fast fine-tuning runs alone.
     """
 
     image: str = "???"
@@ -133,13 +133,17 @@ class Personalizer:
             return self.hypernet(_images(crops)).mean(0, keepdim=True)
 
     def finetune(self, crops: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Train the relaxed factors on top of the predicted ones (paper section 4.3), on crops as in `predict`."""
+        """Train the relaxed factors on top of the predicted ones (paper section 4.3), on crops as in `predict`.
+
+        Takes `finetune.steps` iterations a photo: two photos in the iterations of one are less like the person.
+        """
         from hyperdb.stages.finetune import fit
 
         lora = self.config.relaxed.build(self.layout)
         moments = self.base.moments(_images(crops))[None]  #                        [1, V, 2, c, h, w]
+        settings = replace(self.config.finetune, steps=self.config.finetune.steps * moments.shape[1])
         frozen = {k: (d.detach(), u.detach()) for k, (d, u) in self.lidb.factors({"tokens": tokens}).items()}
-        return lora.factors(fit(self.base, lora, moments, self.config.finetune, frozen, self.prior, progress))
+        return lora.factors(fit(self.base, lora, moments, settings, frozen, self.prior, progress))
 
     def wrap(self, tokens: Tensor, relaxed: dict[str, tuple[Tensor, Tensor]] | None = None) -> Personalization:
         """Make the file's object of tokens and relaxed factors."""
@@ -234,7 +238,7 @@ def run(config: Config) -> Path:
     lap("load")
     tokens = model.predict(crops)
     lap("predict")
-    with tqdm(total=config.finetune.steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
+    with tqdm(total=config.finetune.steps * len(crops), desc="fast fine-tuning", dynamic_ncols=True) as bar:
 
         def progress(_: int, loss: float) -> None:
             bar.update(1)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -264,6 +265,9 @@ def test_several_photos_of_one_person_count_alike(made, photo, tmp_path):
     one, two, both = (model.personalize(x, finetune=False).tokens for x in (first, second, [first, second]))
     assert not torch.allclose(one, two)
     assert torch.allclose(both, (one + two) / 2, atol=1e-5)
+    iterations, crops = [], np.stack([first, second])
+    model.finetune(crops, model.predict(crops), lambda n, _: iterations.append(n))
+    assert iterations == [1, 2, 3, 4]  # two a photo
     alone, more = model.personalize(first).relaxed, model.personalize([first, second]).relaxed
     assert any(not torch.equal(a, b) for k in alone for a, b in zip(alone[k], more[k], strict=True))
     other = save_png(tmp_path / "other.png", second)
