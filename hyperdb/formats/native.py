@@ -279,7 +279,7 @@ def find_adapter(path: str) -> Path:
     if given.is_file():
         return given
     if not given.is_dir():
-        raise UserError(f"no adapter at {path}; `hyperdb personalize` makes one, adapter=null draws without")
+        raise UserError(f"no adapter at {path}; `hyperdb personalize` makes one")
     for name in ADAPTERS:
         if (given / name).is_file():
             return given / name

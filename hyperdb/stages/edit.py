@@ -4,13 +4,14 @@
     hyperdb edit adapter=[runs/personalize/ada,runs/personalize/bob] shares=[0.7,0.3] name=between
 
 LiDB numbers lie in bases that are the same for everyone, so they add like vectors. Relaxed factors are kept, in a
-mixture side by side, each with its person's share. Needs no base. `hyperdb weights` measures how well it works.
+mixture side by side, each with its person's share. Needs no base. `hyperdb weights` measures it, on predictions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config:
-    """`shares` of the people, alike if none are given; they need not sum to 1.
+    """`shares` of the people sum to 1, alike if none are given; below 0 and above 1 they go beyond.
 
     `sex` (up: man), `age` (older), `skin` (darker), `hair` (lighter) and `smile` are shifts in standard deviations
-    over the people that `hyperdb weights` found the `directions` among.
+    over the people that `hyperdb weights` found the `directions` among. What they do on the embedded base stands in
+    `experiments/embedded/weights`: smile does nothing, and nobody gets younger.
     """
 
     adapter: list[str] = "???"  # type: ignore[assignment]  # required: files of `hyperdb personalize`, or their folders
@@ -48,11 +50,11 @@ class Config:
             raise UserError("adapter=[]: name an adapter, or several as [A,B]")
         if self.shares and len(self.shares) != len(self.adapter):
             raise UserError(f"shares={self.shares}: {len(self.adapter)} adapters need as many")
+        if self.shares and not abs(sum(self.shares) - 1) < 1e-3:
+            raise UserError(f"shares={self.shares}: expected to sum to 1; `generate` and `export` have a strength")
         for name in ATTRIBUTES:
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"{name}={getattr(self, name)}: expected a finite number")
-        if not all(map(math.isfinite, self.shares)):
-            raise UserError(f"shares={self.shares}: expected finite numbers")
 
 
 def run(config: Config) -> Path:
@@ -69,6 +71,8 @@ def run(config: Config) -> Path:
         numbers = person.lidb.pack(person.tokens)
         for name, shift in shifts.items():
             numbers = numbers + shift * directions[name]
+        if not numbers.isfinite().all():
+            raise UserError(f"a shift of {max(map(abs, shifts.values())):g} is too large")
         person = dataclasses.replace(person, tokens=person.lidb.unpack(numbers))
     path = person.save(Path(config.out) / "adapter.safetensors")
     print(f"adapter in {path}")
@@ -88,9 +92,12 @@ def mix(people: list[Personalization], shares: list[float]) -> Personalization:
         for what in ("config", "fingerprint", "base", "rare_token", "class_word"):
             mine, theirs = getattr(first, what), getattr(other, what)
             if mine != theirs:
-                raise UserError(f"{other.source} has {what} {theirs}, {first.source} has {mine}: they do not mix")
+                raise UserError(
+                    f"{other.source} has {what} {theirs or 'unknown'}, {first.source} has {mine or 'unknown'}: "
+                    "they do not mix"
+                )
     tokens = torch.stack([share * p.tokens for share, p in zip(shares, people, strict=True)]).sum(0)
-    relaxed = [scale(p.relaxed, share) for share, p in zip(shares, people, strict=True) if p.relaxed]
+    relaxed = [scale(p.relaxed, share) for share, p in zip(shares, people, strict=True) if p.relaxed and share]
     return dataclasses.replace(first, tokens=tokens, relaxed=concatenate(*relaxed) if relaxed else {})
 
 
@@ -112,6 +119,11 @@ def load_directions(path: str, person: Personalization) -> dict[str, Tensor]:
         raise UserError(f"{file} is not a file of directions; give the directions.safetensors of `hyperdb weights`")
     if metadata.get("lidb") != (person.fingerprint or person.lidb.fingerprint):
         raise UserError(f"{file} was made in other LiDB bases than {person.source}: run `hyperdb weights` on its base")
+    if metadata.get("base", "") != person.base:
+        warnings.warn(
+            f"{file} was made on base {metadata.get('base') or 'unknown'}, {person.source} on {person.base or 'an unknown one'}: "
+            "expect less", stacklevel=2
+        )  # fmt: skip
     found, names = tensors.get("directions", torch.empty(0)), metadata.get("attributes", "").split()
     if found.shape != (len(names), person.lidb.numbers) or not found.isfinite().all():
         raise UserError(f"{file} is damaged: directions of shape {list(found.shape)} for {', '.join(names)}")

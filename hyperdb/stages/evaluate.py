@@ -34,6 +34,7 @@ FURTHER = ("cosine_dlib", "rank1", "rank1_styled", "style_accuracy")  # figures 
 @dataclass
 class Config(PersonalizeConfig):
     """`data`: rendered people; `photos` of a person from number `reference` on are given, the next `views` judge.
+    The iterations of a fine-tuning are those told, however many photos.
 
     `split`: whose people these must be; settings are chosen on those of validation.
 

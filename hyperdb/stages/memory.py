@@ -281,7 +281,7 @@ def text(stage: str, found: Need) -> str:
         lines += [f"{m.name:24}{m.parameters:15,}{m.bytes / GIGABYTE:9.2f} GB{trained}"]
     lines += ["", f"{'pass':24}{'on top of the weights':>27}"]
     lines += [f"{name:24}{size / GIGABYTE:24.2f} GB" for name, size in found.passes.items()]
-    heap = "; the C library's heap adds up to a third" if found.device == "cpu" else ""
+    heap = "; the C library's heap can take a third more" if found.device == "cpu" else ""
     return "\n".join([*lines, "", f"expected: {found.total / GIGABYTE:.1f} GB, libraries included{heap}"])
 
 

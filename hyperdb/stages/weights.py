@@ -160,6 +160,7 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import load_people
     from hyperdb.data.weights import load_store
+    from hyperdb.diffusion.targets import base_hash
     from hyperdb.runtime.files import save_json, save_tensors
     from hyperdb.runtime.provenance import provenance
     from hyperdb.stages.personalize import hypernet_folder, load_hypernet
@@ -206,7 +207,8 @@ def run(config: Config) -> Path:
     # [K, T]: a step moves one attribute by a standard deviation and leaves the others where they are
     directions = torch.linalg.pinv(w).mT
     in_numbers = (directions.mT * space.std) @ space.axes  #                        [T, C]
-    text = {"kind": DIRECTIONS, "lidb": model.lidb.fingerprint, "attributes": " ".join(ATTRIBUTES), "base": base.digest}
+    text = {"kind": DIRECTIONS, "lidb": model.lidb.fingerprint, "attributes": " ".join(ATTRIBUTES)}
+    text |= {"base": base_hash(base.targets())}
     save_tensors(out / "directions.safetensors", {"directions": in_numbers}, text)
     shown, judged = torch.cat(people.photos), torch.cat(unseen.photos)
     reader = ridge(_looks(model, people.images[shown]), known[shown] / scale, penalty=READER)
@@ -239,7 +241,7 @@ def run(config: Config) -> Path:
     for word, found in moved.items():
         said = ", ".join(f"{point['attribute']:+.2f} at {point['shift']:+g}" for point in found["curve"])
         print(f"{word}, in standard deviations: {said}")
-    print(f"pictures, results.json and {config.sampled} new people's adapters in {out}")
+    print(f"pictures, results.json, directions.safetensors and {config.sampled} new people's adapters in {out}")
     return out
 
 

@@ -83,10 +83,14 @@ def test_what_cannot_be_is_refused_and_writes_nothing(two, tmp_path):
     wrong = save_tensors(tmp_path / "wrong.safetensors", {"x": torch.zeros(1)})
     text = {"kind": DIRECTIONS, "lidb": a.lidb.fingerprint, "attributes": "age"}
     short = save_tensors(tmp_path / "short.safetensors", {"directions": torch.zeros(1, 3)}, text)
+    far = save_tensors(tmp_path / "far.safetensors", {"directions": torch.ones(1, a.lidb.numbers)}, text)
     for words, message in (
         (["adapter=[]"], "name an adapter"),
         ([f"adapter=[{files[0]},{files[1]}]", "shares=[1.0]"], "need as many"),
+        ([f"adapter=[{files[0]},{files[1]}]", "shares=[0.5,0.4]"], "sum to 1"),
+        ([f"adapter=[{files[0]},{files[1]}]", "shares=[nan,1.0]"], "sum to 1"),
         ([f"adapter={files[0]}", "age=inf"], "finite"),
+        ([f"adapter={files[0]}", "age=1e39", f"directions={far}"], "too large"),
         ([f"adapter=[{files[0]},{other}]"], "do not mix"),
         ([f"adapter=[{files[0]},{renamed}]"], "rare_token"),
         ([f"adapter={files[0]}", "age=1"], "other LiDB bases"),  # those of the embedded base

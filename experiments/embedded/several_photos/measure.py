@@ -9,14 +9,16 @@ Writes results.json and people.png beside this file.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hyperdb import config
 from hyperdb.data.people import load_people
 from hyperdb.faces.image import grid, save_png
+from hyperdb.metrics.copying import background, pose
 from hyperdb.metrics.face import SFace
-from hyperdb.metrics.score import cosine, paired
+from hyperdb.metrics.score import bootstrap, cosine, paired
 from hyperdb.runtime.files import load_json, load_tensors, save_json
 from hyperdb.runtime.provenance import provenance
 from hyperdb.stages.likeness import galleries
@@ -31,8 +33,23 @@ WAYS = (  # name, photos, iterations, row of `hyperdb evaluate`
     ("80 iterations, 2 photos", 2, 80, "hyper_40"),
 )
 PAIRS = ((1, 0), (3, 2), (4, 2))  # ways compared person by person
-FIGURES = ("cosine", "rank1", "rank1_styled", "style_accuracy", "copy_pose", "copy_background")
+FIGURES = ("cosine", "rank1", "rank1_styled", "style_accuracy")
 SHOWN = 6  # people in the picture
+
+
+def copied(what: Any, pictures: torch.Tensor, given: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
+    """Compare pictures `[I, K, ...]` with the nearest photo given `[I, V, ...]`: 1 is a copy, 0 as another photo.
+
+    As `hyperdb.metrics.copying.similarity`, which knows of one photo; the other photos `[I, L, ...]` set the scale.
+    """
+    drawn, photos, further = (what(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (pictures, given, others))
+
+    def nearest(features: torch.Tensor) -> torch.Tensor:
+        distance = (features[:, :, None] - photos[:, None]).norm(dim=-1)  #          [I, K, V]
+        found = distance.nan_to_num(torch.inf).amin(-1)
+        return torch.where(found.isfinite(), found, torch.nan)
+
+    return bootstrap((1 - nearest(drawn).nanmean(1) / nearest(further).nanmean()).nan_to_num(0.0).numpy(), seed=0)
 
 
 def main() -> None:
@@ -54,6 +71,9 @@ def main() -> None:
         images = load_tensors(out / "rows" / f"{row}.safetensors")[0]["images"]
         drawn = images[:, : found["images_a_person"]]
         embedded = feature(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
+        mine = people.images[photos[:, JUDGED_FROM - count : JUDGED_FROM]]
+        others = people.images[photos[:, JUDGED_FROM:]]
+        rows[name] |= {f"copy_{w.__name__}": copied(w, drawn, mine, others) for w in (pose, background)}
         scores.append(cosine(embedded, judges[:, None]).mean(1))
         pictures[name] = images[:SHOWN, 0]
     names = [name for name, *_ in WAYS]
