@@ -119,11 +119,10 @@ def load_directions(path: str, person: Personalization) -> dict[str, Tensor]:
         raise UserError(f"{file} is not a file of directions; give the directions.safetensors of `hyperdb weights`")
     if metadata.get("lidb") != (person.fingerprint or person.lidb.fingerprint):
         raise UserError(f"{file} was made in other LiDB bases than {person.source}: run `hyperdb weights` on its base")
-    if metadata.get("base", "") != person.base:
-        warnings.warn(
-            f"{file} was made on base {metadata.get('base') or 'unknown'}, {person.source} on {person.base or 'an unknown one'}: "
-            "expect less", stacklevel=2
-        )  # fmt: skip
+    theirs = metadata.get("base", "")
+    if theirs != person.base:
+        here = person.base or "unknown"
+        warnings.warn(f"{file} was made on base {theirs}, {person.source} on {here}: expect less", stacklevel=2)
     found, names = tensors.get("directions", torch.empty(0)), metadata.get("attributes", "").split()
     if found.shape != (len(names), person.lidb.numbers) or not found.isfinite().all():
         raise UserError(f"{file} is damaged: directions of shape {list(found.shape)} for {', '.join(names)}")
