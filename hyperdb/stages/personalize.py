@@ -132,18 +132,21 @@ class Personalizer:
         with torch.no_grad(), self.base.autocast():
             return self.hypernet(_images(crops)).mean(0, keepdim=True)
 
+    def tuning(self, photos: int) -> FitConfig:
+        """Return the fine-tuning of so many photos: in the iterations of one, two are less like the person."""
+        return replace(self.config.finetune, steps=self.config.finetune.steps * photos)
+
     def finetune(self, crops: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Train the relaxed factors on top of the predicted ones (paper section 4.3), on crops as in `predict`.
 
-        Takes `finetune.steps` iterations a photo: two photos in the iterations of one are less like the person.
+        Takes the iterations of `tuning`.
         """
         from hyperdb.stages.finetune import fit
 
         lora = self.config.relaxed.build(self.layout)
         moments = self.base.moments(_images(crops))[None]  #                        [1, V, 2, c, h, w]
-        settings = replace(self.config.finetune, steps=self.config.finetune.steps * moments.shape[1])
         frozen = {k: (d.detach(), u.detach()) for k, (d, u) in self.lidb.factors({"tokens": tokens}).items()}
-        return lora.factors(fit(self.base, lora, moments, settings, frozen, self.prior, progress))
+        return lora.factors(fit(self.base, lora, moments, self.tuning(moments.shape[1]), frozen, self.prior, progress))
 
     def wrap(self, tokens: Tensor, relaxed: dict[str, tuple[Tensor, Tensor]] | None = None) -> Personalization:
         """Make the file's object of tokens and relaxed factors."""
@@ -238,7 +241,7 @@ def run(config: Config) -> Path:
     lap("load")
     tokens = model.predict(crops)
     lap("predict")
-    with tqdm(total=config.finetune.steps * len(crops), desc="fast fine-tuning", dynamic_ncols=True) as bar:
+    with tqdm(total=model.tuning(len(crops)).steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
 
         def progress(_: int, loss: float) -> None:
             bar.update(1)
