@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Return the device called `name`; auto is cuda, then mps, then cpu."""
+    """Return the device called `name`; auto is cuda, then mps, then cpu.
+
+    Of several processes that `accelerate launch` starts on one machine each gets a graphics card of its own.
+    """
     if name != "auto":
         try:
             device = torch.device(name)
@@ -44,7 +48,7 @@ def pick_device(name: str = "auto") -> torch.device:
             raise UserError(f"diffusion.device={name!r}: PyTorch sees no such device here; use auto or cpu")
         return device
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

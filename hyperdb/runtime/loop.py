@@ -41,7 +41,9 @@ def train(
         for step in range(start, schedule.steps):
             set_rate(optimizer, schedule(step))
             optimizer.zero_grad()
-            terms = {k: v.item() for k, v in backward(step).items()}
+            found = backward(step)
+            # one wait for the device, not one a term
+            terms = dict(zip(found, torch.stack([v.detach().float() for v in found.values()]).tolist(), strict=True))
             torch.nn.utils.clip_grad_norm_(ema.params, 1.0)
             optimizer.step()
             ema.update(step)

@@ -20,11 +20,15 @@ def derive(seed: int, *keys: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def generator(seed: int, *keys: int | str) -> torch.Generator:
-    """Return a private CPU `torch.Generator` for the stream named by `keys`."""
+def generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a private `torch.Generator` for the stream named by `keys`.
+
+    A stream of the CPU is the same everywhere. One of another `device` is that kind of device's own; it is for large
+    draws, which the CPU would make slower than the device uses them.
+    """
     import torch
 
-    return torch.Generator().manual_seed(derive(seed, *keys))
+    return torch.Generator(device).manual_seed(derive(seed, *keys))
 
 
 def numpy_rng(seed: int, *keys: int | str) -> np.random.Generator:

@@ -155,6 +155,8 @@ def fit(
     guarded = config.prior_weight > 0
     if guarded and prior is None:
         raise ValueError("prior_weight > 0 needs a prior")
+    # gradients of a float16 network would fall under its smallest number: they are scaled up, and back before the step
+    scaler = torch.amp.GradScaler(base.device.type, init_scale=2.0**10, enabled=base.config.dtype == "fp16")
     levels, extra = config.levels, config.prior_rows if guarded else 0
     focus = face_focus(config.face_weight, *moments.shape[4:]).to(base.device)
     try:
@@ -187,8 +189,9 @@ def fit(
                     raise NonFiniteError(f"the loss is {loss.item()} at step {step}; lower the rate ({config.rate})")
                 set_rate(optimizer, schedule(step))
                 optimizer.zero_grad()
-                loss.backward()
-            optimizer.step()
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             if progress is not None:
                 progress(step + 1, error[:, :levels].mean().item())
     finally:

@@ -6,15 +6,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperdb.hypernet import EncoderConfig
+from hyperdb.runtime.errors import UserError
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from hyperdb.hypernet.encoder import Encoder
 
 
 @dataclass
 class Config:
     """`data`: rendered people; `channels`: the widths of the levels, each halving the side (so 3 levels are f = 4).
 
-    `init`: an autoencoder's folder to go on from, whose sizes it keeps.
+    `init`: an autoencoder's folder to go on from, whose sizes it keeps. `decoder_only` leaves its encoder as it is, so
+    that every base trained on its latents stays valid. `crop` trains on random square crops of so many pixels.
+    With `adversarial_weight` > 0 a patch discriminator is trained along (Esser et al. 2021), and with `feature_weight`
+    > 0 pictures are also compared by the features of `encoder`, a network of `hyperdb train_encoder`.
     """
 
     data: str = "data/heads"
@@ -29,16 +37,52 @@ class Config:
     kl: float = 3e-4
     face_weight: float = 1.2  # extra weight of the middle of the frame, where the face is
     gradient_weight: float = 2.0
+    crop: int | None = None  # null: whole pictures
+    decoder_only: bool = False
+    adversarial_weight: float = 0.0
+    feature_weight: float = 0.0
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     ema: float = 0.995
     held_out: int = 256  # images kept aside to measure on
     save_every: int = 250
+    device: str = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop is not None and (self.crop < 16 or self.crop % 2 ** (len(self.channels) - 1)):
+            raise UserError(f"crop={self.crop}: expected a multiple of {2 ** (len(self.channels) - 1)}, at least 16")
+        if self.decoder_only and self.init is None:
+            raise UserError("decoder_only=true needs init=FOLDER, the autoencoder whose latents it keeps")
+        if self.feature_weight > 0 and self.encoder.weights is None:
+            raise UserError("feature_weight > 0 needs encoder.weights=FILE of `hyperdb train_encoder`")
 
 
 def _edges(x: Tensor) -> Tensor:
     import torch
 
     return torch.cat([x[..., 1:, :-1] - x[..., :-1, :-1], x[..., :-1, 1:] - x[..., :-1, :-1]], 1)
+
+
+def _discriminator() -> nn.Module:
+    """Return a network that tells renders from reconstructions patch by patch (Isola et al. 2017, PatchGAN)."""
+    from torch import nn
+
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+    for width in (64, 128):
+        layers += [nn.Conv2d(width, 2 * width, 4, 2, 1), nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(256, 1, 4, 1, 1))
+
+
+def _unlike(encoder: Encoder, x: Tensor, y: Tensor) -> Tensor:
+    """Return how far pictures in [-1, 1] are apart by the directions of an encoder's features, at every resolution."""
+    import torch
+    import torch.nn.functional as F
+
+    def seen(pictures: Tensor) -> list[Tensor]:
+        maps = encoder.net.forward_intermediates(encoder.pixels((pictures + 1) * 127.5), intermediates_only=True)
+        return [F.normalize(m, dim=1) for m in maps]
+
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(seen(x), seen(y), strict=True)]).sum()
 
 
 def run(config: Config) -> Path:
@@ -48,7 +92,8 @@ def run(config: Config) -> Path:
     from diffusers import AutoencoderKL
 
     from hyperdb.data.people import load_people
-    from hyperdb.runtime.errors import UserError
+    from hyperdb.diffusion.base import pick_device
+    from hyperdb.hypernet.encoder import Encoder
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
@@ -60,6 +105,7 @@ def run(config: Config) -> Path:
     # whole people are held out: those of the last `held_out` pictures
     first = people.identity[-config.held_out :][0]
     seen, held = people.images[people.identity < first], people.images[people.identity >= first]
+    device = pick_device(config.device)
     if len(seen) == 0:
         raise UserError(f"{config.data} has no people beside the {len(held)} held-out pictures; render more")
     size = people.images.shape[-1]
@@ -85,29 +131,57 @@ def run(config: Config) -> Path:
     out = Path(config.out)
     axis = torch.linspace(-1, 1, size)
     distance = axis[:, None] ** 2 + axis[None, :] ** 2
-    weight = 0.6 + config.face_weight * torch.exp(-distance / 0.3)
+    weight = (0.6 + config.face_weight * torch.exp(-distance / 0.3)).to(device)
+    vae.to(device)
+    if config.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    discriminator = _discriminator().to(device) if config.adversarial_weight > 0 else None
+    encoder = None
+    if config.feature_weight > 0:
+        encoder = Encoder(config.encoder).to(device).requires_grad_(False).eval()
+    seen = seen.to(device)
 
     # --- train
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "autoencoder", step)
+        drawn = g if device.type == "cpu" else generator(config.seed, "autoencoder noise", step, device=device)
         index = torch.randint(0, len(seen), (config.batch,), generator=g)
-        x = seen[index].float() / 127.5 - 1
-        x = torch.where(torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5, x.flip(-1), x)
-        with autocast("cpu", torch.bfloat16):
+        flipped = torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5
+        corner = torch.randint(0, size - crop + 1, (config.batch, 2, 1), generator=g) + torch.arange(crop)
+        at = (torch.arange(config.batch)[:, None, None], corner[:, 0, :, None], corner[:, 1, None, :])
+        x = seen[index.to(device)].float() / 127.5 - 1
+        x = torch.where(flipped.to(device), x.flip(-1), x).movedim(1, 3)[at].movedim(3, 1)  #  [B, 3, crop, crop]
+        with autocast(device, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
-            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=drawn, device=device)
             y = vae.decode(z).sample
         y = y.float()
         terms = {
-            "pixels": ((y - x).abs() * weight).mean(),
+            "pixels": ((y - x).abs() * weight[at[1:]][:, None]).mean(),
             "edges": config.gradient_weight * F.l1_loss(_edges(y), _edges(x)),
-            "colour": 0.5 * F.mse_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4)),
+            "colour": torch.stack([F.l1_loss(F.avg_pool2d(y, k), F.avg_pool2d(x, k)) for k in (2, 4, 8)]).mean(),
             "kl": config.kl * posterior.kl().float().mean() / posterior.mean[0].numel(),
         }
+        if encoder is not None:
+            with autocast(device, torch.bfloat16):
+                terms["features"] = config.feature_weight * _unlike(encoder, x, y).float()
+        if discriminator is not None:
+            discriminator.requires_grad_(False)
+            terms["fooled"] = -config.adversarial_weight * min(1, step / 500) * discriminator(y).mean()
         torch.stack(list(terms.values())).sum().backward()
+        if discriminator is not None:
+            discriminator.requires_grad_(True)
+            real, made = discriminator(torch.cat([x, y.detach()])).chunk(2)
+            hinge = F.relu(1 - real).mean() + F.relu(1 + made).mean()
+            hinge.backward()
+            terms["discriminator"] = hinge
         return terms
 
-    optimizer, ema = adamw(vae.parameters(), config.rate, 1e-3), EMA(vae.parameters(), config.ema)
+    crop = config.crop or size
+    params = [p for p in vae.parameters() if p.requires_grad]
+    params += list(discriminator.parameters()) if discriminator is not None else []
+    optimizer, ema = adamw(params, config.rate, 1e-3), EMA(params, config.ema)
     schedule = Schedule(config.steps, warmup=100)
     begun_from = hash_files(sorted(Path(config.init).glob("*.safetensors"))) if config.init is not None else None
     whole = {**asdict(config), "made_from": [people.digest, begun_from]}
@@ -118,10 +192,12 @@ def run(config: Config) -> Path:
     with torch.no_grad():
         means = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in seen[:2048].split(128)])
         x = held.float() / 127.5 - 1
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-    vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
+        parts = x.split(64)
+        y = torch.cat([vae.decode(vae.encode(p.to(device)).latent_dist.mean).sample.clamp(-1, 1).cpu() for p in parts])
+    if not config.decoder_only:
+        vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
     psnr = (-10 * torch.log10(((x - y) / 2).square().mean())).item()
-    vae.save_pretrained(out / "vae")
+    vae.to("cpu").save_pretrained(out / "vae")
     save_json(out / "vae" / "made_from.json", {"data": people.digest})
     save_json(
         out / "report.json",

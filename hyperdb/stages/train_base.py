@@ -41,8 +41,14 @@ class Config:
     decay: float = 0.6  # the last fraction of the steps, over which the rate falls
     ema: float = 0.999
     prompt_dropout: float = 0.1
+    logit_normal: list[float] | None = None  # mean and standard deviation of logit(noise level); null: uniform
     save_every: int = 250
+    device: str = "auto"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.logit_normal is not None and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):
+            raise UserError(f"logit_normal={self.logit_normal}: expected [mean, standard deviation above 0] or null")
 
 
 def _apply(pieces: list[str], first: str, second: str) -> list[str]:
@@ -100,8 +106,8 @@ def noise_schedule() -> DDPMScheduler:
     )
 
 
-def new_base(config: Config, vae: AutoencoderKL, words: list[str]) -> Base:
-    """Return an untrained base around an autoencoder, whose vocabulary is `words`."""
+def new_base(config: Config, vae: AutoencoderKL, words: list[str], device: str = "cpu") -> Base:
+    """Return an untrained base around an autoencoder, whose vocabulary is `words`, in float32 on `device`."""
     import torch
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -139,7 +145,10 @@ def new_base(config: Config, vae: AutoencoderKL, words: list[str]) -> Base:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    settings = DiffusionConfig(size=vae.config.sample_size, device="cpu", attention="eager")
+    attention = "eager" if device == "cpu" else "sdpa"
+    settings = DiffusionConfig(size=vae.config.sample_size, device=device, attention=attention)
+    for model in (unet, text_encoder, vae):
+        model.to(device)
     return Base(settings, unet, text_encoder, vae, tokenizer, noise_schedule(), digest="")
 
 
@@ -153,7 +162,7 @@ def save_base(base: Base, out: Path) -> None:
     from hyperdb.runtime.files import load_json, save_json
 
     scheduler = DDIMScheduler.from_config(base.schedule.config)
-    half = {n: copy.deepcopy(getattr(base, n)).half() for n in ("unet", "text_encoder", "vae")}
+    half = {n: copy.deepcopy(getattr(base, n)).half().cpu() for n in ("unet", "text_encoder", "vae")}
     half = {n: m.to(memory_format=torch.contiguous_format) for n, m in half.items()}
     pipeline = StableDiffusionPipeline(
         **half,
@@ -176,7 +185,8 @@ def run(config: Config) -> Path:
 
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.diffusion import DiffusionConfig
-    from hyperdb.diffusion.loss import diffusion_loss
+    from hyperdb.diffusion.base import pick_device
+    from hyperdb.diffusion.loss import diffusion_loss, stratified_timesteps
     from hyperdb.heads.captions import vocabulary
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
@@ -189,20 +199,25 @@ def run(config: Config) -> Path:
     if wanted is not None and not Path(wanted).is_dir():
         raise UserError(f"no autoencoder at {wanted}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
     vae = AutoencoderKL.from_pretrained(wanted) if wanted is not None else None
+    device = str(pick_device(config.device))
     if config.init is None:
         assert vae is not None
-        base = new_base(config, vae, vocabulary())
+        base = new_base(config, vae, vocabulary(), device)
         base.digest = hash_files(Path(str(wanted)))
     else:
-        base = DiffusionConfig(path=config.init, device="cpu", attention="eager").load()
+        attention = "eager" if device == "cpu" else "sdpa"
+        # trained in float32; the matrix products alone in bf16
+        base = DiffusionConfig(path=config.init, device=device, attention=attention, dtype="fp32").load()
+        base.config.dtype = "bf16"
         if vae is not None:
             if len(vae.config.block_out_channels) != len(base.vae.config.block_out_channels):
                 raise UserError(f"{wanted} has other latents than the autoencoder of {config.init}")
-            base.vae = vae.requires_grad_(False).eval()
+            base.vae = vae.requires_grad_(False).eval().to(device)
         base.config.size = base.vae.config.sample_size
         base.schedule = noise_schedule()
     out = Path(config.out)
     latents = latent_moments(base, people, Path(config.data))
+    latents = latents.to(device)
     ids = base.tokenize(people.captions)
     empty = base.tokenize([""])
     base.unet.requires_grad_(True).train()
@@ -213,12 +228,19 @@ def run(config: Config) -> Path:
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "base", step)
         index = torch.randint(0, len(people), (config.batch,), generator=g)
-        mean, std = latents[index].float().unbind(1)
-        z = mean + std * torch.randn(mean.shape, generator=g)
+        mean, std = latents[index.to(device)].float().unbind(1)
+        drawn = g if device == "cpu" else generator(config.seed, "base noise", step, device=device)
+        jitter = torch.randn(mean.shape, generator=drawn, device=device)
         dropped = torch.rand(config.batch, 1, generator=g) < config.prompt_dropout
-        words = torch.where(dropped, empty, ids[index])
-        t = torch.randint(0, base.schedule.config.num_train_timesteps, (config.batch,), generator=g)
-        loss = diffusion_loss(base, z, torch.randn(z.shape, generator=g), t, words).mean()
+        if config.logit_normal is None:
+            t = torch.randint(0, base.schedule.config.num_train_timesteps, (config.batch,), generator=g)
+        else:
+            count = base.schedule.config.num_train_timesteps
+            t = stratified_timesteps(1, config.batch, count, g, config.logit_normal)[0]
+        noise = torch.randn(mean.shape, generator=drawn, device=device)
+        z = mean + std * jitter
+        words = torch.where(dropped.to(device), empty, ids[index.to(device)])
+        loss = diffusion_loss(base, z, noise, t.to(device), words).mean()
         loss.backward()
         return {"diffusion": loss.detach()}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hyperdb.hypernet import EncoderConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from hyperdb.data.people import People
@@ -39,6 +40,8 @@ class Config:
     rate: float = 1e-3
     held_out: int = 200
     save_every: int = 200
+    device: str = "auto"
+    workers: int = 2  # processes that render the portraits
     seed: int = 0
 
 
@@ -50,6 +53,7 @@ def run(config: Config) -> Path:
     from torch.optim.swa_utils import update_bn
 
     from hyperdb.data.people import load_people
+    from hyperdb.diffusion.base import pick_device
     from hyperdb.hypernet.encoder import Encoder
     from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.files import save_json, save_tensors
@@ -66,20 +70,23 @@ def run(config: Config) -> Path:
     if len(photos) <= config.held_out:
         raise UserError(f"{config.data} has {len(photos)} people with a photo; render more or lower held_out")
     out = Path(config.out)
-    portraits = _portraits(people, config.portrait, out / "portraits.safetensors").flatten(1).float()
+    portraits = _portraits(people, config.portrait, out / "portraits.safetensors", config.workers).flatten(1).float()
     portraits = (portraits - portraits.mean(0)) / (portraits - portraits.mean(0)).std()
     seen, held = torch.cat(photos[: -config.held_out]), torch.cat(photos[-config.held_out :])
+    device = pick_device(config.device)
+    portraits, pictures = portraits.to(device), people.images.to(device)
+    # the fused attention's backward is slow in bf16 on a CPU
+    kernels = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())[1:]
 
     # --- model
     torch.manual_seed(derive(config.seed, "encoder weights"))  # the only way to seed timm's initialisation
-    encoder = Encoder(config.encoder)
-    draw = torch.nn.Linear(encoder.dim, portraits.shape[1])
+    encoder = Encoder(config.encoder).to(device)
+    draw = torch.nn.Linear(encoder.dim, portraits.shape[1]).to(device)
     params = [*encoder.parameters(), *draw.parameters()]
     encoder.net.train()
 
     def drawn(images: Tensor) -> Tensor:
-        # the fused attention's backward is slow in bf16 on a CPU
-        with autocast("cpu", torch.bfloat16), sdpa_kernel([SDPBackend.MATH]):
+        with autocast(device, torch.bfloat16), sdpa_kernel(kernels):
             return draw(encoder(images)[:, 0]).float()
 
     # --- train
@@ -87,11 +94,11 @@ def run(config: Config) -> Path:
         g = generator(config.seed, "encoder", step)
         rows = seen[torch.randint(0, len(seen), (config.batch,), generator=g)]
         wanted = portraits[people.identity[rows]].unflatten(1, (3, config.portrait, -1))
-        images = people.images[rows].float()
+        images = pictures[rows.to(device)].float()
         # mirrored people are people too; white balance and a few pixels of shift say nothing of who it is
-        flip = torch.rand(len(rows), 1, 1, 1, generator=g) < 0.5
+        flip = (torch.rand(len(rows), 1, 1, 1, generator=g) < 0.5).to(device)
         images, wanted = (torch.where(flip, x.flip(-1), x) for x in (images, wanted))
-        gain = 1 + config.jitter * torch.randn(len(rows), 3, 1, 1, generator=g)
+        gain = (1 + config.jitter * torch.randn(len(rows), 3, 1, 1, generator=g)).to(device)
         shift = torch.randint(-3, 4, (len(rows), 2), generator=g).tolist()
         images = torch.stack([x.roll(s, (1, 2)) for x, s in zip(images, shift, strict=True)])
         loss = F.mse_loss(drawn((images * gain).clamp(0, 255)), wanted.flatten(1))
@@ -106,11 +113,11 @@ def run(config: Config) -> Path:
     # --- measure on held-out people, write
     # the averaged weights need batch statistics of their own
     batches = seen[:STATISTICS_PHOTOS].split(config.batch)
-    update_bn([encoder.pixels(people.images[part]) for part in batches], encoder.net)
+    update_bn([encoder.pixels(pictures[part]) for part in batches], encoder.net)
     encoder.eval()
     with torch.no_grad():
-        guess = torch.cat([drawn(people.images[part]) for part in held.split(64)])
-    who = people.identity[held]
+        guess = torch.cat([drawn(pictures[part]) for part in held.split(64)]).cpu()
+    who, portraits = people.identity[held], portraits.cpu()
     truth = portraits[who]
     r2 = 1 - F.mse_loss(guess, truth).item() / truth.square().mean().item()  # against everyone's mean, which is 0
     gallery = who.unique()
@@ -123,13 +130,22 @@ def run(config: Config) -> Path:
     return out
 
 
-def _portraits(people: People, size: int, path: Path) -> Tensor:
+def _portrait(seed: int, size: int) -> np.ndarray:
+    """Render one person's plain portrait; runs in a worker process."""
+    from hyperdb.heads import Identity, View, render
+
+    return render(Identity(seed), View(), size)
+
+
+def _portraits(people: People, size: int, path: Path, workers: int) -> Tensor:
     """Return everyone's plain portrait `[I, 3, size, size]` uint8, rendered once and kept at `path`."""
+    import multiprocessing
+    from functools import partial
+
     import numpy as np
     import torch
     from tqdm import tqdm
 
-    from hyperdb.heads import Identity, View, render
     from hyperdb.runtime.files import load_tensors, save_tensors
 
     key = f"{people.digest} {size}"
@@ -138,8 +154,10 @@ def _portraits(people: People, size: int, path: Path) -> Tensor:
         if metadata.get("key") == key:
             return tensors["portraits"]
     seeds = [int(people.seed[rows[0]]) for rows in people.rows]
-    bar = tqdm(seeds, desc="portraits", unit="person", dynamic_ncols=True)
-    pixels = np.stack([render(Identity(seed), View(), size) for seed in bar])
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(seeds))) as pool:
+        drawn = pool.imap(partial(_portrait, size=size), seeds, chunksize=8)
+        bar = tqdm(drawn, total=len(seeds), desc="portraits", unit="person", dynamic_ncols=True)
+        pixels = np.stack(list(bar))
     portraits = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     save_tensors(path, {"portraits": portraits}, {"key": key})
     return portraits

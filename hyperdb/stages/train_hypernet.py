@@ -98,6 +98,8 @@ class Config:
             raise UserError(f"logit_normal={self.logit_normal}: expected [mean, standard deviation above 0] or null")
         if self.identity_weight > 0 and (self.model.summary < 1 or self.identity_people < 1):
             raise UserError("identity_weight > 0 needs model.summary and identity_people of at least 1")
+        if self.diffusion.dtype == "fp16":
+            raise UserError("diffusion.dtype=fp16 loses the small gradients of this training; use bf16 or fp32")
         if not 0 <= self.fit_share <= 1:
             raise UserError(f"fit_share={self.fit_share}: expected 0 to 1")
         if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):

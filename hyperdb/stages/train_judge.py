@@ -35,6 +35,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.precision import autocast
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.seed import derive, generator
 
@@ -50,7 +51,7 @@ def run(config: Config) -> Path:
 
     # --- train
     torch.manual_seed(derive(config.seed, "judge weights"))  # the only way to seed timm's initialisation
-    judge = Judge({name: people.names[name] for name in labels}).train()
+    judge = Judge({name: people.names[name] for name in labels}).to(base.device).train()
 
     def backward(step: int) -> dict[str, torch.Tensor]:
         g = generator(config.seed, "judge", step)
@@ -59,8 +60,10 @@ def run(config: Config) -> Path:
         images = torch.cat([base.decode(moments[index[:half], 0].float()), people.images[index[half:]]]).float()
         gain = 1 + 0.05 * torch.randn(len(images), 3, 1, 1, generator=g)
         grain = 4 * torch.randn(images.shape, generator=g) * torch.rand(len(images), 1, 1, 1, generator=g)
-        logits = judge.logits((images * gain + grain).clamp(0, 255))
-        terms = {name: F.cross_entropy(x, labels[name][index], label_smoothing=0.05) for name, x in logits.items()}
+        with autocast(base.device, torch.float32 if base.device.type == "cpu" else torch.bfloat16):
+            logits = judge.logits((images * gain + grain).clamp(0, 255).to(base.device))
+        right = {name: labels[name][index].to(base.device) for name in logits}
+        terms = {name: F.cross_entropy(x, right[name], label_smoothing=0.05) for name, x in logits.items()}
         torch.stack(list(terms.values())).sum().backward()
         return terms
 
@@ -72,7 +75,7 @@ def run(config: Config) -> Path:
     train("judge", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure on unseen people, write
-    judge.eval()
+    judge.cpu().eval()
     report: dict[str, object] = {"people_held_out": config.held_out, "pictures_held_out": len(held)}
     for kind, images in (("renders", people.images[held]), ("reconstructions", base.decode(moments[held, 0].float()))):
         found = judge(images)

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Everything that makes the shipped models, from no data at all: people, autoencoder, image encoder, base, hypernetwork,
+# judge of styles. Run it from the root of the checkout; what is done already is kept, so a run that was stopped goes on.
+#
+#   bash experiments/embedded/from_nothing.sh cpu [PART ...]    about 12 hours on 2 cores
+#   bash experiments/embedded/from_nothing.sh gpu [PART ...]    about 25 minutes on an H100 or H200 with 16 cores
+#
+# Parts, in their order: people autoencoder encoder sharp base hypernet judge. All of them by default. The results lie in
+# runs/from_nothing; a length can be set from outside, such as BASE_STEPS=4000.
+set -eu
+KIND=${1:?cpu or gpu}
+shift
+PARTS=${*:-people autoencoder encoder sharp base hypernet judge}
+OUT=${OUT_FOLDER:-runs/from_nothing}
+PYTHON=${PYTHON:-python3}
+case $KIND in
+  gpu) : "${WORKERS:=$(nproc)}" "${PEOPLE:=10000}" "${BATCH:=1024}" "${PEOPLE_A_STEP:=48}"
+       : "${AUTOENCODER_STEPS:=3000}" "${WHOLE_STEPS:=800}" "${SHARP_STEPS:=1500}" "${AUTOENCODER_BATCH:=256}"
+       : "${ENCODER_STEPS:=6000}" "${ENCODER_BATCH:=256}"
+       : "${BASE_STEPS:=6000}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}" ;;
+  cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}" "${PEOPLE_A_STEP:=16}"
+       : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1000}" "${AUTOENCODER_BATCH:=32}"
+       : "${ENCODER_STEPS:=6000}" "${ENCODER_BATCH:=64}"
+       : "${BASE_STEPS:=25000}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=600}" ;;
+  *) echo "from_nothing.sh: expected cpu or gpu, not $KIND" >&2; exit 2 ;;
+esac
+HEADS=$OUT/heads
+WHOLE=$((AUTOENCODER_BATCH / 4))
+run() { "$PYTHON" -m hyperdb "$@"; }
+once() { # once FILE command ...: unless the file is there
+  local file=$1
+  shift
+  if [ -e "$file" ]; then echo "$file is there"; else run "$@"; fi
+}
+
+people() { # the first people of each split; validation and test never share a person with training
+  once "$HEADS/index.json" render_heads size=128 identities="$PEOPLE" views=8 photo_views=4 workers="$WORKERS" out="$HEADS"
+  once "$OUT/heads_validation/index.json" render_heads split=validation size=128 identities=48 views=30 photo_views=9 \
+    shard=4 workers="$WORKERS" out="$OUT/heads_validation"
+}
+
+autoencoder() { # crops, then whole pictures
+  local rest="data=$HEADS channels=[32,64,128,128] latent_channels=8"
+  once "$OUT/crops/report.json" train_autoencoder $rest crop=64 batch="$AUTOENCODER_BATCH" steps="$AUTOENCODER_STEPS" \
+    out="$OUT/crops"
+  once "$OUT/whole/report.json" train_autoencoder $rest init="$OUT/crops/vae" batch="$WHOLE" steps="$WHOLE_STEPS" \
+    rate=0.0005 out="$OUT/whole"
+}
+
+sharp() { # the decoder alone, against a discriminator and on the encoder's features: the latents stay as they are
+  once "$OUT/sharp/report.json" train_autoencoder data="$HEADS" channels=[32,64,128,128] latent_channels=8 \
+    init="$OUT/whole/vae" decoder_only=true batch="$WHOLE" steps="$SHARP_STEPS" rate=0.0003 adversarial_weight=0.02 \
+    feature_weight=0.05 encoder.size=128 encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/sharp"
+}
+
+encoder() {
+  once "$OUT/encoder/report.json" train_encoder data="$HEADS" encoder.size=128 batch="$ENCODER_BATCH" \
+    steps="$ENCODER_STEPS" workers="$WORKERS" out="$OUT/encoder"
+}
+
+base() {
+  once "$OUT/base/report.json" train_base data="$HEADS" vae="$OUT/whole/vae" channels=[96,192,256] batch="$BATCH" \
+    steps="$BASE_STEPS" rate=0.001 warmup=300 decay=0.5 ema=0.9995 logit_normal=[0.2,1.2] save_every=500 out="$OUT/base"
+}
+
+BASE="diffusion.path=$OUT/base/base diffusion.size=128"
+hypernet() {
+  local rest="$BASE data=$HEADS validation=$OUT/heads_validation model.encoder.size=128 batch=$PEOPLE_A_STEP"
+  once "$OUT/hypernet_diffusion/report.json" train_hypernet $rest steps="$HYPERNET_STEPS" \
+    model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet_diffusion"
+  once "$OUT/hypernet/report.json" train_hypernet $rest steps=150 warmup=20 identity_weight=0.05 \
+    init="$OUT/hypernet_diffusion/hypernet.safetensors" out="$OUT/hypernet"
+}
+
+judge() {
+  once "$OUT/judge/report.json" train_judge $BASE data="$HEADS" steps="$JUDGE_STEPS" out="$OUT/judge"
+}
+
+for part in $PARTS; do
+  "$part"
+done
