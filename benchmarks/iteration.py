@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,8 +28,8 @@ from hyperdb.runtime.provenance import provenance
 from hyperdb.stages.finetune import fit
 
 
-def main(words: list[str]) -> None:
-    """Measure, print, write."""
+def measure(words: list[str]) -> dict[str, Any]:
+    """Take turns, print each, and return medians and ratios."""
     repeats = int(next((w.partition("=")[2] for w in words if w.startswith("repeats=")), "9"))
     words = [w for w in words if not w.startswith("repeats=")]
     settings = config.load("personalize", ["image=none", "finetune.prior_weight=0", *words])
@@ -39,23 +40,29 @@ def main(words: list[str]) -> None:
     lidb = settings.lidb.build(layout).to(base.device)
     frozen = lidb.factors({"tokens": lidb.template[None] + 0.02})
     rows = tuning.levels
-    ids, t = base.tokenize([base.config.instance_prompt] * rows), torch.arange(rows) * 200 + 100
-    latents, noise = torch.randn(2, rows, *base.latent_shape)
+    ids, t = base.tokenize([base.config.instance_prompt] * rows), torch.arange(rows, device=base.device) * 200 + 100
+    latents, noise = torch.randn(2, rows, *base.latent_shape).to(base.device)
     seconds: dict[str, list[float]] = {"iteration": [], "bare": []}
     embedding = base.text_encoder.get_input_embeddings()
-    clock = time.perf_counter()
+
+    def now() -> float:
+        if base.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    clock = now()
 
     def bare(step: int, _: float) -> None:
         nonlocal clock
-        seconds["iteration"].append(time.perf_counter() - clock)
-        began = time.perf_counter()
+        seconds["iteration"].append(now() - clock)
+        began = now()
         reach = embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
         z = latents.clone().requires_grad_()
         predict(base, z, noise, t, ids).square().mean().backward()
         reach.remove()
-        seconds["bare"].append(time.perf_counter() - began)
+        seconds["bare"].append(now() - began)
         print(f"{step:3d}  iteration {seconds['iteration'][-1]:.3f} s  bare {seconds['bare'][-1]:.3f} s", flush=True)
-        clock = time.perf_counter()
+        clock = now()
 
     first = latents[None, :1]
     moments = torch.stack([first, torch.zeros_like(first)], 2)  #                   [1, 1, 2, c, h, w]
@@ -66,8 +73,13 @@ def main(words: list[str]) -> None:
     result |= {"cpu_has_bf16": cpu_has_bf16(), "cores": os.cpu_count(), "repeats": repeats}
     result |= {"median_seconds": {k: round(v, 4) for k, v in medians.items()}}
     result |= {"ratio_of_medians": round(medians["iteration"] / medians["bare"], 3)}
-    result |= {"ratios": [round(r, 3) for r in sorted(pairs)], **provenance()}
-    out = save_json(Path(__file__).with_name(f"iteration_{name}.json"), result)
+    return {**result, "ratios": [round(r, 3) for r in sorted(pairs)], **provenance()}
+
+
+def main(words: list[str]) -> None:
+    """Measure, print, write."""
+    result = measure(words)
+    out = save_json(Path(__file__).with_name(f"iteration_{result['base']}.json"), result)
     print(f"an iteration takes {result['ratio_of_medians']} of the bare networks' time; {out}")
 
 

@@ -5,18 +5,18 @@
 #   bash experiments/embedded/from_nothing.sh cpu [PART ...]    about 12 hours on 2 cores
 #   bash experiments/embedded/from_nothing.sh gpu [PART ...]    about 25 minutes on an H100 or H200 with 16 cores
 #
-# Parts, in their order: people autoencoder encoder sharp base hypernet judge. All of them by default. The results lie in
+# Parts, in their order: few people autoencoder encoder sharp base hypernet judge. All of them by default. The results lie in
 # runs/from_nothing; a length can be set from outside, such as BASE_STEPS=4000.
 set -eu
 KIND=${1:?cpu or gpu}
 shift
-PARTS=${*:-people autoencoder encoder sharp base hypernet judge}
+PARTS=${*:-few people autoencoder encoder sharp base hypernet judge}
 OUT=${OUT_FOLDER:-runs/from_nothing}
 PYTHON=${PYTHON:-python3}
 case $KIND in
   gpu) : "${WORKERS:=$(nproc)}" "${PEOPLE:=10000}" "${BATCH:=1024}" "${PEOPLE_A_STEP:=48}"
-       : "${AUTOENCODER_STEPS:=3000}" "${WHOLE_STEPS:=800}" "${SHARP_STEPS:=1500}" "${AUTOENCODER_BATCH:=256}"
-       : "${ENCODER_STEPS:=6000}" "${ENCODER_BATCH:=256}"
+       : "${AUTOENCODER_STEPS:=2500}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1500}" "${AUTOENCODER_BATCH:=256}"
+       : "${ENCODER_STEPS:=4000}" "${ENCODER_BATCH:=256}"
        : "${BASE_STEPS:=6000}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}" ;;
   cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}" "${PEOPLE_A_STEP:=16}"
        : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1000}" "${AUTOENCODER_BATCH:=32}"
@@ -33,6 +33,11 @@ once() { # once FILE command ...: unless the file is there
   if [ -e "$file" ]; then echo "$file is there"; else run "$@"; fi
 }
 
+few() { # for the autoencoder, which needs pictures more than people: it trains while the others are drawn
+  once "$OUT/heads_few/index.json" render_heads size=128 identities=2000 views=8 photo_views=4 first=200000 \
+    workers="$WORKERS" out="$OUT/heads_few"
+}
+
 people() { # the first people of each split; validation and test never share a person with training
   once "$HEADS/index.json" render_heads size=128 identities="$PEOPLE" views=8 photo_views=4 workers="$WORKERS" out="$HEADS"
   once "$OUT/heads_validation/index.json" render_heads split=validation size=128 identities=48 views=30 photo_views=9 \
@@ -40,7 +45,7 @@ people() { # the first people of each split; validation and test never share a p
 }
 
 autoencoder() { # crops, then whole pictures
-  local rest="data=$HEADS channels=[32,64,128,128] latent_channels=8"
+  local rest="data=$OUT/heads_few channels=[32,64,128,128] latent_channels=8"
   once "$OUT/crops/report.json" train_autoencoder $rest crop=64 batch="$AUTOENCODER_BATCH" steps="$AUTOENCODER_STEPS" \
     out="$OUT/crops"
   once "$OUT/whole/report.json" train_autoencoder $rest init="$OUT/crops/vae" batch="$WHOLE" steps="$WHOLE_STEPS" \
@@ -48,7 +53,7 @@ autoencoder() { # crops, then whole pictures
 }
 
 sharp() { # the decoder alone, against a discriminator and on the encoder's features: the latents stay as they are
-  once "$OUT/sharp/report.json" train_autoencoder data="$HEADS" channels=[32,64,128,128] latent_channels=8 \
+  once "$OUT/sharp/report.json" train_autoencoder data="$OUT/heads_few" channels=[32,64,128,128] latent_channels=8 \
     init="$OUT/whole/vae" decoder_only=true batch="$WHOLE" steps="$SHARP_STEPS" rate=0.0003 adversarial_weight=0.02 \
     feature_weight=0.05 encoder.size=128 encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/sharp"
 }
