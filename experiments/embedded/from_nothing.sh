@@ -39,7 +39,7 @@ few() { # for the autoencoder, which needs pictures more than people: it trains 
 }
 
 people() { # the first people of each split; validation and test never share a person with training
-  once "$HEADS/index.json" render_heads size=128 identities="$PEOPLE" views=8 photo_views=4 workers="$WORKERS" out="$HEADS"
+  once "$HEADS/index.json" render_heads size=128 identities="$PEOPLE" views=6 photo_views=3 workers="$WORKERS" out="$HEADS"
   once "$OUT/heads_validation/index.json" render_heads split=validation size=128 identities=48 views=30 photo_views=9 \
     shard=4 workers="$WORKERS" out="$OUT/heads_validation"
 }

@@ -78,11 +78,14 @@ def _unlike(encoder: Encoder, x: Tensor, y: Tensor) -> Tensor:
     import torch
     import torch.nn.functional as F
 
-    def seen(pictures: Tensor) -> list[Tensor]:
-        maps = encoder.net.forward_intermediates(encoder.pixels((pictures + 1) * 127.5), intermediates_only=True)
-        return [F.normalize(m, dim=1) for m in maps]
-
-    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(seen(x), seen(y), strict=True)]).sum()
+    maps: list[Tensor] = []
+    stages = [encoder.net.get_submodule(info["module"]) for info in encoder.net.feature_info]
+    hooks = [stage.register_forward_hook(lambda _module, _inputs, out: maps.append(out)) for stage in stages]
+    encoder.net.forward_features(encoder.pixels((torch.cat([x, y]) + 1) * 127.5))
+    for hook in hooks:
+        hook.remove()
+    pairs = [F.normalize(m.float(), dim=1).chunk(2) for m in maps]
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
 
 
 def run(config: Config) -> Path:
