@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from hyperdb.data import NOT_CONTENT
 from hyperdb.diffusion.base import Base
+from hyperdb.diffusion.digest import digest_vae
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files, load_json, load_tensors, save_tensors
 
@@ -160,11 +161,8 @@ def latent_moments(base: Base, people: People, folder: Path) -> Tensor:
     They are kept in `folder`, beside the images, under the hashes of VAE and pixels: every base around the same
     autoencoder and every stage shares them.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(base.vae.state_dict().items()):
-        digest.update(name.encode() + value.half().cpu().numpy().tobytes())
     pixels = hashlib.sha256(people.images.numpy().tobytes())
-    key = f"{digest.hexdigest()[:16]} {pixels.hexdigest()[:16]}"
+    key = f"{digest_vae(base.vae)} {pixels.hexdigest()[:16]}"
     cache = folder / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
     if cache.is_file():
         tensors, metadata = load_tensors(cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from hyperdb.diffusion import STABLE_DIFFUSION, DiffusionConfig, resolve
+from hyperdb.diffusion.digest import digest_base
 from hyperdb.diffusion.targets import find_targets
-from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import hash_files
+from hyperdb.runtime.errors import NonFiniteError, UserError
+from hyperdb.runtime.files import load_shapes
 from hyperdb.runtime.precision import autocast
 
 PIXELS = 2**18  # in one pass of the autoencoder, whose memory grows with them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICES = ("cpu", "cuda", "mps")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+CHANNELS = {5: "depth to picture", 7: "enlarging", 8: "editing", 9: "inpainting"}  # what takes so many
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -35,17 +39,17 @@ def pick_device(name: str = "auto") -> torch.device:
     Of several processes that `accelerate launch` starts on one machine each gets a graphics card of its own.
     """
     if name != "auto":
+        expected = UserError(f"diffusion.device={name!r}: expected auto, cpu, cuda or mps")
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise UserError(f"diffusion.device={name!r}: expected auto, cpu, cuda or mps") from error
-        checks: dict[str, Callable[[], bool]] = {
-            "cuda": torch.cuda.is_available,
-            "mps": torch.backends.mps.is_available,
-        }
-        here = checks.get(device.type)
-        if here is not None and not here():
-            raise UserError(f"diffusion.device={name!r}: PyTorch sees no such device here; use auto or cpu")
+            raise expected from error
+        if device.type not in DEVICES:
+            raise expected
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"diffusion.device={name!r}: PyTorch sees no such device here; use auto or cpu") from error
         return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -57,19 +61,92 @@ def _find(config: DiffusionConfig) -> tuple[str, Path | None]:
     folder = resolve(config.path)
     if folder.is_dir() or (folder.is_file() and folder.suffix == ".safetensors"):
         return str(folder), folder
-    if config.path.startswith(("package:", "/", ".", "~")) or folder.is_file() or folder.suffix == ".safetensors":
+    choose = "set diffusion.path to a Stable Diffusion folder, .safetensors checkpoint or hub id"
+    if folder.is_file() and folder.suffix.lower() in PICKLES:
         raise UserError(
-            f"no base model at {folder}; set diffusion.path to a Stable Diffusion folder, checkpoint or hub id"
+            f"{folder} is a pickle, which can run code when it is opened, and is not read; if you trust it, turn it "
+            f"into a folder once, in Python: diffusers.StableDiffusionPipeline.from_single_file({str(folder)!r})"
+            ".save_pretrained('FOLDER'), and set diffusion.path=FOLDER"
         )
+    if folder.is_file():
+        raise UserError(f"{folder} is not a base model of a known format; {choose}")
+    is_local = config.path.startswith(("package:", "/", ".", "~"))
+    if is_local or folder.suffix.lower() in (".safetensors", *PICKLES):
+        raise UserError(f"no base model at {folder}; {choose}")
     return config.path, None
 
 
+# --- what is wrong with a base ------------------------------------------------------------------------
+
+
+def _files(config: DiffusionConfig, part: str) -> list[str]:
+    """Return the names of the files in a part's folder, on the disk, on the hub or in its cache."""
+    folder = resolve(config.path)
+    if not folder.is_dir():
+        from huggingface_hub import list_repo_files, snapshot_download
+
+        try:
+            names = list_repo_files(config.path, revision=config.revision)
+            return [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        except Exception:  # no network, say: what matters is the error that is being explained
+            try:
+                folder = Path(snapshot_download(config.path, revision=config.revision, local_files_only=True))
+            except Exception:
+                return []
+    return [path.name for path in (folder / part).glob("*")]
+
+
+def _variants(files: list[str]) -> list[str | None]:
+    """Return the variants of a part's weights, likely ones first; None for the weights without one."""
+    name = r"(?:diffusion_pytorch_model|pytorch_model|model)([\w.-]*)\.(?:safetensors|bin)"
+    found = [re.sub(r"-\d+-of-\d+", "", m[1]).strip(".") or None for f in files if (m := re.fullmatch(name, f))]
+    return sorted(set(found), key=lambda v: (v is not None, v != "fp16", v or ""))
+
+
 def _unusable(config: DiffusionConfig, name: str, why: str) -> UserError:
+    what = f"the base model {config.path!r} has no usable {name}"
+    if config.path.startswith("runwayml/"):
+        return UserError(
+            f"{what}: the hub has no models of runwayml any more; Stable Diffusion 1.5 has moved: "
+            f"set diffusion.path={STABLE_DIFFUSION}"
+        )
+    there = _variants(_files(config, name))
+    if there and config.variant not in there:
+        shown = ", ".join(v or "none" for v in there)
+        return UserError(
+            f"{what} of diffusion.variant={config.variant or 'null'}, but has these variants: {shown}; "
+            f"set diffusion.variant={there[0] or 'null'}"
+        )
     fetch = "" if resolve(config.path).exists() else f" fetch it with `hf download {config.path}`,"
     return UserError(
-        f"the base model {config.path!r} has no usable {name} ({why});{fetch} set diffusion.path to a folder or "
-        "checkpoint that has it, or use diffusion=embedded"
+        f"{what} ({why});{fetch} set diffusion.path to a folder or checkpoint that has it, or use diffusion=embedded"
     )
+
+
+def _require_text_to_image(path: str, unet: Mapping[str, Any], channels: int, width: int | None) -> None:
+    """Refuse a UNet that is not driven by noise and one text alone.
+
+    Given its settings, the latents' channels, and the text encoder's width where it is known.
+    """
+    need = "hyperdb needs a text-to-image model like Stable Diffusion 1.5; set diffusion.path to one"
+    for side in ("in", "out"):
+        if (found := unet.get(f"{side}_channels", 4)) != channels:
+            kind = f", as for {CHANNELS[found]}" if found in CHANNELS and side == "in" else ""
+            raise UserError(
+                f"the base model {path!r} has a UNet of {found} {side}put channels{kind}, and latents of {channels}; "
+                f"{need}"
+            )
+    if unet.get("addition_embed_type") == "text_time":
+        raise UserError(f"the base model {path!r} is of the kind of Stable Diffusion XL; {need}")
+    further = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim")
+    for name in further:
+        if unet.get(name) is not None:
+            raise UserError(f"the base model {path!r} has a UNet with {name}={unet[name]!r}; {need}")
+    wide = unet.get("cross_attention_dim", 1280)
+    if width is not None and set(wide if isinstance(wide, list | tuple) else [wide]) != {width}:
+        raise UserError(
+            f"the base model {path!r} has a UNet for texts {wide} wide and a text encoder of {width}; {need}"
+        )
 
 
 @contextmanager
@@ -88,6 +165,12 @@ def _open_checkpoint(config: DiffusionConfig, file: Path) -> tuple[Any, ...]:
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    shapes = load_shapes(file)
+    first, last, more = (f"model.diffusion_model.{x}" for x in ("input_blocks.0.0.weight", "out.2.weight", "label_emb"))
+    if first in shapes and last in shapes:
+        kind = "text_time" if any(name.startswith(more) for name in shapes) else None
+        settings = {"in_channels": shapes[first][1], "out_channels": shapes[last][0], "addition_embed_type": kind}
+        _require_text_to_image(str(file), settings, 4, None)
     try:
         whole = StableDiffusionPipeline.from_single_file(
             str(file), config=config.config, revision=config.revision, torch_dtype=torch.float32, safety_checker=None,
@@ -102,6 +185,22 @@ def _open_checkpoint(config: DiffusionConfig, file: Path) -> tuple[Any, ...]:
         ) from error
     schedule = DDPMScheduler.from_config(whole.scheduler.config)
     return whole.unet, whole.text_encoder, whole.vae, whole.tokenizer, schedule
+
+
+def _settings(config: DiffusionConfig, source: str) -> tuple[dict[str, Any], dict[str, Any], CLIPTextConfig]:
+    """Read the settings of UNet, autoencoder and text encoder, and refuse what is no text-to-image model."""
+    found = []
+    for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae")):
+        with _usable(config, name):
+            found.append(kind.load_config(source, subfolder=name, revision=config.revision))
+    with _usable(config, "text_encoder"):
+        known, _ = CLIPTextConfig.get_config_dict(source, subfolder="text_encoder", revision=config.revision)
+        if not known:  # transformers would make up the settings of a missing file
+            raise OSError("it has no config.json")
+        text = CLIPTextConfig.from_dict(known)
+    unet, vae = found
+    _require_text_to_image(config.path, unet, vae.get("latent_channels", 4), text.hidden_size)
+    return unet, vae, text
 
 
 class Base:
@@ -138,13 +237,6 @@ class Base:
         if config.dtype == "fp16" and device.type == "cpu":
             raise UserError("diffusion.dtype=fp16 on a CPU is 17 times slower than bf16; use diffusion.dtype=bf16")
         source, folder = _find(config)
-        if folder is None:
-            digest = f"hub:{source}@{config.revision or 'main'}"
-        elif folder.is_dir():
-            digest = hash_files(sorted(folder.rglob("*.safetensors")))
-            disable_progress_bar()  # a local folder loads in a moment
-        else:
-            digest = hash_files([folder])
         # frozen weights rest in the compute dtype on a GPU; on a CPU autocast keeps small ones in float32
         dtype = DTYPES[config.dtype] if device.type != "cpu" else torch.float32
 
@@ -152,12 +244,16 @@ class Base:
             with _usable(config, name):
                 return kind.from_pretrained(source, subfolder=name, revision=config.revision, **more)
 
+        # read in float32, which holds what any file says: the digest is of that
+
         if folder is not None and folder.is_file():
             unet, text_encoder, vae, tokenizer, schedule = _open_checkpoint(config, folder)
-            unet, text_encoder = unet.to(dtype), text_encoder.to(dtype)
         else:
-            unet = part(UNet2DConditionModel, "unet", torch_dtype=dtype, variant=config.variant)
-            text_encoder = part(CLIPTextModel, "text_encoder", dtype=dtype, variant=config.variant)
+            _settings(config, source)
+            if folder is not None:
+                disable_progress_bar()  # a local folder loads in a moment
+            unet = part(UNet2DConditionModel, "unet", torch_dtype=torch.float32, variant=config.variant)
+            text_encoder = part(CLIPTextModel, "text_encoder", dtype=torch.float32, variant=config.variant)
             vae = part(AutoencoderKL, "vae", torch_dtype=torch.float32, variant=config.variant)
             tokenizer, schedule = part(CLIPTokenizer, "tokenizer"), part(DDPMScheduler, "scheduler")
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up for missing files
@@ -167,7 +263,15 @@ class Base:
                 f"diffusion.rare_token={config.rare_token!r} is {pieces} tokens for {config.path}; choose a word "
                 "that is one, such as sks"
             )
-        return cls(config, unet.to(device), text_encoder.to(device), vae.to(device), tokenizer, schedule, digest)
+        if (kind := schedule.config.prediction_type) not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"the base model {config.path!r} predicts {kind!r} by its scheduler; hyperdb needs one that predicts "
+                "epsilon or v_prediction"
+            )
+        digest = digest_base(unet, text_encoder, vae, tokenizer, schedule)
+        # diffusers' own `to` warns of the layers to be kept in float32, of which there are none
+        unet, text_encoder = (nn.Module.to(part, device, dtype) for part in (unet, text_encoder))
+        return cls(config, unet, text_encoder, vae.to(device), tokenizer, schedule, digest)
 
     @classmethod
     def sketch(cls, config: DiffusionConfig) -> Base:
@@ -178,16 +282,10 @@ class Base:
         source, folder = _find(config)
         if folder is not None and folder.is_file():
             source = config.config or STABLE_DIFFUSION
-
-        def part(kind: Any, name: str) -> Any:
-            with _usable(config, name):
-                return kind.from_config(kind.load_config(source, subfolder=name, revision=config.revision))
-
-        with torch.device("meta"):
-            unet, vae = part(UNet2DConditionModel, "unet"), part(AutoencoderKL, "vae")
-            with _usable(config, "text_encoder"):
-                words = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", revision=config.revision)
-                text_encoder = CLIPTextModel(words)
+        unet_settings, vae_settings, text_settings = _settings(config, source)
+        with torch.device("meta"), _usable(config, "configuration"):
+            unet, vae = UNet2DConditionModel.from_config(unet_settings), AutoencoderKL.from_config(vae_settings)
+            text_encoder = CLIPTextModel(text_settings)
         return cls(config, unet, text_encoder, vae, None, None, "")
 
     @property
@@ -225,6 +323,12 @@ class Base:
         spelled = [w for w in words if len(self.tokenizer.tokenize(w)) > 1]
         return list(dict.fromkeys(spelled))
 
+    def says_person(self, prompt: str) -> bool:
+        """Whether the text encoder sees the rare token in a prompt, written as `[V]` or as itself."""
+        ids = self.tokenize([prompt])[0].tolist()
+        rare = self.tokenizer(self.config.rare_token, add_special_tokens=False).input_ids
+        return any(ids[i : i + len(rare)] == rare for i in range(len(ids)))
+
     # --- pictures
 
     @property
@@ -239,13 +343,29 @@ class Base:
         for part in torch.as_tensor(images).split(self.pictures_a_pass):
             posterior = self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist
             found.append(torch.stack([posterior.mean, posterior.std], 1).cpu())
-        return torch.cat(found) * self.vae.config.scaling_factor
+        moments = torch.cat(found) * self.vae.config.scaling_factor
+        if not moments.isfinite().all():
+            raise NonFiniteError(
+                f"the autoencoder of {self.config.path} makes pictures into NaN: its weights are damaged"
+            )
+        return moments
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` uint8, on the CPU, the VAE in float32."""
-        parts = latents.split(self.pictures_a_pass)
-        return torch.cat([self.pixels(part).clamp(0, 255).round().byte().cpu() for part in parts])
+        """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` uint8, on the CPU, the VAE in float32.
+
+        Raises `NonFiniteError` for what is no picture.
+        """
+        found = []
+        for part in latents.split(self.pictures_a_pass):
+            pixels = self.pixels(part)
+            if not pixels.isfinite().all():
+                raise NonFiniteError(
+                    f"latents of up to {part.abs().max().item():.3g} are decoded to NaN: lower the adapter's strength "
+                    f"or the guidance; if all pictures are, the autoencoder of {self.config.path} is damaged"
+                )
+            found.append(pixels.clamp(0, 255).round().byte().cpu())
+        return torch.cat(found)
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode scaled latents `[B, c, h, w]` to images `[B, 3, H, W]` float32 around 0 .. 255, differentiably."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -13,7 +15,7 @@ from diffusers import (
 from torch import Tensor
 
 from hyperdb.diffusion.base import Base
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import NonFiniteError, UserError
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -29,6 +31,8 @@ def start_noise(base: Base, seeds: list[int]) -> Tensor:
 
     It is what a diffusers pipeline draws from `generator=torch.Generator().manual_seed(seed)`.
     """
+    if odd := [s for s in seeds if not -(2**63) <= s < 2**64]:
+        raise UserError(f"seed={odd[0]}: expected -2**63 to 2**64 - 1, for the last picture too")
     return torch.stack([torch.randn(base.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
@@ -46,7 +50,7 @@ def sample(
 
     The network sees the unconditional rows first, then the conditional ones: an injection of several identities
     is set with `repeat=2` (`repeat=1` when guidance is 1, which needs no unconditional rows). With `gradient` the last
-    step can be differentiated, as in Xu et al. 2023 (ReFL).
+    step can be differentiated, as in Xu et al. 2023 (ReFL). Raises `NonFiniteError` rather than return NaN.
     """
     if scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
@@ -57,6 +61,9 @@ def sample(
         solver.set_timesteps(steps, device=base.device)
     except ValueError as error:  # pndm begins with Runge-Kutta steps and needs 4
         raise UserError(f"scheduler={scheduler} cannot draw in {steps} steps; take more, or ddim") from error
+    if guidance <= 0:
+        ignores = "ignores the prompt" if guidance == 0 else "draws away from the prompt"
+        warnings.warn(f"guidance={guidance} {ignores}; 1 is without guidance", stacklevel=2)
     guided = guidance != 1
     ids = base.tokenize(([negative] * len(prompts) if guided else []) + prompts)
     z = noise.to(base.device) * solver.init_noise_sigma
@@ -71,4 +78,10 @@ def sample(
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance * (conditional - unconditional)
         z = solver.step(out, t, z, return_dict=False)[0]
+    if not z.isfinite().all():
+        raise NonFiniteError(
+            f"what was drawn is NaN or infinite after {steps} steps at guidance={guidance}: lower the adapter's "
+            "strength or the guidance, or use diffusion.dtype=fp32; if nothing helps, "
+            f"{base.config.path} is damaged"
+        )
     return z

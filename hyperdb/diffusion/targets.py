@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -30,6 +30,20 @@ def base_hash(modules: Mapping[str, nn.Linear]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Go through `named_modules` under the names from before torch.compile wrapped the whole or parts."""
+    for path, module in model.named_modules():
+        yield path.replace("_orig_mod.", "").removesuffix("._orig_mod"), module
+
+
+def forget_compiled(*models: nn.Module) -> None:
+    """Have torch.compile compile again what it has compiled of the models: it would not see hooks added since."""
+    for module in (module for model in models for module in model.modules()):
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+            torch.compiler.reset()
+            return
+
+
 def find_targets(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Linear]:
     """Return the paper's layers by name, in the order of the modules; 192 of SD1.5.
 
@@ -38,7 +52,7 @@ def find_targets(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Linea
     `text_encoder.` and the module's path, without the `text_model.` of some versions of transformers.
     """
     found: dict[str, nn.Module] = {}
-    for path, module in unet.named_modules():
+    for path, module in _modules(unet):
         if isinstance(module, Attention):
             if module.fused_projections:
                 raise UserError(f"unet.{path} has fused projections; call unfuse_qkv_projections() first")
@@ -49,7 +63,7 @@ def find_targets(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Linea
         else:
             continue
         found.update({f"unet.{path}.{part}": layer for part, layer in parts.items()})
-    for path, module in text_encoder.named_modules():
+    for path, module in _modules(text_encoder):
         if isinstance(module, CLIPAttention):
             short = path.removeprefix("text_model.")
             for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -58,6 +72,7 @@ def find_targets(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Linea
         raise UserError(
             "no attention layers found: this needs a Stable Diffusion UNet and a CLIP text encoder"
         )
+    found = {name: getattr(layer, "_orig_mod", layer) for name, layer in found.items()}
     for name, layer in found.items():
         if not isinstance(layer, nn.Linear):
             raise UserError(f"{name} is a {type(layer).__name__}, not nn.Linear; unload other adapters first")

@@ -123,12 +123,13 @@ class Personalization:
         `remove()` on what is returned restores the model. A second call on a pipeline replaces the first.
         Raises `UserError` for a model of another layout; warns for another base of the same layout.
         """
-        from hyperdb.diffusion.targets import base_hash, find_targets
+        from hyperdb.diffusion.targets import base_hash, find_targets, forget_compiled
 
         if isinstance(target, Mapping):
             modules: dict[str, nn.Linear] = dict(target)
         else:
             modules = find_targets(target.unet, target.text_encoder)
+            forget_compiled(target.unet, target.text_encoder)
         Layout.of(modules).require(self.layout, self.source)
         here = base_hash(modules)
         if self.base and here and self.base != here:

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that mean "the user can fix this"."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command line prints it as one line and exits with code 2. Anything else that
     escapes is a bug of ours and keeps its traceback.
     """
+
+
+class NonFiniteError(UserError, FloatingPointError):
+    """A loss, a latent or a picture became NaN or infinite; the message says which and what to lower."""

@@ -81,6 +81,12 @@ def load_metadata(path: str | Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def load_shapes(path: str | Path) -> dict[str, list[int]]:
+    """Read only the names and shapes of a safetensors file's tensors."""
+    with _open(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file: its tensors and its string metadata."""
     with _open(path) as file:

@@ -10,9 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-
-class NonFiniteError(FloatingPointError):
-    """A loss became NaN or infinite; the message names the step."""
+from hyperdb.runtime.errors import NonFiniteError
 
 
 class Journal:

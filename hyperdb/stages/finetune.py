@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +139,6 @@ def fit(
     from hyperdb.adapters.base import concatenate
     from hyperdb.adapters.inject import Injection
     from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
-    from hyperdb.runtime.journal import NonFiniteError
     from hyperdb.runtime.optim import Schedule, adamw, set_rate
     from hyperdb.runtime.seed import generator
 

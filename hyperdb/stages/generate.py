@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import PLACEHOLDER, DiffusionConfig
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +54,11 @@ class Config:
     def __post_init__(self) -> None:
         if not 1 <= self.num_images <= 10_000:
             raise UserError(f"num_images={self.num_images}: expected 1 to 10000")
+        if not -(2**63) <= self.seed <= 2**64 - self.num_images:
+            raise UserError(
+                f"seed={self.seed} num_images={self.num_images}: picture i has seed + i, which must lie in -2**63 to "
+                "2**64 - 1"
+            )
         if self.batch < 1:
             raise UserError(f"batch={self.batch}: expected at least 1")
         if self.steps is not None and not 1 <= self.steps <= 1000:
@@ -122,8 +127,11 @@ def _notices(config: Config, base: Base, guidance: float) -> list[str]:
         found.append("negative_prompt has no effect at guidance=1")
     if config.adapter is None and config.strength != 1:
         found.append(f"strength={config.strength} has no effect without adapter")
-    if config.adapter is not None and PLACEHOLDER not in config.prompt:
-        found.append(f"prompt has no {PLACEHOLDER}, the word for the person: expect less likeness")
+    if config.adapter is not None and PLACEHOLDER not in config.prompt and not base.says_person(config.prompt):
+        found.append(
+            f"prompt has neither {PLACEHOLDER}, the word for the person, nor {base.config.rare_token!r}: "
+            "expect less likeness"
+        )
     return found
 
 
@@ -179,16 +187,22 @@ def _draw(config: Config, base: Base, seeds: list[int], steps: int, guidance: fl
     """Return pictures [B, H, W, 3], one a seed."""
     from hyperdb.diffusion.sample import sample, start_noise
 
-    latents = sample(
-        base,
-        [config.prompt] * len(seeds),
-        start_noise(base, seeds),
-        steps,
-        guidance,
-        config.negative_prompt,
-        config.scheduler,
-    )
-    return base.decode(latents).permute(0, 2, 3, 1).contiguous().numpy()  #  [B, 3, H, W] -> [B, H, W, 3]
+    try:
+        latents = sample(
+            base,
+            [config.prompt] * len(seeds),
+            start_noise(base, seeds),
+            steps,
+            guidance,
+            config.negative_prompt,
+            config.scheduler,
+        )
+        pictures = base.decode(latents)
+    except NonFiniteError as error:
+        if config.adapter is None:
+            raise
+        raise NonFiniteError(f"adapter={config.adapter} strength={config.strength}: {error}") from error
+    return pictures.permute(0, 2, 3, 1).contiguous().numpy()  #              [B, 3, H, W] -> [B, H, W, 3]
 
 
 def run(config: Config) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,6 +186,7 @@ def run(config: Config) -> Path:
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.diffusion import DiffusionConfig
     from hyperdb.diffusion.base import pick_device
+    from hyperdb.diffusion.digest import digest_vae
     from hyperdb.diffusion.loss import diffusion_loss, stratified_timesteps
     from hyperdb.heads.captions import vocabulary
     from hyperdb.runtime.files import hash_files, save_json
@@ -247,6 +248,8 @@ def run(config: Config) -> Path:
     optimizer, ema = adamw(params, config.rate, 1e-2), EMA(params, config.ema)
     schedule = Schedule(config.steps, config.warmup, config.decay)
     around = hash_files(sorted(Path(wanted).glob("*.safetensors"))) if wanted is not None else None
+    if config.init is not None and vae is not None:  # without `init` the base's digest is of the whole folder
+        around = digest_vae(vae)
     whole = {**asdict(config), "made_from": [people.digest, base.digest, around], "noise": dict(base.schedule.config)}
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
@@ -261,7 +264,7 @@ def run(config: Config) -> Path:
         "init": base.digest if config.init is not None else None,
     }
     save_json(out / "base" / "made_from.json", made_from)
-    digest = hash_files(sorted((out / "base").rglob("*.safetensors")))
+    digest = replace(base.config, path=str(out / "base")).load().digest
     report = {"steps": config.steps, "samples": config.steps * config.batch, **made_from, "base": digest}
     save_json(out / "report.json", report)
     print(f"base in {out / 'base'}, samples in {out}")

@@ -123,8 +123,14 @@ def test_a_pickle_is_never_opened(folder: Base, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     Path("model.ckpt").write_bytes(b"anything")
     for path in ("model.ckpt", str(tmp_path / "model.ckpt")):
-        with pytest.raises(UserError, match=r"no base model at .*model\.ckpt"):
+        with pytest.raises(UserError, match=r"model\.ckpt is a pickle, .*from_single_file\('.*model\.ckpt'\)"):
             replace(folder.config, path=path).load()
+    for path in ("none.ckpt", "none.pt", "none.bin"):
+        with pytest.raises(UserError, match=f"no base model at {path}"):
+            replace(folder.config, path=path).load()
+    Path("model.gguf").write_bytes(b"anything")
+    with pytest.raises(UserError, match=r"model\.gguf is not a base model of a known format"):
+        replace(folder.config, path="model.gguf").load()
 
 
 def test_what_is_no_checkpoint_is_named(folder: Base, tiny_base: Path, tmp_path: Path) -> None:
