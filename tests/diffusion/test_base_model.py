@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,15 @@ import torch
 from conftest import WORDS
 from torch import nn
 
-from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion import STABLE_DIFFUSION, DiffusionConfig
+from hyperdb.diffusion import base as base_module
 from hyperdb.diffusion.base import Base, pick_device
 from hyperdb.diffusion.targets import base_hash
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import NonFiniteError, UserError
+from hyperdb.runtime.files import load_json, save_json
+
+
+NO_MPS = pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is here")
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +47,6 @@ def test_everything_is_frozen_float32_and_in_eval_mode(base: Base) -> None:
         assert all(not p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 
-def test_digest_is_of_the_weights(base: Base, config: DiffusionConfig, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(config.path, copy)
-    assert replace(config, path=str(copy)).load().digest == base.digest
-    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert replace(config, path=str(copy)).load().digest != base.digest
-
-
 def test_fp16_on_a_cpu_is_refused(config: DiffusionConfig) -> None:
     with pytest.raises(UserError, match=r"use diffusion\.dtype=bf16"):
         replace(config, dtype="fp16").load()
@@ -74,13 +69,21 @@ def test_missing_part_is_named(config: DiffusionConfig, tmp_path: Path, part: st
 
 
 def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert pick_device("auto").type == expected
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(UserError, match="'gpu': expected auto, cpu, cuda or mps"):
-        pick_device("gpu")
+    for name in ("gpu", "xpu", "hpu", "meta", "", "0", "CUDA", "cuda:-1"):
+        with pytest.raises(UserError, match=f"'{name}': expected auto, cpu, cuda or mps"):
+            pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", pytest.param("mps", marks=NO_MPS)])
+def test_a_device_that_is_not_here(name: str) -> None:
+    with pytest.raises(UserError, match=f"'{name}': PyTorch sees no such device here"):
+        pick_device(name)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +97,79 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"rare_token": "[V]"}, "rare_token"),
         ({"crop": 0.1}, "crop"),
         ({"steps": 0}, "steps"),
+        ({"guidance": float("nan")}, "guidance=nan"),
     ],
 )
 def test_settings_out_of_range_are_named(wrong: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         DiffusionConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"in_channels": 9}, "a UNet of 9 input channels, as for inpainting, and latents of 4"),
+        ({"in_channels": 5}, "a UNet of 5 input channels, as for depth to picture"),
+        ({"in_channels": 8}, "a UNet of 8 input channels, as for editing"),
+        ({"out_channels": 8}, "a UNet of 8 output channels, and latents of 4"),
+        ({"addition_embed_type": "text_time", "cross_attention_dim": 2048}, "is of the kind of Stable Diffusion XL"),
+        ({"addition_embed_type": "image"}, "a UNet with addition_embed_type='image'"),
+        ({"num_class_embeds": 1000}, "a UNet with num_class_embeds=1000"),
+        ({"encoder_hid_dim_type": "text_proj"}, "a UNet with encoder_hid_dim_type='text_proj'"),
+        ({"cross_attention_dim": 768}, "a UNet for texts 768 wide and a text encoder of 32"),
+    ],
+)
+def test_a_unet_of_another_kind_is_named_before_it_is_read(
+    config: DiffusionConfig, tmp_path: Path, settings: dict, said: str
+) -> None:
+    copy = shutil.copytree(config.path, tmp_path / "copy")
+    file = copy / "unet" / "config.json"
+    save_json(file, {**load_json(file), **settings})
+    for weights in copy.rglob("*.safetensors"):
+        weights.unlink()
+    other = replace(config, path=str(copy))
+    for load in (Base.load, Base.sketch):
+        with pytest.raises(UserError, match=rf"copy' .*{said}.*; hyperdb needs a text-to-image model like .* 1\.5"):
+            load(other)
+
+
+def test_a_schedule_of_another_kind_is_named(config: DiffusionConfig, tmp_path: Path) -> None:
+    copy = shutil.copytree(config.path, tmp_path / "copy")
+    file = copy / "scheduler" / "scheduler_config.json"
+    save_json(file, {**load_json(file), "prediction_type": "sample"})
+    with pytest.raises(UserError, match="predicts 'sample' by its scheduler; hyperdb needs"):
+        replace(config, path=str(copy)).load()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_variant_that_is_there_is_named(config: DiffusionConfig, tmp_path: Path, suffix: str) -> None:
+    copy = shutil.copytree(config.path, tmp_path / "copy")
+    unet, text = copy / "unet" / "diffusion_pytorch_model.safetensors", copy / "text_encoder" / "model.safetensors"
+    text.rename(text.with_name(f"model.fp16.{suffix}"))
+    with pytest.raises(UserError, match=r"no usable text_encoder of .*variant=null, .*set diffusion\.variant=fp16$"):
+        replace(config, path=str(copy)).load()
+    unet.rename(unet.with_name(f"diffusion_pytorch_model.fp16.{suffix}"))
+    with pytest.raises(UserError, match=r"no usable unet of .*variants: fp16; set diffusion\.variant=fp16$"):
+        replace(config, path=str(copy)).load()
+    with pytest.raises(UserError, match=r"no usable unet of diffusion\.variant=bf16, .*set diffusion\.variant=fp16$"):
+        replace(config, path=str(copy), variant="bf16").load()
+    with pytest.raises(UserError, match=r"no usable unet of .*variants: none; set diffusion\.variant=null$"):
+        replace(config, variant="fp16").load()
+
+
+def test_variants_of_files_in_parts() -> None:
+    files = ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "model-00001-of-00002.non_ema.bin", "x.bin"]
+    assert base_module._variants([*files, "config.json", "model.safetensors.index.json"]) == ["fp16", "non_ema"]
+    assert base_module._variants(["model.non_ema.safetensors", "pytorch_model.bin"]) == [None, "non_ema"]
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")
+@pytest.mark.parametrize("name", ["stable-diffusion-v1-5", "stable-diffusion-inpainting"])
+def test_what_has_moved_on_the_hub_is_named(config: DiffusionConfig, name: str) -> None:
+    moved = replace(config, path=f"runwayml/{name}")
+    for load in (Base.load, Base.sketch):
+        with pytest.raises(UserError, match=rf"set diffusion\.path={STABLE_DIFFUSION}$"):
+            load(moved)
 
 
 def test_checkpointing_changes_no_gradient(config: DiffusionConfig) -> None:
@@ -191,7 +262,44 @@ def test_decode_is_the_decoder_of_unscaled_latents(base: Base) -> None:
     assert (pictures.float() - exact.clamp(0, 255)).abs().max() <= 0.51
 
 
+def test_what_is_no_number_is_no_picture(config: DiffusionConfig) -> None:
+    base = config.load()
+    latents = torch.zeros(2, *base.latent_shape)
+    assert base.decode(latents).shape == (2, 3, 32, 32)
+    for bad in (float("nan"), float("inf")):
+        latents[1, 0, 0, 0] = bad
+        with pytest.raises(NonFiniteError, match=r"decoded to NaN: lower the adapter's strength"):
+            base.decode(latents)
+    base.vae.encoder.conv_in.weight.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="makes pictures into NaN: its weights are damaged"):
+        base.moments(images(1))
+
+
+def test_the_person_is_seen_in_a_prompt(base: Base) -> None:
+    for prompt in ("a [V] face", "a photo of SKS", "sks, smiling"):
+        assert base.says_person(prompt), prompt
+    for prompt in ("", "a face", "a zwx face", "a sksbeach face", "a face " * 30 + "sks"):
+        assert not base.says_person(prompt), prompt
+
+
 # --- layers
+
+
+@pytest.mark.parametrize("how", ["whole", "in place", "a part", "a layer"])
+def test_targets_of_a_compiled_network_have_its_names(config: DiffusionConfig, how: str) -> None:
+    base = config.load()
+    known = list(base.targets().items())
+    compiled = partial(torch.compile, backend="eager")
+    attention = base.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+    if how == "whole":
+        base.unet, base.text_encoder = compiled(base.unet), compiled(base.text_encoder)
+    elif how == "in place":
+        base.unet.compile(backend="eager")
+    elif how == "a part":
+        base.unet.mid_block = compiled(base.unet.mid_block)
+    else:
+        attention.to_q = compiled(attention.to_q)
+    assert list(base.targets().items()) == known
 
 
 def test_targets_are_every_attention_and_geglu_by_name(base: Base) -> None:

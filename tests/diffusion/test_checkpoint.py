@@ -98,6 +98,7 @@ def test_a_checkpoint_draws_what_the_folder_draws(folder: Base, checkpoint: Path
     assert torch.equal(drawn(base), drawn(folder))
     assert base.schedule.config.prediction_type == folder.schedule.config.prediction_type == "v_prediction"
     assert set(base.targets()) == set(folder.targets())
+    assert base.digest == folder.digest
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")  # diffusers' own use of the hub
@@ -115,6 +116,9 @@ def test_a_hub_layout_with_a_variant_draws_what_the_folder_draws(
     monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
     base = replace(folder.config, path="someone/model", variant="fp16").load()
     assert torch.equal(drawn(base), drawn(folder))
+    assert base.digest == folder.digest
+    with pytest.raises(UserError, match=r"unet of diffusion\.variant=null, .* set diffusion\.variant=fp16$"):
+        replace(folder.config, path="someone/model").load()
     with pytest.raises(UserError, match="no usable unet"):
         replace(folder.config, path="someone/model", variant="bf16").load()
 
