@@ -97,6 +97,37 @@ def test_a_damaged_base(in_tmp, tiny_base, capsys, part):
     _says(capsys, ["personalize", *words], part.partition("/")[0], "./base")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["diffusion.device=xpu"], "diffusion.device='xpu': expected auto, cpu, cuda or mps"),
+        (["finetune.steps=20", "finetune.rate=1e20"], "lower the rate (1e+20)"),
+    ],
+)
+def test_a_personalisation_that_cannot_be(in_tmp, tiny_base, capsys, words, said):
+    _photo(in_tmp / "a.png", (64, 64))
+    more = [f"diffusion.path={tiny_base}", "diffusion.size=32", "hypernet=null", "image=a.png", "align=false"]
+    _says(capsys, ["personalize", *more, "prior.images=2", "preview=false", "finetune.prior_weight=0", *words], said)
+    assert not list(in_tmp.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["diffusion.device=xpu"], "expected auto, cpu, cuda or mps"),
+        (["diffusion.device=cuda:99"], "PyTorch sees no such device here"),
+        (["seed=18446744073709551615", "num_images=2"], "seed=18446744073709551615"),
+        (["guidance=1e39"], "NaN or infinite"),
+        (["diffusion.path=model.ckpt"], "model.ckpt is a pickle"),
+        (["diffusion.path=runwayml/stable-diffusion-v1-5"], "set diffusion.path=stable-diffusion-v1-5/"),
+    ],
+)
+def test_pictures_that_cannot_be(in_tmp, tiny_base, capsys, words, said):
+    (in_tmp / "model.ckpt").write_bytes(b"anything")
+    _says(capsys, ["generate", f"diffusion.path={tiny_base}", "diffusion.size=32", "steps=2", *words], said)
+    assert not list(in_tmp.rglob("*.png"))
+
+
 def _foreign_people(folder):
     save_json(folder / "index.json", {"config": {"split": "train", "size": 32, "shard": 2}, "shards": 1})
     save_tensors(folder / "shard-00000.safetensors", {"image": torch.zeros(3)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,11 @@ from diffusers import StableDiffusionPipeline
 from hyperdb import config
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import resolve
+from hyperdb.diffusion.digest import FORMER
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.hypernet.model import Hypernet
-from hyperdb.runtime.files import load_metadata, load_tensors
+from hyperdb.runtime.files import load_json, load_metadata, load_tensors, save_json
 
 EMBEDDED = resolve("package:embedded")
 
@@ -28,6 +31,15 @@ def test_the_hypernetwork_belongs_to_the_base(model):
     hypernet = Hypernet.load(EMBEDDED / "hypernet" / "hypernet.safetensors")
     assert hypernet.metadata["base"] == model.base.digest
     assert hypernet.lidb.layout == Layout.of(model.base.targets())
+
+
+def test_another_base_has_another_name(model, tmp_path):
+    """The shipped base keeps its older name; the least change of its settings takes it away."""
+    copy = shutil.copytree(EMBEDDED / "base", tmp_path / "base")
+    assert replace(model.base.config, path=str(copy)).load().digest == model.base.digest
+    file = copy / "scheduler" / "scheduler_config.json"
+    save_json(file, {**load_json(file), "prediction_type": "epsilon"})
+    assert replace(model.base.config, path=str(copy)).load().digest not in (model.base.digest, *FORMER.values())
 
 
 def test_the_directions_are_in_the_hypernetworks_bases(model):

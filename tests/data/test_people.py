@@ -134,13 +134,16 @@ def test_moments_are_computed_once_and_kept(
     assert calls == [12]
     assert torch.equal(latent_moments(base, people, cache), moments)
     assert calls == [12]
-    base.digest = "another"  # another base around the same autoencoder
+    monkeypatch.setattr(base, "digest", "another")  # another base around the same autoencoder
     latent_moments(base, people, cache)
     assert calls == [12]
     with torch.no_grad():
         next(base.vae.parameters()).mul_(2)
     latent_moments(base, people, cache)
     assert calls == [12, 12]
+    base.vae.register_to_config(scaling_factor=0.5)
+    latent_moments(base, people, cache)
+    assert calls == [12, 12, 12]
 
 
 def test_moments_of_another_choice_of_images_are_computed_anew(

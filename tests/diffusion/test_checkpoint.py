@@ -144,3 +144,21 @@ def test_what_is_no_checkpoint_is_named(folder: Base, tiny_base: Path, tmp_path:
     save_tensors(other, {"x": torch.zeros(2)})
     with pytest.raises(UserError, match=r"other\.safetensors is not a Stable Diffusion checkpoint"):
         replace(folder.config, path=str(other), config=str(tiny_base)).load()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("input_blocks.0.0.weight", (8, 9, 3, 3), "a UNet of 9 input channels, as for inpainting"),
+        ("out.2.weight", (8, 8, 3, 3), "a UNet of 8 output channels"),
+        ("label_emb.0.0.weight", (8, 2816), "is of the kind of Stable Diffusion XL"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_named(
+    folder: Base, tmp_path: Path, name: str, shape: tuple[int, ...], said: str
+) -> None:
+    shapes = {"input_blocks.0.0.weight": (8, 4, 3, 3), "out.2.weight": (4, 8, 3, 3), name: shape}
+    file = tmp_path / "other.safetensors"
+    save_tensors(file, {f"model.diffusion_model.{k}": torch.zeros(v) for k, v in shapes.items()})
+    with pytest.raises(UserError, match=rf"other\.safetensors' .*{said}.*; hyperdb needs a text-to-image model"):
+        replace(folder.config, path=str(file)).load()

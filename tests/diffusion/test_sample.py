@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.sample import SCHEDULERS, sample, start_noise
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import NonFiniteError, UserError
 
 # diffusers' dpm, euler and unipc turn tensors to arrays in a way that numpy 2 frowns upon
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -128,3 +128,28 @@ def test_the_last_step_can_be_differentiated(base: Base) -> None:
 
 def test_no_gradient_is_kept(base: Base) -> None:
     assert not sample(base, PROMPTS, start_noise(base, [0, 1]), 1).requires_grad
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_that_no_generator_takes_is_named(base: Base, seed: int) -> None:
+    start_noise(base, [2**64 - 1, -(2**63)])
+    with pytest.raises(UserError, match=f"seed={seed}: expected -2\\*\\*63 to 2\\*\\*64 - 1"):
+        start_noise(base, [0, seed])
+
+
+def test_what_is_no_number_is_not_drawn(base: Base) -> None:
+    noise = start_noise(base, [0, 1])
+    with pytest.raises(NonFiniteError, match=r"NaN or infinite after 4 steps at guidance=1e\+39: lower the adapter's"):
+        sample(base, PROMPTS, noise, 4, 1e39)
+    noise[1, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="NaN or infinite after 2 steps"):
+        sample(base, PROMPTS, noise, 2, 1.0)
+
+
+def test_guidance_that_leaves_the_prompt_out_is_said(base: Base) -> None:
+    noise = start_noise(base, [0, 1])
+    with pytest.warns(UserWarning, match=r"^guidance=0 ignores the prompt; 1 is without guidance$"):
+        ignored = sample(base, PROMPTS, noise, 2, 0)
+    with pytest.warns(UserWarning, match=r"^guidance=-2.0 draws away from the prompt"):
+        sample(base, PROMPTS, noise, 2, -2.0)
+    torch.testing.assert_close(ignored, sample(base, ["", ""], noise, 2, 1.0), atol=1e-4, rtol=1e-4)

@@ -279,6 +279,32 @@ def test_apply_replaces_removes_and_scales(pipeline: SimpleNamespace) -> None:
     assert torch.equal(outputs(pipeline), plain)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's own
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_apply_to_a_network_that_is_compiled_and_has_run(pipeline: SimpleNamespace, how: str) -> None:
+    modules = find_targets(pipeline.unet, pipeline.text_encoder)
+    adapter = person(Layout.of(modules), base=base_hash(modules))
+    plain = outputs(pipeline)
+    handle = adapter.apply(pipeline)
+    personal = outputs(pipeline)
+    handle.remove()
+    torch.compiler.reset()
+    part = pipeline.unet.mid_block  # the whole takes a minute to compile
+    if how == "wrapped":
+        pipeline.unet.mid_block = torch.compile(part, backend="eager")
+    else:
+        part.compile(backend="eager")
+    torch.testing.assert_close(outputs(pipeline), plain)
+    handle = adapter.apply(pipeline)
+    torch.testing.assert_close(outputs(pipeline), personal)
+    handle.set(adapter.factors(), 0.0)
+    torch.testing.assert_close(outputs(pipeline), plain)
+    handle = adapter.apply(pipeline)
+    torch.testing.assert_close(outputs(pipeline), personal)
+    handle.remove()
+    torch.testing.assert_close(outputs(pipeline), plain)
+
+
 def test_apply_to_plain_modules() -> None:
     modules = {layer.name: nn.Linear(layer.in_, layer.out) for layer in LAYOUT.layers}
     adapter, x = person(), noise(2, 30)

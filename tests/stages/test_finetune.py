@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.adapters.lora import LoRA
 from hyperdb.diffusion import DiffusionConfig
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_json, save_json
 from hyperdb.stages.finetune import FitConfig, PriorConfig, fit, load_prior
 
 
@@ -112,3 +115,26 @@ def test_prior_is_cached_and_remade_for_other_prompts(base, tmp_path):
     assert not (tmp_path / "none.safetensors").exists()
     load_prior(base, PriorConfig(prompts=["a photo of a face"], images=2), path)
     assert path.stat().st_mtime_ns != stamp
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}),
+        ("text_encoder/config.json", {"hidden_act": "gelu"}),
+    ],
+)
+def test_the_prior_of_another_base_is_not_used(base, prior, tmp_path, file, values):
+    copy = shutil.copytree(base.config.path, tmp_path / "copy")
+    config, cache = PriorConfig(prompts=["a photo of a face"], images=2, levels=2), tmp_path / "prior.safetensors"
+    own = load_prior(base, config, cache).own
+    written = cache.stat().st_mtime_ns
+    assert torch.equal(load_prior(replace(base.config, path=str(copy)).load(), config, cache).own, own)
+    assert cache.stat().st_mtime_ns == written  # the same base, at another place
+    save_json(copy / file, {**load_json(copy / file), **values})
+    assert not torch.equal(load_prior(replace(base.config, path=str(copy)).load(), config, cache).own, own)
+
+
+def test_a_fit_that_diverges_says_so(base, lidb, moments):
+    with pytest.raises(UserError, match=r"the loss is \w+ at step \d+; lower the rate \(1e\+30\)"):
+        fit(base, lidb, moments[:1], FitConfig(steps=20, rate=1e30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.faces.image import read_image, read_text
 from hyperdb.formats.native import Personalization, find_adapter
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import NonFiniteError, UserError
+from hyperdb.runtime.files import load_json, save_json
 from hyperdb.stages import generate
 from hyperdb.stages.generate import Config, run
 
@@ -153,6 +155,31 @@ def test_running_again_draws_only_what_is_missing(
     assert len(json.loads((out / "manifest.json").read_text())["pictures"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}),
+        ("vae/config.json", {"scaling_factor": 0.5}),
+        ("tokenizer/tokenizer_config.json", {"padding_side": "left"}),
+    ],
+)
+def test_pictures_of_another_base_at_the_same_place_are_drawn(
+    config: Config, tmp_path: Path, file: str, values: dict
+) -> None:
+    copy = shutil.copytree(config.diffusion.path, tmp_path / "copy")
+    config = replace(config, diffusion=replace(config.diffusion, path=str(copy)), num_images=1)
+
+    def drawn(name: str) -> np.ndarray:
+        out = Path(run(replace(config, out=str(tmp_path / name))))
+        return read_image(max(out.glob("0*.png"))).astype(int)
+
+    before = drawn("out")
+    save_json(copy / file, {**load_json(copy / file), **values})
+    after = drawn("out")
+    assert np.abs(after - before).max() > 2
+    assert np.array_equal(drawn("fresh"), after)
+
+
 def test_adapter_acts_by_its_strength(config: Config, adapter: Path, tmp_path: Path) -> None:
     def draw(name: str, **more: object) -> np.ndarray:
         return pictures(run(replace(config, out=str(tmp_path / name), **more)))
@@ -244,9 +271,18 @@ def test_words_cut_off_are_named(config: Config) -> None:
     assert notice == "prompt is longer than 24 tokens; the base does not see: beach , smiling"
 
 
+def test_the_person_is_called_by_either_name(config: Config, adapter: Path) -> None:
+    for prompt in ("a photo of a sks face", "SKS, smiling", "a [V] face"):
+        assert notices(replace(config, adapter=str(adapter), prompt=prompt)) == []
+    (notice,) = notices(replace(config, adapter=str(adapter), prompt="a photo of a face"))
+    assert notice == "prompt has neither [V], the word for the person, nor 'sks': expect less likeness"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        ({"guidance": 0.0}, "guidance=0.0 ignores the prompt; 1 is without guidance"),
+        ({"guidance": -1.0}, "guidance=-1.0 draws away from the prompt"),
         ({"negative_prompt": "sketch", "guidance": 1.0}, "negative_prompt has no effect"),
         ({"strength": 0.5}, "strength=0.5 has no effect"),
     ],
@@ -272,6 +308,8 @@ def test_adapter_of_another_base_of_the_same_layout(
     [
         ({"num_images": 0}, "num_images=0"),
         ({"num_images": 10_001}, "num_images=10001"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seed=18446744073709551615 num_images=2: picture i has seed"),
+        ({"seed": -(2**63) - 1}, "seed=-9223372036854775809 num_images=3"),
         ({"batch": 0}, "batch=0"),
         ({"steps": 0}, "steps=0"),
         ({"strength": float("nan")}, "strength=nan"),
@@ -287,6 +325,19 @@ def test_refused_before_anything_is_written(config: Config, in_tmp: Path, wrong:
     with pytest.raises(UserError, match=message):
         run(replace(config, **wrong))
     assert not Path(config.out).exists()
+
+
+def test_pictures_of_nothing_are_refused(config: Config, adapter: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"adapter=.*ada strength=1e\+30: .* is NaN or infinite after 3 steps"):
+        run(replace(config, adapter=str(adapter), strength=1e30))
+    with pytest.raises(NonFiniteError, match=r"^what was drawn is NaN or infinite .* guidance=1e\+39: lower"):
+        run(replace(config, guidance=1e39))
+    assert not list(Path(config.out).glob("*.png"))
+
+
+def test_the_last_seeds(config: Config) -> None:
+    run(replace(config, seed=2**64 - 3))
+    assert read_text(Path(config.out) / "00002.png")["seed"] == str(2**64 - 1)
 
 
 def test_foreign_and_damaged_adapters(config: Config, person: Personalization, tmp_path: Path) -> None:
