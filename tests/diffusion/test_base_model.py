@@ -19,7 +19,6 @@ from hyperdb.diffusion.targets import base_hash
 from hyperdb.runtime.errors import NonFiniteError, UserError
 from hyperdb.runtime.files import load_json, save_json
 
-
 NO_MPS = pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is here")
 
 
