@@ -65,7 +65,7 @@ def _quad_matrix(quad: NDArray[np.float64], size: int) -> NDArray[np.float64]:
 
 
 def _look_closer(rgb: NDArray[np.uint8], face: Face) -> tuple[Face, int]:
-    """Detect eight times in the face's upright crop: the face with the mean of the points, and how often it was seen."""
+    """Detect eight times in the face's upright crop; return it with the mean points, and how often it was seen."""
     size, order = 288, [1, 0, 2, 4, 3]  # left and right change places in the mirror
     matrix = _quad_matrix(ffhq_quad(face.points), size)
     back = np.asarray(cv2.invertAffineTransform(matrix), np.float64)
@@ -172,6 +172,16 @@ def invented(rgb: NDArray[np.uint8], quad: NDArray[np.float64]) -> float:
     return max(0.0, 1 - cv2.intersectConvexConvex(corners, np.asarray(frame, np.float32))[0] / cv2.contourArea(corners))
 
 
+def _is_cut(rgb: NDArray[np.uint8], face: Face) -> bool:
+    """Whether the frame of the picture cuts through the face itself, the middle half of its FFHQ crop."""
+    # Of whole faces, portraits cut tightly at forehead and cheeks among them, at most .17 lay outside.
+    eyes, mouth = face.points[:2], face.points[3:]
+    unit = max(np.linalg.norm(eyes[1] - eyes[0]), np.linalg.norm(mouth.mean(0) - eyes.mean(0)))
+    last = np.array([rgb.shape[1], rgb.shape[0]]) - 1
+    margin = min(face.points.min(), (last - face.points).min())
+    return bool(margin < 0.2 * unit or invented(rgb, ffhq_quad(face.points, 0.5)) > 0.18)
+
+
 def require_whole(
     rgb: NDArray[np.uint8], face: Face, scale: float = 0.8, name: str = "the picture"
 ) -> tuple[Face, list[str]]:
@@ -180,16 +190,10 @@ def require_whole(
     Raises `UserError` for a face whose crop would show somebody else: cut by the frame of the picture (its other half
     would be a reflection), not found again in its own crop, or with a crop that lies mostly outside the picture.
     """
-    another = f"use another picture of this person, or another face of {name}"
-    # Of whole faces, portraits cut tightly at forehead and cheeks among them, at most .17 lay outside.
-    heart = invented(rgb, ffhq_quad(face.points, 0.5))
-    eyes, mouth = face.points[:2], face.points[3:]
-    unit = max(np.linalg.norm(eyes[1] - eyes[0]), np.linalg.norm(mouth.mean(0) - eyes.mean(0)))
-    height, width = rgb.shape[:2]
-    edge = min(face.points.min(), *(np.array([width, height]) - 1 - face.points.max(0))) / unit
-    if heart > 0.18 or edge < 0.2:
-        raise UserError(f"the face in {name} is cut by the frame of the picture; {another}")
     refined, often = _look_closer(rgb, face)
+    another = f"use another picture of this person, or another face of {name}"
+    if _is_cut(rgb, face) or _is_cut(rgb, refined):
+        raise UserError(f"the face in {name} is cut by the frame of the picture; {another}")
     if often < 3:
         raise UserError(
             f"what looks like a face in {name} is not plausible: {often} of 8 closer looks find it again, so it may be "

@@ -60,7 +60,7 @@ def _open_header(path: Path) -> Image.Image:
 
 
 def _deep_pixels(path: Path) -> NDArray[Any]:
-    """Decode with OpenCV at full depth: Pillow keeps the upper byte of 16 and reads no float colours. RGB(A) or grey."""
+    """Decode grey or RGB(A) at full depth, with OpenCV: Pillow keeps the upper byte of 16 and reads no float colours."""
     import cv2
 
     try:
@@ -209,10 +209,10 @@ def _to_rgb(image: Image.Image, name: str | Path) -> NDArray[np.uint8]:
     return np.array(image)
 
 
-def _holds_deep_colours(image: Image.Image) -> bool:
+def _holds_deep_colours(image: Any) -> bool:
     """Whether the file keeps more than 8 bits of each colour, of which Pillow reads the upper ones only."""
     if image.format == "TIFF" and image.mode in ("RGB", "RGBA"):
-        return max(image.tag_v2.get(BITSPERSAMPLE, (8,))) > 8  # type: ignore[attr-defined]
+        return max(image.tag_v2.get(BITSPERSAMPLE, (8,))) > 8
     return image.format == "PNG" and image.mode in ("RGB", "RGBA") and image.tile[0].args == f"{image.mode};16B"
 
 
@@ -255,13 +255,30 @@ def as_image(picture: Any, name: str = "the picture") -> NDArray[np.uint8]:
     shape = list(values.shape)
     if values.ndim not in (2, 3) or (values.ndim == 3 and shape[2] not in (1, 3, 4)):
         channels_first = values.ndim == 3 and shape[0] in (1, 3, 4)
-        advice = "move the channels to the end" if channels_first else "give one picture at a time"
+        advice = "move the channels to the end" if channels_first else "give several pictures as a list"
         raise UserError(f"{name} has the shape {shape}, expected [H, W, 3] or [H, W]: {advice}")
     _check_size(name, shape[1], shape[0])
     pixels = _to_8bit(values, name)
     if pixels.ndim == 3 and shape[2] == 3:
         return np.ascontiguousarray(pixels)
     return _to_rgb(Image.fromarray(np.ascontiguousarray(pixels[..., 0] if shape[2:] == [1] else pixels)), name)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file begins as a picture does that `read_image` reads."""
+    try:
+        with _open_header(path):
+            return True
+    except Exception:  # a decoder may raise anything on foreign bytes
+        return False
+
+
+def suffixes() -> set[str]:
+    """Return the suffixes of the formats Pillow knows, in small letters and with their dot."""
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return set(Image.registered_extensions())
 
 
 def read_text(path: str | Path) -> dict[str, str]:

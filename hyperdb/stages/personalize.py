@@ -165,7 +165,7 @@ class Personalizer:
         """
         import numpy as np
 
-        crops = np.stack([self.crop(one) for one in (image if isinstance(image, list) else [image])])
+        crops = np.stack([self.crop(one) for one in (image if isinstance(image, list | tuple) else [image])])
         tokens = self.predict(crops)
         return self.wrap(tokens, self.finetune(crops, tokens) if finetune else None)
 
@@ -209,9 +209,10 @@ def crop_face(image: str | Path | np.ndarray, config: Config) -> np.ndarray:
     from hyperdb.faces.align import face_crop
     from hyperdb.faces.image import as_image, read_image
 
-    is_file = isinstance(image, str | Path)
-    name = str(image) if is_file else "the picture"
-    rgb = read_image(image) if is_file else as_image(image)
+    if isinstance(image, str | Path):
+        name, rgb = str(image), read_image(image)
+    else:
+        name, rgb = "the picture", as_image(image)
     crop, notice = face_crop(rgb, config.diffusion.size, config.diffusion.crop, config.face, name, config.align)
     if notice:
         print(notice)
