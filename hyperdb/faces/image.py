@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,19 +60,33 @@ def _open_header(path: Path) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = bound
 
 
-def _deep_pixels(path: Path) -> NDArray[Any]:
-    """Decode grey or RGB(A) at full depth, with OpenCV: Pillow keeps the upper byte of 16 and reads no float colours."""
+def _unoriented(content: bytearray) -> bytearray:
+    """Overwrite a TIFF's orientation with 1: OpenCV obeys half of the eight and fails at the others."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(content[:4]))
+    if order is not None:
+        (start,) = struct.unpack_from(f"{order}I", content, 4)
+        (count,) = struct.unpack_from(f"{order}H", content, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            if struct.unpack_from(f"{order}H", content, entry)[0] == ExifTags.Base.Orientation:
+                struct.pack_into(f"{order}H", content, entry + 8, 1)
+    return content
+
+
+def _deep_pixels(path: Path) -> NDArray[Any] | None:
+    """Decode grey or RGB(A) at full depth and as stored, with OpenCV; None if it cannot.
+
+    Pillow keeps the upper byte of 16-bit colours and reads no float colours.
+    """
     import cv2
 
     try:
-        values = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
-    except cv2.error:
-        values = None
-    if values is None:
-        raise UserError(f"{path} is truncated or damaged, or packed in an unusual way; save it again as PNG")
-    if values.ndim == 3:
+        content = np.frombuffer(_unoriented(bytearray(path.read_bytes())), np.uint8)
+        values = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    except (cv2.error, struct.error):
+        return None
+    if values is not None and values.ndim == 3:
         values = values[..., [2, 1, 0, 3][: values.shape[2]]]
-    return np.asarray(values)
+    return None if values is None else np.asarray(values)
 
 
 def _float_tiff(path: Path) -> Image.Image | None:
@@ -87,7 +102,10 @@ def _float_tiff(path: Path) -> Image.Image | None:
         _check_size(path, tags[IMAGEWIDTH], tags[IMAGELENGTH])
     except (KeyError, TypeError):
         return None
-    image = Image.fromarray(_to_8bit(_deep_pixels(path), path))
+    values = _deep_pixels(path)
+    if values is None:
+        raise UserError(f"{path} is truncated or damaged, or packed in an unusual way; save it again as PNG")
+    image = Image.fromarray(_to_8bit(values, path))
     image.getexif()[ExifTags.Base.Orientation] = tags.get(ExifTags.Base.Orientation, 1)
     image.info["icc_profile"] = tags.get(ExifTags.Base.InterColorProfile)
     return image
@@ -228,14 +246,17 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     _check_file(path)
     with _open(path) as image:
         _check_size(path, *image.size)
-        deep = _holds_deep_colours(image)
-        _decode(path, image)
-        if deep:
-            pixels = Image.fromarray(_to_8bit(_deep_pixels(path), path))
-            pixels.info["icc_profile"] = image.info.get("icc_profile")
-            pixels.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
-            return _to_rgb(pixels, path)
-        return _to_rgb(image, path)
+        is_deep = _holds_deep_colours(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) if is_deep and image.format == "TIFF" else None
+        _decode(path, image)  # turns a TIFF upright itself
+        values = _deep_pixels(path) if is_deep else None
+        if values is None:
+            return _to_rgb(image, path)
+        pixels = Image.fromarray(_to_8bit(values, path))
+        pixels.info |= {key: image.info[key] for key in ("icc_profile", "exif") if key in image.info}
+        if turned is not None:
+            pixels.getexif()[ExifTags.Base.Orientation] = turned
+        return _to_rgb(pixels, path)
 
 
 def as_image(picture: Any, name: str = "the picture") -> NDArray[np.uint8]:

@@ -104,7 +104,7 @@ def _why_left_out(path: Path, readable: set[str]) -> str | None:
         return "a link to nothing" if path.is_symlink() and (named or not suffix) else None
     if named:
         return "" if suffix in readable else f"{suffix} files are not read; save the picture as JPEG or PNG"
-    return "" if suffix not in mimetypes.types_map and is_image(path) else None
+    return "" if is_image(path) else None
 
 
 def _pictures(config: Config) -> tuple[list[Path], dict[Path, str]]:

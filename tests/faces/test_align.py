@@ -9,7 +9,6 @@ import skimage.data
 from PIL import Image
 
 from hyperdb import heads
-
 from hyperdb.faces import detect as detect_module
 from hyperdb.faces.align import (
     ARCFACE,
@@ -136,8 +135,14 @@ def test_the_crop_of_an_upright_whole_face_is_that_of_the_largest_detection_refi
 def test_the_crop_of_the_astronaut_stays_as_it_was(astronaut):
     """Means of blocks of 16 px, of the time before faces were judged at all."""
     before = {
-        1.0: [[172.0, 119.6, 121.0, 151.3], [110.1, 147.0, 117.8, 91.7], [177.1, 188.7, 160.4, 174.5], [60.9, 122.7, 116.8, 194.8]],
-        0.8: [[120.4, 111.8, 125.1, 70.3], [84.1, 161.4, 133.4, 47.0], [161.4, 190.4, 165.6, 137.4], [80.6, 188.0, 155.8, 202.3]],
+        1.0: [
+            [172.0, 119.6, 121.0, 151.3], [110.1, 147.0, 117.8, 91.7],
+            [177.1, 188.7, 160.4, 174.5], [60.9, 122.7, 116.8, 194.8],
+        ],
+        0.8: [
+            [120.4, 111.8, 125.1, 70.3], [84.1, 161.4, 133.4, 47.0],
+            [161.4, 190.4, 165.6, 137.4], [80.6, 188.0, 155.8, 202.3],
+        ],
     }
     for scale, blocks in before.items():
         cut = face_crop(astronaut, 64, scale)[0].mean(-1)

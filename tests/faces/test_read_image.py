@@ -4,11 +4,12 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import skimage.data
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from hyperdb.faces.image import MOST, as_image, grid, read_image, read_text, save_png
 from hyperdb.runtime.errors import UserError
@@ -65,6 +66,11 @@ def test_exif_orientation(tmp_path, orientation):
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png"), upright)
+    deep = cv2.imencode(".png", np.ascontiguousarray(stored[..., ::-1]).astype(np.uint16) * 16)[1].tobytes()
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "deep.png").write_bytes(deep[:33] + chunk + deep[33:])
+    assert np.abs(read_image(tmp_path / "deep.png").astype(int) - upright * (255 * 16 / 4095)).max() <= 1
 
 
 def test_transparency_over_white(tmp_path):
@@ -139,7 +145,8 @@ def skin():
 def test_embedded_profiles_are_converted_to_srgb(tmp_path, skin):
     wide = in_profile(skin, adobe_rgb())
     assert np.abs(np.asarray(wide).astype(int) - skin).mean() > 3  # another number for the same colour
-    for suffix, options in {"png": {}, "tiff": {}, "jpg": {"quality": 98, "subsampling": 0}, "heic": {"quality": 100}}.items():
+    lossy = {"jpg": {"quality": 98, "subsampling": 0}, "heic": {"quality": 100}}
+    for suffix, options in {"png": {}, "tiff": {}, **lossy}.items():
         wide.save(tmp_path / f"a.{suffix}", icc_profile=adobe_rgb(), **options)
         assert np.abs(read_image(tmp_path / f"a.{suffix}").astype(int) - skin).mean() < 2.5, suffix
     half = wide.copy()
@@ -152,8 +159,6 @@ def test_embedded_profiles_are_converted_to_srgb(tmp_path, skin):
 
 
 def test_deep_colours_in_a_profile(tmp_path, skin):
-    import cv2
-
     wide = np.asarray(in_profile(skin, adobe_rgb())).astype(np.uint16) * 16  # 12 of 16 bits
     coded = cv2.imencode(".png", wide[..., ::-1])[1].tobytes()
     packed = zlib.compress(adobe_rgb())
@@ -170,7 +175,8 @@ def test_srgb_by_name_changes_no_pixel(tmp_path, skin):
 
 
 def test_a_damaged_profile_is_reported_and_the_picture_read(tmp_path, skin):
-    for name, profile, mode in (("cut", adobe_rgb()[:200], "RGB"), ("text", b"not a profile", "RGB"), ("of colours", adobe_rgb(), "L")):
+    cases = [("cut", adobe_rgb()[:200], "RGB"), ("text", b"not a profile", "RGB"), ("of colours", adobe_rgb(), "L")]
+    for name, profile, mode in cases:
         image = Image.fromarray(skin).convert(mode)
         image.save(tmp_path / f"{name}.png", icc_profile=profile)
         with pytest.warns(UserWarning, match=rf"{name}\.png has a damaged colour profile"):
@@ -182,8 +188,6 @@ def test_a_damaged_profile_is_reported_and_the_picture_read(tmp_path, skin):
 @pytest.mark.parametrize("kind", ["png", "tiff", "float"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_depth_is_what_the_values_hold(tmp_path, top, kind, channels):
-    import cv2
-
     if top == 1 and kind != "float":
         pytest.skip("integers up to 1 are black")
     values = np.random.default_rng(0).random((40, 48, channels)) * top
@@ -194,9 +198,25 @@ def test_depth_is_what_the_values_hold(tmp_path, top, kind, channels):
     assert np.abs(read_image(path).astype(int) - expected).max() <= 1
 
 
-def test_a_float_tiff_of_any_size_is_judged_by_its_header(tmp_path):
-    import cv2
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "top"), [("float32", 1), ("uint16", 4095), ("uint16", 65_535), ("uint8", 255)])
+def test_a_tiff_stands_upright_at_every_depth(tmp_path, orientation, kind, top):
+    import tifffile
 
+    values = (gradient() / 255 * top).astype(kind)
+    where = (0x0112, "H", 1, orientation, False)
+    tifffile.imwrite(tmp_path / "a.tiff", values, photometric="rgb", extratags=[where])
+    upright = ImageOps.exif_transpose(_marked(gradient(), orientation))
+    assert np.abs(read_image(tmp_path / "a.tiff").astype(int) - np.asarray(upright)).max() <= 1
+
+
+def _marked(rgb, orientation):
+    image = Image.fromarray(rgb)
+    image.getexif()[0x0112] = orientation
+    return image
+
+
+def test_a_float_tiff_of_any_size_is_judged_by_its_header(tmp_path):
     cv2.imwrite(str(tmp_path / "a.tiff"), np.zeros((20, 50, 3), np.float32))
     with pytest.raises(UserError, match=r"a\.tiff has 50x20 px"):
         read_image(tmp_path / "a.tiff")
