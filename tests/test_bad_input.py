@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import skimage.data
 import torch
 from PIL import Image
 
@@ -37,6 +38,7 @@ def _cut(path):
 
 
 PHOTOS["cut.png"] = _cut
+PHOTOS["half a face.png"] = lambda path: Image.fromarray(skimage.data.astronaut()[:300, 230:]).save(path)
 
 
 def _says(capsys, words, *said):

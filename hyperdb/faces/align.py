@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperdb.faces.detect import Face, detect, detect_at
+from hyperdb.faces.detect import Face, detect_at, detect_turned
 from hyperdb.runtime.errors import UserError
 
 # Where ArcFace and SFace expect the five points in 112x112 (Deng et al. 2019, insightface).
@@ -64,13 +64,8 @@ def _quad_matrix(quad: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     return np.asarray(cv2.getAffineTransform(quad[:3].astype(np.float32), target), np.float64)
 
 
-def refine(rgb: NDArray[np.uint8], face: Face) -> Face:
-    """Return the face with steadier points: the mean of eight detections in its upright crop.
-
-    At four sizes, plain and mirrored (50 ms). Over one photo at many sizes the points of a single
-    detection scatter by 4 % of the eye distance, which shifts and scales a crop visibly; these
-    scatter by 1 %.
-    """
+def _look_closer(rgb: NDArray[np.uint8], face: Face) -> tuple[Face, int]:
+    """Detect eight times in the face's upright crop; return it with the mean points, and how often it was seen."""
     size, order = 288, [1, 0, 2, 4, 3]  # left and right change places in the mirror
     matrix = _quad_matrix(ffhq_quad(face.points), size)
     back = np.asarray(cv2.invertAffineTransform(matrix), np.float64)
@@ -84,9 +79,19 @@ def refine(rgb: NDArray[np.uint8], face: Face) -> Face:
         seen += [(f.points * [-1, 1] + [size - 1, 0])[order] for f in detect_at(mirror, longest)]
         kept += [p for p in seen if np.linalg.norm(p - expected, axis=1).mean() < tolerance]
     if not kept:
-        return face
+        return face, 0
     points = np.mean(kept, axis=0) @ back[:, :2].T + back[:, 2]
-    return replace(face, points=points.astype(np.float32))
+    return replace(face, points=points.astype(np.float32)), len(kept)
+
+
+def refine(rgb: NDArray[np.uint8], face: Face) -> Face:
+    """Return the face with steadier points: the mean of eight detections in its upright crop.
+
+    At four sizes, plain and mirrored (50 ms). Over one photo at many sizes the points of a single
+    detection scatter by 4 % of the eye distance, which shifts and scales a crop visibly; these
+    scatter by 1 %.
+    """
+    return _look_closer(rgb, face)[0]
 
 
 def crop(
@@ -159,6 +164,56 @@ def choose(
     return faces[face - 1], None
 
 
+def invented(rgb: NDArray[np.uint8], quad: NDArray[np.float64]) -> float:
+    """Return the share of a crop's corners [4, 2] that lies beyond the picture, where it is reflected."""
+    height, width = rgb.shape[:2]
+    frame = np.array([[0, 0], [0, height], [width, height], [width, 0]], np.float32) - 0.5
+    corners = quad.astype(np.float32)
+    return max(0.0, 1 - cv2.intersectConvexConvex(corners, np.asarray(frame, np.float32))[0] / cv2.contourArea(corners))
+
+
+def _is_cut(rgb: NDArray[np.uint8], face: Face) -> bool:
+    """Whether the frame of the picture cuts through the face itself, the middle half of its FFHQ crop."""
+    # Of whole faces, portraits cut tightly at forehead and cheeks among them, at most .17 lay outside.
+    eyes, mouth = face.points[:2], face.points[3:]
+    unit = max(np.linalg.norm(eyes[1] - eyes[0]), np.linalg.norm(mouth.mean(0) - eyes.mean(0)))
+    last = np.array([rgb.shape[1], rgb.shape[0]]) - 1
+    margin = min(face.points.min(), (last - face.points).min())
+    return bool(margin < 0.2 * unit or invented(rgb, ffhq_quad(face.points, 0.5)) > 0.18)
+
+
+def require_whole(
+    rgb: NDArray[np.uint8], face: Face, scale: float = 0.8, name: str = "the picture"
+) -> tuple[Face, list[str]]:
+    """Return the face refined, and notices about what its crop will not show as it is.
+
+    Raises `UserError` for a face whose crop would show somebody else: cut by the frame of the picture (its other half
+    would be a reflection), not found again in its own crop, or with a crop that lies mostly outside the picture.
+    """
+    refined, often = _look_closer(rgb, face)
+    another = f"use another picture of this person, or another face of {name}"
+    if _is_cut(rgb, face) or _is_cut(rgb, refined):
+        raise UserError(f"the face in {name} is cut by the frame of the picture; {another}")
+    if often < 3:
+        raise UserError(
+            f"what looks like a face in {name} is not plausible: {often} of 8 closer looks find it again, so it may be "
+            f"turned away, covered, badly tilted or no face at all; {another}"
+        )
+    share = invented(rgb, ffhq_quad(refined.points, scale))
+    if share > 0.5:
+        raise UserError(
+            f"{share:.0%} of the crop of the face in {name} would lie outside the picture; use one that shows more "
+            "around the face, a smaller crop, or align=false if it is a face crop already"
+        )
+    notices = []
+    if face.turn:
+        way = ("90 degrees counter-clockwise", "180 degrees", "90 degrees clockwise")[face.turn - 1]
+        notices.append(f"{name} does not stand upright; it is turned by {way}")
+    if share >= 0.1:
+        notices.append(f"{share:.0%} of the crop of {name} lie outside the picture and are invented by reflection")
+    return refined, notices
+
+
 def face_crop(
     rgb: NDArray[np.uint8],
     size: int,
@@ -169,9 +224,11 @@ def face_crop(
 ) -> tuple[NDArray[np.uint8], str | None]:
     """Detect, choose and crop: [H, W, 3] -> ([size, size, 3], a notice for the user or None).
 
-    `align=False` takes the central square as it is. Raises the errors of `choose`.
+    `align=False` takes the central square as it is. Raises the errors of `choose` and `require_whole`.
     """
     if not align:
         return square(rgb, size), None
-    chosen, notice = choose(detect(rgb), face, name)
-    return crop(rgb, refine(rgb, chosen).points, size, scale), notice
+    chosen, notice = choose(detect_turned(rgb), face, name)
+    refined, notices = require_whole(rgb, chosen, scale, name)
+    notices = ([notice] if notice else []) + notices
+    return crop(rgb, refined.points, size, scale), "; ".join(notices) or None

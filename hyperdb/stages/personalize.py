@@ -165,7 +165,7 @@ class Personalizer:
         """
         import numpy as np
 
-        crops = np.stack([self.crop(one) for one in (image if isinstance(image, list) else [image])])
+        crops = np.stack([self.crop(one) for one in (image if isinstance(image, list | tuple) else [image])])
         tokens = self.predict(crops)
         return self.wrap(tokens, self.finetune(crops, tokens) if finetune else None)
 
@@ -206,13 +206,13 @@ def photos(image: str) -> list[str]:
 
 def crop_face(image: str | Path | np.ndarray, config: Config) -> np.ndarray:
     """Return the aligned face of a picture, `[size, size, 3]` uint8; notices go to standard output."""
-    import numpy as np
-
     from hyperdb.faces.align import face_crop
-    from hyperdb.faces.image import read_image
+    from hyperdb.faces.image import as_image, read_image
 
-    name = str(image) if isinstance(image, str | Path) else "the picture"
-    rgb = np.asarray(image) if not isinstance(image, str | Path) else read_image(Path(image))
+    if isinstance(image, str | Path):
+        name, rgb = str(image), read_image(image)
+    else:
+        name, rgb = "the picture", as_image(image)
     crop, notice = face_crop(rgb, config.diffusion.size, config.diffusion.crop, config.face, name, config.align)
     if notice:
         print(notice)

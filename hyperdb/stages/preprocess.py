@@ -4,12 +4,16 @@
     hyperdb preprocess kind=celeba_hq source=CelebA-HQ-img identity_file=identity_CelebA.txt
 
 Writes `faces/*.png`, `manifest.jsonl` (file, source, identity, split, box, score) and
-`rejected.jsonl` (source, reason) into `out`. Running it again keeps the faces that are there.
+`rejected.jsonl` (source, reason) into `out`: every picture below `source`, or within `limit`, is in one of the two.
+Running it again keeps the faces that are there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mimetypes
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -22,7 +26,9 @@ from hyperdb.runtime.files import atomic
 from hyperdb.runtime.seed import derive
 
 KINDS = ("folder", "celeba_hq", "sfhq")
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2"}
+# Pictures, or files with pictures in them, that are not read; beside what `mimetypes` calls image or video.
+UNREAD = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"}  # of cameras
+UNREAD |= {".exr", ".hdr", ".jxl", ".jxr", ".svg", ".xcf", ".pdf", ".ps", ".eps", ".mpg", ".mpeg"}
 IDENTITIES = "identity_CelebA.txt"
 MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"
 
@@ -55,8 +61,56 @@ class Config:
             raise UserError(f"limit={self.limit} leaves nothing; choose 1 or more, or null")
 
 
-def _pictures(config: Config) -> list[Path]:
-    """List the pictures below `source`, relative to it; never our own output."""
+def _files(root: Path, out: Path, left_out: dict[Path, str]) -> list[Path]:
+    """List the files below `root`, relative to it, through links to folders too; never those in `out`.
+
+    Folders and links that lead nowhere new are added to `left_out`.
+    """
+    found = []
+    seen = {root.resolve(): root}
+
+    def fail(error: OSError) -> None:
+        left_out[Path(error.filename).relative_to(root)] = f"the folder cannot be read ({error.strerror})"
+
+    for name, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        folder = Path(name)
+        folders.sort(key=lambda inner: ((folder / inner).is_symlink(), inner))
+        for inner in folders.copy():
+            path = folder / inner
+            there = path.resolve()
+            if there.is_relative_to(out):
+                folders.remove(inner)
+            elif there in seen or root.resolve().is_relative_to(there):
+                folders.remove(inner)
+                left_out[path.relative_to(root)] = f"the same folder as {seen.get(there, there)}"
+            else:
+                seen[there] = path
+        paths = [folder / file for file in files]
+        found += [path.relative_to(root) for path in paths if not path.resolve().is_relative_to(out)]
+    return found
+
+
+def _why_left_out(path: Path, readable: set[str]) -> str | None:
+    """Return "" for a picture to read, a reason for one that is left out, None for what is no picture at all.
+
+    Judged by the name, and for a name that says nothing by the first bytes.
+    """
+    from hyperdb.faces.image import is_image
+
+    suffix = path.suffix.lower()
+    kind = (mimetypes.guess_type(f"a{suffix}")[0] or "").partition("/")[0]
+    named = suffix in readable or suffix in UNREAD or kind in ("image", "video")
+    if not path.is_file():
+        return "a link to nothing" if path.is_symlink() and (named or not suffix) else None
+    if named:
+        return "" if suffix in readable else f"{suffix} files are not read; save the picture as JPEG or PNG"
+    return "" if is_image(path) else None
+
+
+def _pictures(config: Config) -> tuple[list[Path], dict[Path, str]]:
+    """List the pictures below `source`, relative to it, and why others are left out; never our own output."""
+    from hyperdb.faces.image import suffixes
+
     root, out = Path(config.source), Path(config.out).resolve()
     if not config.source:
         raise UserError("source is not set; give the folder of photos: source=FOLDER")
@@ -66,21 +120,25 @@ def _pictures(config: Config) -> list[Path]:
         raise UserError(f"source={root} does not exist; check the spelling")
     if out == root.resolve():
         raise UserError(f"out={config.out} is the source folder; choose another folder")
-    found = []
-    for path in root.rglob("*"):
-        relative = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.suffix.lower() not in PICTURES or hidden or not path.is_file():
-            continue
-        if not path.resolve().is_relative_to(out):
-            found.append(relative)
+    readable = suffixes() - UNREAD
+    found: list[Path] = []
+    left_out: dict[Path, str] = {}
+    for path in _files(root, out, left_out):
+        reason = _why_left_out(root / path, readable)
+        if reason is not None and any(part.startswith(".") for part in path.parts):
+            reason = "hidden: its name, or that of its folder, begins with a dot"
+        if reason:
+            left_out[path] = reason
+        elif reason is not None:
+            found.append(path)
     if not found:
-        raise UserError(f"no pictures in {root}; expected files like .jpg, .png or .webp")
+        reasons = "".join(f"; {path}: {reason}" for path, reason in sorted(left_out.items())[:1])
+        raise UserError(f"no pictures in {root}; expected files like .jpg, .png or .heic{reasons}")
     found.sort()
     if config.limit is not None and len(found) > config.limit:
         found.sort(key=lambda p: derive(config.seed, "limit", p.as_posix()))
         found = sorted(found[: config.limit])
-    return found
+    return found, left_out
 
 
 def _read_columns(path: Path, count: int) -> list[list[str]]:
@@ -150,6 +208,23 @@ def _folder_identities(config: Config, pictures: list[Path]) -> dict[Path, str |
     return {p: p.parts[0] if len(p.parts) > 1 else p.stem for p in pictures}
 
 
+def _hint(config: Config, pictures: list[Path]) -> str | None:
+    """Say so when folders are taken for people whose names speak against it."""
+    if config.kind != "folder" or config.identity_file is not None:
+        return None
+    people = sorted({p.parts[0] for p in pictures if len(p.parts) > 1})
+    own = "if each picture is another person, as in FFHQ, set kind=sfhq"
+    numbers = [name for name in people if name.isdecimal()]
+    if numbers:
+        return f"{len(numbers)} folders named by numbers ({numbers[0]}, ...) are taken for one person each; {own}"
+    if len(people) == 1 and all(len(p.parts) > 2 for p in pictures):
+        return (
+            f"all {len(pictures)} pictures are taken for one person, {people[0]}, though they lie in folders below; "
+            f"{own}; if those are the people, set source={Path(config.source) / people[0]}"
+        )
+    return None
+
+
 def _identities(config: Config, pictures: list[Path]) -> dict[Path, str | None]:
     if config.kind == "celeba_hq":
         return _celeba_identities(config, pictures)
@@ -177,26 +252,33 @@ def _file_names(pictures: list[Path]) -> dict[Path, str]:
 
 
 def _make_face(config: Config, picture: Path, file: Path) -> dict[str, Any]:
-    """Return box, score and number of faces; write `file` unless it holds this very crop."""
-    from hyperdb.faces.align import choose, crop, refine
-    from hyperdb.faces.detect import detect
+    """Return box, score, number of faces and notices; write `file` unless it holds this very crop."""
+    from hyperdb.faces.align import choose, crop, require_whole
+    from hyperdb.faces.detect import detect_turned
     from hyperdb.faces.image import read_image, read_text, save_png
 
     source = Path(config.source) / picture
-    recipe = json.dumps([picture.as_posix(), source.stat().st_size, config.size, config.crop])
+    try:
+        with source.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{source} cannot be read ({error.strerror})") from error
+    recipe = json.dumps([picture.as_posix(), content, config.size, config.crop])
     text = read_text(file) if file.is_file() else {}
     if text.get("recipe") == recipe and "face" in text:
         kept: dict[str, Any] = json.loads(text["face"])
         return kept
     rgb = read_image(source)
-    faces = detect(rgb)
+    faces = detect_turned(rgb)
     face, _ = choose(faces, name=str(source))
+    refined, notices = require_whole(rgb, face, config.crop, str(source))
     found = {
         "box": [round(v, 1) for v in face.box],
         "score": round(face.score, 4),
         "faces": len(faces),
+        "notices": notices,
     }
-    image = crop(rgb, refine(rgb, face).points, config.size, config.crop)
+    image = crop(rgb, refined.points, config.size, config.crop)
     save_png(file, image, {"recipe": recipe, "face": json.dumps(found)})
     return found
 
@@ -214,6 +296,9 @@ def _summary(records: list[dict[str, Any]], rejected: list[dict[str, str]], seve
     text = f"{len(records)} faces of {people} identities ({parts})"
     if several:
         text += f"; {several} pictures show several faces, the largest was taken"
+    noticed = sum("notices" in record for record in records)
+    if noticed:
+        text += f"; {noticed} were turned upright or reach beyond their picture, see notices in manifest.jsonl"
     if rejected:
         text += f"; {len(rejected)} pictures rejected, see rejected.jsonl"
     return text
@@ -226,12 +311,15 @@ def run(config: Config) -> Path:
     """
     from tqdm import tqdm
 
-    pictures = _pictures(config)
+    pictures, left_out = _pictures(config)
     identities = _identities(config, pictures)
+    hint = _hint(config, pictures)
+    if hint:
+        print(hint)
     names = _file_names(pictures)
     out = Path(config.out)
     records: list[dict[str, Any]] = []
-    rejected: list[dict[str, str]] = []
+    rejected = [{"source": p.as_posix(), "reason": reason} for p, reason in sorted(left_out.items())]
     several = 0
     for picture in tqdm(pictures, desc="preprocess", unit="picture", dynamic_ncols=True):
         identity = identities[picture]
@@ -251,11 +339,12 @@ def run(config: Config) -> Path:
                 "split": split_of(identity, config.seed),
                 "box": face["box"],
                 "score": face["score"],
+                **({"notices": face["notices"]} if face["notices"] else {}),
             }
         )
     if not records:
-        first = rejected[0]["reason"]
-        raise UserError(f"none of {len(rejected)} pictures could be used; the first: {first}")
+        first = rejected[len(left_out)]["reason"]
+        raise UserError(f"none of {len(pictures)} pictures could be used; the first: {first}")
     _write_lines(out / "rejected.jsonl", rejected)
     _write_lines(out / "manifest.jsonl", records)
     print(_summary(records, rejected, several))

@@ -1,11 +1,14 @@
 """Detection on a real photo, and the geometry of the crops."""
 
+import re
 import sys
 
 import numpy as np
 import pytest
 import skimage.data
+from PIL import Image
 
+from hyperdb import heads
 from hyperdb.faces import detect as detect_module
 from hyperdb.faces.align import (
     ARCFACE,
@@ -15,11 +18,12 @@ from hyperdb.faces.align import (
     crop,
     face_crop,
     ffhq_quad,
+    invented,
     refine,
     similarity,
     square,
 )
-from hyperdb.faces.detect import detect, model_file
+from hyperdb.faces.detect import detect, detect_turned, model_file
 from hyperdb.runtime.errors import UserError
 
 # A frontal face: eye distance 1, mouth 1.1 below the eyes.
@@ -114,6 +118,107 @@ def test_several_faces(astronaut):
         face_crop(both, 64, face=3, name="two.jpg")
     with pytest.raises(UserError, match="face=0"):
         face_crop(both, 64, face=0)
+
+
+def test_the_crop_of_an_upright_whole_face_is_that_of_the_largest_detection_refined(astronaut, face):
+    cut, notice = face_crop(astronaut, 128, 1.0)
+    assert notice is None
+    assert np.array_equal(cut, crop(astronaut, refine(astronaut, face).points, 128, 1.0))
+    for seed in range(6):
+        render = heads.render(heads.Identity(seed), heads.sample_view(np.random.default_rng(seed)))
+        found = detect(render)
+        if found:
+            expected = crop(render, refine(render, found[0]).points, 64)
+            assert np.array_equal(face_crop(render, 64)[0], expected)
+
+
+def test_the_crop_of_the_astronaut_stays_as_it_was(astronaut):
+    """Means of blocks of 16 px, of the time before faces were judged at all."""
+    before = {
+        1.0: [
+            [172.0, 119.6, 121.0, 151.3], [110.1, 147.0, 117.8, 91.7],
+            [177.1, 188.7, 160.4, 174.5], [60.9, 122.7, 116.8, 194.8],
+        ],
+        0.8: [
+            [120.4, 111.8, 125.1, 70.3], [84.1, 161.4, 133.4, 47.0],
+            [161.4, 190.4, 165.6, 137.4], [80.6, 188.0, 155.8, 202.3],
+        ],
+    }
+    for scale, blocks in before.items():
+        cut = face_crop(astronaut, 64, scale)[0].mean(-1)
+        assert np.abs(cut.reshape(4, 16, 4, 16).mean((1, 3)) - blocks).max() < 0.06
+
+
+@pytest.mark.parametrize(("turn", "said"), [(1, "90 degrees clockwise"), (2, "180 degrees"), (3, "counter-clockwise")])
+def test_a_picture_on_its_side_is_turned_and_said_so(astronaut, face, turn, said):
+    upright = np.ascontiguousarray(astronaut[:400])
+    picture = np.ascontiguousarray(np.rot90(upright, turn))
+    cut, notice = face_crop(picture, 128, name="a.jpg")
+    assert notice.startswith("a.jpg does not stand upright")
+    assert said in notice
+    assert np.abs(cut.astype(int) - face_crop(upright, 128)[0]).mean() < 1
+    found = detect_turned(picture)[0]
+    assert found.turn == 4 - turn
+    x, y, w, h = found.box
+    assert ((found.points > [x, y]) & (found.points < [x + w, y + h])).all()
+    assert np.ptp(found.points[:2], axis=0).argmax() == (turn % 2)  # eye beside eye, as they lie there
+    with pytest.raises(UserError, match="face=2, but"):
+        face_crop(picture, 64, face=2)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (230, 0, 512, 300),
+        (200, 0, 512, 300),
+        (215, 20, 400, 512),
+        (0, 0, 235, 300),
+        (0, 0, 220, 512),
+        (0, 105, 512, 512),
+        (0, 0, 512, 140),
+    ],
+)
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_face_cut_by_the_frame_is_refused(astronaut, box, turn):
+    left, top, right, bottom = box
+    picture = np.ascontiguousarray(np.rot90(astronaut[top:bottom, left:right], turn))
+    with pytest.raises(UserError, match=r"in a\.jpg is (cut by the frame|not plausible)") as caught:
+        face_crop(picture, 64, name="a.jpg")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_invented_share_of_a_crop_is_named_and_bounded(astronaut):
+    tight = astronaut[70:180, 176:272]  # forehead to chin, cheek to cheek
+    _, notice = face_crop(tight, 64, 0.8, name="a.jpg")
+    share = int(re.search(r"(\d+)% of the crop of a\.jpg lie outside", notice)[1])
+    quad = ffhq_quad(refine(tight, detect(tight)[0]).points, 0.8)
+    assert 10 < share < 50
+    assert abs(invented(tight, quad) - share / 100) < 0.006
+    with pytest.raises(UserError, match=r"[5-9]\d% of the crop of the face in a\.jpg .* align=false"):
+        face_crop(tight, 64, 1.3, name="a.jpg")
+    quarter = np.float64([[-5, -5], [-5, 5], [5, 5], [5, -5]]) - 0.5
+    assert invented(tight, quarter) == pytest.approx(0.75)
+    assert invented(tight, quarter + 40) == 0
+    assert invented(tight, quarter - 40) == 1
+
+
+def test_a_face_that_is_not_found_again_is_refused(astronaut):
+    tilted = np.asarray(Image.fromarray(astronaut).rotate(45, expand=True, resample=Image.Resampling.BILINEAR))
+    with pytest.raises(UserError, match=r"a\.jpg is not plausible: 0 of 8"):
+        face_crop(tilted, 64, name="a.jpg")
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_small_face_in_a_huge_picture_is_found(astronaut, turn):
+    import cv2
+
+    large = cv2.resize(astronaut, None, fx=2.5, fy=2.5, interpolation=cv2.INTER_CUBIC)
+    panorama = np.full((2000, 14_000, 3), 128, np.uint8)
+    panorama[300 : 300 + 1280, 9000 : 9000 + 1280] = large
+    cut, notice = face_crop(np.ascontiguousarray(np.rot90(panorama, turn)), 64)
+    assert (notice is None) == (turn == 0)
+    middle = [c[16:48, 16:48].ravel() for c in (cut, face_crop(astronaut, 64)[0])]
+    assert np.corrcoef(*middle)[0, 1] > 0.9
 
 
 def test_one_face_gives_no_notice(face):

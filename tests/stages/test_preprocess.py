@@ -28,7 +28,7 @@ def make(tmp_path, photo, names):
     for name in names:
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        photo.save(path)
+        photo.save(path, format=None if path.suffix else "JPEG")
     return {"source": str(tmp_path / "in"), "out": str(tmp_path / "out"), "size": 64}
 
 
@@ -88,6 +88,114 @@ def test_output_inside_the_source_is_not_read(tmp_path, photo):
     first = run(Config(**config)).read_bytes()
     assert run(Config(**config)).read_bytes() == first
     assert len(first.splitlines()) == 1
+
+
+def test_every_picture_is_read_or_named(tmp_path, photo):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    config = make(tmp_path, photo, ["a.jpg", "b.jfif", "IMG_2.JPE", "IMG_1.HEIC", "c.TIF", "photo", ".hidden.jpg"])
+    there = tmp_path / "in"
+    photo.save(there / "c.png.bak", format="PNG")
+    (there / ".thumbs").mkdir()
+    photo.save(there / ".thumbs" / "d.png")
+    (there / "raw.CR2").write_bytes(b"II*\0 raw")
+    (there / "film.mov").write_bytes(b"\0\0\0\x14ftypqt  ")
+    (there / "cut.heic").write_bytes((there / "IMG_1.HEIC").read_bytes()[:900])
+    (there / "nowhere.jpg").symlink_to(tmp_path / "none.jpg")
+    (there / "notes.txt").write_text("no picture")
+    (there / "list").write_text("no picture")
+    read = {r["source"] for r in lines(run(Config(**config)))}
+    assert read == {"a.jpg", "b.jfif", "IMG_2.JPE", "IMG_1.HEIC", "c.TIF", "photo", "c.png.bak"}
+    reasons = {r["source"]: r["reason"] for r in lines(tmp_path / "out/rejected.jsonl")}
+    assert reasons.keys() == {".hidden.jpg", ".thumbs/d.png", "raw.CR2", "film.mov", "cut.heic", "nowhere.jpg"}
+    assert "hidden" in reasons[".hidden.jpg"]
+    assert "hidden" in reasons[".thumbs/d.png"]
+    assert ".cr2 files are not read" in reasons["raw.CR2"]
+    assert "link to nothing" in reasons["nowhere.jpg"]
+
+
+def test_a_folder_of_pictures_that_are_not_read_says_which(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "raw.nef").write_bytes(b"raw")
+    with pytest.raises(UserError, match=r"no pictures in .*raw\.nef: \.nef files are not read"):
+        run(Config(source=str(tmp_path / "in"), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_to_folders_are_followed_once(tmp_path, photo):
+    config = make(tmp_path, photo, ["ada/1.png"])
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    photo.save(tmp_path / "elsewhere" / "deep" / "2.png")
+    (tmp_path / "in" / "bob").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "aaa").symlink_to(tmp_path / "in" / "ada")
+    (tmp_path / "in" / "ada" / "round").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "up").symlink_to(tmp_path)
+    records = lines(run(Config(**config)))
+    assert [(r["source"], r["identity"]) for r in records] == [("ada/1.png", "ada"), ("bob/deep/2.png", "bob")]
+    reasons = {r["source"]: r["reason"] for r in lines(tmp_path / "out/rejected.jsonl")}
+    assert reasons.keys() == {"aaa", "ada/round", "up"}
+    assert all("the same folder as" in reason for reason in reasons.values())
+    assert "ada" in reasons["aaa"]
+
+
+def test_a_change_of_the_content_makes_the_face_again(tmp_path, photo):
+    """An orientation tag that is changed in place leaves name and size as they were."""
+    config = make(tmp_path, photo, [])
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.jpg"
+    exif, upright = Image.Exif(), Image.Exif()
+    exif[0x0112], upright[0x0112] = 8, 1
+    photo.save(path, exif=exif, quality=95)
+    wrong = path.read_bytes()
+    photo.save(path, exif=upright, quality=95)
+    assert len(path.read_bytes()) == len(wrong)
+    first = lines(run(Config(**config)))[0]
+    face = (tmp_path / "out/faces/a.png").read_bytes()
+    path.write_bytes(wrong)
+    second = lines(run(Config(**config)))[0]
+    assert second["box"] != first["box"]
+    assert "does not stand upright" in second["notices"][0]
+    photo.save(path, exif=upright, quality=95)
+    assert lines(run(Config(**config)))[0] == first
+    assert (tmp_path / "out/faces/a.png").read_bytes() == face
+
+
+def test_a_face_that_would_become_somebody_else_is_rejected(tmp_path, photo, capsys):
+    config = make(tmp_path, photo, ["whole.png"])
+    photo.crop((150, 0, 256, 256)).save(tmp_path / "in" / "cut.png")
+    photo.rotate(180).save(tmp_path / "in" / "turned.png")
+    records = {r["source"]: r for r in lines(run(Config(**config | {"crop": 0.8})))}
+    assert records.keys() == {"whole.png", "turned.png"}
+    assert "180 degrees" in records["turned.png"]["notices"][0]
+    x, y, w, h = records["whole.png"]["box"]
+    turned = records["turned.png"]["box"]
+    assert np.allclose([255 - x - w, 255 - y - h, w, h], turned, atol=0.2)
+    faces = [read_image(tmp_path / "out" / r["file"]).astype(int) for r in records.values()]
+    assert np.abs(faces[0] - faces[1]).mean() < 1
+    assert "cut by the frame" in lines(tmp_path / "out/rejected.jsonl")[0]["reason"]
+    assert "were turned upright" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["00000/00000.png", "00000/00001.png", "01000/01000.png"], "2 folders named by numbers (00000, ...)"),
+        (["faces/00000/1.png", "faces/01000/2.png"], "all 2 pictures are taken for one person, faces"),
+        (["ada/1.png", "bob/2.png"], None),
+        (["1.png", "2.png"], None),
+        (["ada/1.png", "ada/2.png"], None),
+    ],
+)
+def test_folders_that_are_no_people_are_hinted_at(tmp_path, photo, capsys, names, said):
+    config = make(tmp_path, photo, names)
+    run(Config(**config))
+    out = capsys.readouterr().out
+    assert ("for one person" in out) == (said is not None)
+    assert (said or "") in out
+    assert ("kind=sfhq" in out) == (said is not None)
+    run(Config(**config, kind="sfhq"))
+    assert "for one person" not in capsys.readouterr().out
 
 
 def test_limit_and_seed(tmp_path, photo):
