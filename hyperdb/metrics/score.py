@@ -38,10 +38,10 @@ def bootstrap(
     crossed factors, Owen 2007); percentiles of the means. NaN (a person without any value) counts as `missing`; without
     it a NaN raises `ValueError`.
     """
-    table = _float(values)
+    table = np.ascontiguousarray(values, dtype=np.float64)  # sums depend on the order in memory
     table = table[:, None] if table.ndim == 1 else table
     if table.ndim != 2 or not table.size:
-        raise ValueError(f"expected one value a person [P] or a person and seed [P, S], got shape {_float(values).shape}")
+        raise ValueError(f"expected one value a person [P] or a person and seed [P, S], got shape {table.shape}")
     if missing is not None:
         table = np.where(np.isnan(table), missing, table)
     if not np.isfinite(table).all():

@@ -210,6 +210,34 @@ def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, fi
     assert (tmp_path / "previews" / "step-000001.png").is_file()
 
 
+def test_validation_weights_its_loss_as_training_does(made, unseen, tmp_path, monkeypatch):
+    """Levels, signal weight and the weight of the face: the errors counted are those of `predict` at the same draws."""
+    from hyperdb.diffusion import loss
+
+    drawn = []
+    predict = loss.predict
+
+    def watched(base, latents, noise, timesteps, ids):
+        out = predict(base, latents, noise, timesteps, ids)
+        if not torch.is_grad_enabled():
+            error = (out - loss.target(base.schedule, latents, noise, timesteps)).square()
+            focus = loss.face_focus(3.0, *error.shape[2:])
+            weight = loss.signal_weight(base.schedule, timesteps, 0.7)[:, None, None, None]
+            drawn.append((timesteps, (weight * focus * error).mean().item()))
+        return out
+
+    monkeypatch.setattr(loss, "predict", watched)
+    words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=1", f"out={tmp_path}", "prior_weight=0"]
+    words += [f"validation={unseen}", "signal_weight=0.7", "face_weight=3", "logit_normal=[2.0,0.1]"]
+    configuration.run("train_hypernet", words)
+    records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    found = {k: v for r in records for k, v in r.items()}
+    assert len(drawn) == 3
+    for (timesteps, error), name in zip(drawn, ("own", "shuffled", "mean"), strict=True):
+        assert found[f"validation/diffusion_{name}"] == pytest.approx(error, abs=2e-5)
+        assert timesteps.float().mean() > 850  # sigmoid(2) = .88
+
+
 @pytest.fixture
 def photo(rendered, tmp_path):
     from hyperdb.data.people import load_people
@@ -403,9 +431,10 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     values = {name: np.array(figures["cosine"]).T for name, figures in result["values"].items()}
     for a, b in evaluate.PAIRS:
         assert result["paired"][f"{a}-{b}"] == paired(values[a], values[b], 0)
-    assert (values["floor"][:, 0] != values["floor"][:, 1]).any()  # another seed draws other pictures
     pictures = {p.stem: load_tensors(p)[0]["images"] for p in (tmp_path / "rows").iterdir()}
     assert set(pictures) == {*evaluate.ROWS, *(f"{r}-1" for r in evaluate.ROWS if r not in evaluate.PICTURES)}
+    for name in ("floor", "hyper_40"):  # another seed draws other pictures
+        assert not torch.equal(pictures[name], pictures[f"{name}-1"])
     assert (pictures["copy"] == pictures["copy"][:, :1]).all()
     for one, other in (("hyper_40", "mean_40"), ("hyper_40", "shuffled_40"), ("mean_40", "no_hyper_40")):
         assert not torch.equal(pictures[one], pictures[other])
