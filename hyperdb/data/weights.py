@@ -1,4 +1,4 @@
-"""The store of per-identity fits: safetensors shards of stacked tokens, an index, and their mean and deviation."""
+"""The store of fits of images or of people: safetensors shards of stacked tokens, an index, and their mean and deviation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,25 +17,33 @@ from hyperdb.adapters.lidb import LiDB
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors, save_json, save_tensors
 
+if TYPE_CHECKING:
+    from hyperdb.data.people import People
+    from hyperdb.diffusion.base import Base
+
 
 @dataclass
 class WeightStore:
-    """Fits of I people: `tokens [I, N, D]`, the `seed [I]` of each person, and the LiDB that they belong to."""
+    """I fits: `tokens [I, N, D]`, whose they are, and the LiDB that they belong to.
+
+    `by` is image or person, and `keys [I]` the images' or people's `People.keys`.
+    """
 
     tokens: Tensor
-    seed: Tensor
+    keys: Tensor
+    by: str
     lidb: LiDB
     index: dict[str, Any]
 
     @property
     def digest(self) -> str:
         """16 hex digits over the numbers and whose they are."""
-        return hashlib.sha256(self.seed.numpy().tobytes() + self.tokens.numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.keys.numpy().tobytes() + self.tokens.numpy().tobytes()).hexdigest()[:16]
 
-    def rows_of(self, seeds: Tensor) -> Tensor:
-        """Return each person's row in the store, -1 where there is no fit."""
-        where = {int(s): i for i, s in enumerate(self.seed)}
-        return torch.tensor([where.get(int(s), -1) for s in seeds])
+    def rows_of(self, keys: Tensor) -> Tensor:
+        """Return the row in the store of each of the `keys`, which are of the store's kind; -1 where there is no fit."""
+        where = {key: i for i, key in enumerate(self.keys.tolist())}
+        return torch.tensor([where.get(key, -1) for key in keys.tolist()], dtype=torch.long)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -43,9 +51,9 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"fits-{number:05d}.safetensors"
 
 
-def save_shard(folder: Path, number: int, tokens: Tensor, seed: Tensor, key: str) -> Path:
-    """Write the fits of some people atomically; `key` names everything that they depend on."""
-    return save_tensors(shard_path(folder, number), {"tokens": tokens, "seed": seed}, {"key": key})
+def save_shard(folder: Path, number: int, tokens: Tensor, keys: Tensor, made_from: str) -> Path:
+    """Write some fits and whose they are, atomically; `made_from` names everything that they depend on."""
+    return save_tensors(shard_path(folder, number), {"tokens": tokens, "keys": keys}, {"key": made_from})
 
 
 def shard_is_done(folder: Path, number: int, key: str) -> bool:
@@ -65,7 +73,7 @@ def finish(folder: Path, shards: int, lidb: LiDB, provenance: dict[str, Any]) ->
     return save_json(
         folder / "index.json",
         {
-            "identities": len(tokens),
+            "fits": len(tokens),
             "shards": shards,
             "layout": lidb.layout.to_text(),
             "lidb": asdict(lidb.config),
@@ -75,28 +83,39 @@ def finish(folder: Path, shards: int, lidb: LiDB, provenance: dict[str, Any]) ->
     )
 
 
-def load_store(folder: str | Path, layout: Layout, base: str | None = None) -> WeightStore:
-    """Read a store. Raises `UserError` if it is of another layout, other LiDB bases or, given `base`, another model.
+def made_from(base: Base, people: People) -> dict[str, Any]:
+    """Return what fits are made from and can be taught with: a store is used with no other (`load_store`)."""
+    return {"base": base.digest, "data": people.digest, "size": base.config.size, "prompt": base.config.instance_prompt}
 
-    `base` is the digest of the base model that the fits must have been made on.
+
+def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> WeightStore:
+    """Read a store. Raises `UserError` if it is of another layout or other LiDB bases.
+
+    Each of `made_from` (base, data, ...; see `made_from`) must be what the fits were made from.
     """
     folder = Path(folder)
     if not (folder / "index.json").is_file():
         raise UserError(f"no finished weight store at {folder}; run `hyperdb precompute` (again) to make it")
     index = load_json(folder / "index.json")
-    if not isinstance(index, dict) or not {"layout", "lidb", "fingerprint", "shards"} <= index.keys():
-        raise UserError(f"{folder} is not a weight store; run `hyperdb precompute` to make one")
+    if not isinstance(index, dict) or not {"by", "layout", "lidb", "fingerprint", "shards"} <= index.keys():
+        raise UserError(f"{folder} is not a weight store of this version; run `hyperdb precompute` to make one")
     layout.require(Layout.from_text(index["layout"]), f"the weight store {folder}")
-    if base is not None and index.get("base") != base:
-        raise UserError(f"{folder} holds fits of another base; run `hyperdb precompute` again")
+    for name, value in made_from.items():
+        if index.get(name) != value:
+            raise UserError(
+                f"{folder} holds fits of another {name} ({index.get(name)!r}, here {value!r}); "
+                "run `hyperdb precompute` again with what is used here"
+            )
     lidb = LiDBConfig(**index["lidb"]).build(layout)
     if lidb.fingerprint != index["fingerprint"]:
         raise UserError(f"{folder} was made with other LiDB bases; run `hyperdb precompute` again")
     parts = [load_tensors(shard_path(folder, i))[0] for i in range(index["shards"])]
+    if not all({"tokens", "keys"} <= part.keys() for part in parts):
+        raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again")
     tokens = torch.cat([p["tokens"] for p in parts]).float()
     if tokens.shape[1:] != lidb.mask.shape or not torch.isfinite(tokens).all():
         raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again")
-    return WeightStore(tokens, torch.cat([p["seed"] for p in parts]), lidb, index)
+    return WeightStore(tokens, torch.cat([p["keys"] for p in parts]), index["by"], lidb, index)
 
 
 def store_key(**parts: Any) -> str:

@@ -44,13 +44,24 @@ def predict(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: 
         return base.unet(noisy, timesteps, context).sample.float()
 
 
-def signal_weight(schedule: DDPMScheduler, timesteps: Tensor, power: float) -> Tensor:
-    """Return what a row's loss is multiplied by, `alpha_bar_t ** power`, in the shape of `timesteps`.
+def signal_weight(schedule: DDPMScheduler, timesteps: Tensor, power: float | None) -> Tensor:
+    """Return what a row's loss is multiplied by, in the shape of `timesteps`: `alpha_bar_t ** power` on the error of v.
 
-    A person's gradient at high noise is several times longer than at low noise and drowns what is learned there; 0.5
-    makes the lengths about equal. On v-prediction 1 is the error of epsilon, the loss of Stable Diffusion 1.5.
+    The same `power` is the same loss whatever the base predicts: as epsilon = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t,
+
+        alpha_bar^power |v_hat - v|^2 = alpha_bar^(power - 1) |epsilon_hat - epsilon|^2,
+
+    and a base of epsilon gets the weight on the right. 1 is therefore the error of epsilon, the loss of Stable Diffusion
+    1.5, and 0 that of v; None is the error of what the base predicts, its own loss. A person's gradient at high noise is
+    several times longer than at low noise and drowns what is learned there; 0.5 makes the lengths about equal.
     """
-    return schedule.alphas_cumprod.to(timesteps.device)[timesteps] ** power
+    alpha_bar = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+    if power is None:
+        return torch.ones_like(alpha_bar)
+    kind = schedule.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction type {kind!r} is not supported; expected epsilon or v_prediction")
+    return alpha_bar ** (power - 1 if kind == "epsilon" else power)
 
 
 def face_focus(weight: float, height: int, width: int) -> Tensor:

@@ -1,6 +1,7 @@
 """From features to numbers: likeness, intervals over people, ranks, distances of distributions.
 
-The unit of every interval is the person: average a person's pictures first. A picture in which
+The unit of every interval is the person, and the seed where there are several: average a person's
+pictures of a seed first. A picture in which
 no face is found scores a cosine of 0, so failing to draw a face costs likeness; the detection
 rate is reported beside it.
 """
@@ -31,33 +32,43 @@ def cosine(a: ArrayLike, b: ArrayLike, missing: float = 0.0) -> Array:
 def bootstrap(
     values: ArrayLike, seed: int, missing: float | None = None, draws: int = 10_000
 ) -> dict[str, float]:
-    """Return the mean of one value a person [P] and its 95 % percentile interval over people.
+    """Return the mean of one value a person [P], or a person and seed [P, S], and its 95 % interval.
 
-    NaN (a person without any value) counts as `missing`; without it a NaN raises `ValueError`.
+    People are drawn with replacement, and seeds too, independently and the same for all people (the two-way bootstrap of
+    crossed factors, Owen 2007); percentiles of the means. NaN (a person without any value) counts as `missing`; without
+    it a NaN raises `ValueError`.
     """
-    people = _float(values)
-    if people.ndim != 1 or not len(people):
-        raise ValueError(f"expected one value a person, got shape {people.shape}")
+    table = np.ascontiguousarray(values, dtype=np.float64)  # sums depend on the order in memory
+    table = table[:, None] if table.ndim == 1 else table
+    if table.ndim != 2 or not table.size:
+        raise ValueError(f"expected one value a person [P] or a person and seed [P, S], got shape {table.shape}")
     if missing is not None:
-        people = np.where(np.isnan(people), missing, people)
-    if not np.isfinite(people).all():
+        table = np.where(np.isnan(table), missing, table)
+    if not np.isfinite(table).all():
         raise ValueError("a person has no value; say with `missing` what that counts as")
-    rng = numpy_rng(seed, "bootstrap")
-    rounds = max(1, 2_000_000 // len(people))  # bounds the memory
-    means = [
-        people[rng.integers(0, len(people), (min(rounds, draws - i), len(people)))].mean(1)
-        for i in range(0, draws, rounds)
-    ]
+    people, seeds = table.shape
+    rng, other = numpy_rng(seed, "bootstrap"), numpy_rng(seed, "bootstrap seeds")
+    rounds = max(1, 2_000_000 // table.size)  # bounds the memory
+    means = []
+    for i in range(0, draws, rounds):
+        count = min(rounds, draws - i)
+        of_seeds = table[rng.integers(0, people, (count, people))].mean(1)  #         [count, S]
+        drawn = other.integers(0, seeds, (count, seeds))
+        means.append(np.take_along_axis(of_seeds, drawn, 1).mean(1))
     lo, hi = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return {"mean": float(people.mean()), "lo": float(lo), "hi": float(hi)}
+    return {"mean": float(table.mean()), "lo": float(lo), "hi": float(hi)}
 
 
 def paired(
     a: ArrayLike, b: ArrayLike, seed: int, missing: float | None = None, draws: int = 10_000
 ) -> dict[str, float]:
-    """Return `bootstrap` of a - b, the same people [P] in the same order in both."""
+    """Return `bootstrap` of a - b, the same people [P], or people and seeds [P, S], in the same order in both.
+
+    One of them may have a single seed [P, 1], where nothing is drawn by chance.
+    """
     a, b = _float(a), _float(b)
-    if a.shape != b.shape:
+    broadcast = a.ndim == b.ndim == 2 and 1 in (a.shape[1], b.shape[1])
+    if a.shape != b.shape and not (broadcast and len(a) == len(b)):
         raise ValueError(f"paired values must match, got {a.shape} and {b.shape}")
     if missing is not None:
         a, b = np.where(np.isnan(a), missing, a), np.where(np.isnan(b), missing, b)

@@ -13,9 +13,12 @@ ROWS = {
     "mean": "the average of these people's predictions",
     "shuffled": "hypernetwork, another person's photo",
     "hyper_only": "hypernetwork alone",
+    "shuffled_40": "40 iterations begun at another person's prediction",
+    "mean_40": "40 iterations begun at the average prediction",
     "hyper_40": "hypernetwork + 40 iterations",
     "no_hyper_40": "40 iterations without the hypernetwork",
     "lidb_fit": "LiDB fitted to the photo, 200 iterations",
+    "copy": "the given photo through the autoencoder",
     "ceiling": "the person's renders through the autoencoder",
 }
 FURTHER = {  # columns that an evaluation with styles or a second recogniser has
@@ -44,7 +47,8 @@ def markdown(results: dict[str, Any]) -> str:
         if (row := results["rows"].get(name)) is not None:
             cells = [label, _interval(row["cosine"]), _rate(row["rank1"]), *(_rate(row[key]) for key in further)]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| paired difference | mean [95 % interval over people] |", "| --- | --- |"]
+    over = "people and seeds" if results.get("seeds", 1) > 1 else "people"
+    lines += ["", f"| paired difference | mean [95 % interval over {over}] |", "| --- | --- |"]
     lines += [f"| {name.replace('-', ' − ')} | {_interval(value)} |" for name, value in results["paired"].items()]
     return "\n".join(lines)
 

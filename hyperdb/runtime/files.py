@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,9 +35,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def save_json(path: str | Path, value: Any) -> Path:
-    """Write `value` as indented JSON, atomically; NaN is refused."""
+    """Write `value` as indented JSON, a list of numbers on one line, atomically; NaN is refused."""
+    text = json.dumps(value, indent=1, allow_nan=False, default=str)
+    # a line break is never inside a string
+    text = re.sub(r"\[\n\s*([-+.\deE,\s]+?)\n\s*\]", lambda m: f"[{' '.join(m[1].split())}]", text)
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False, default=str) + "\n")
+        temporary.write_text(text + "\n")
     return Path(path)
 
 
@@ -87,10 +91,10 @@ def load_shapes(path: str | Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors and its string metadata."""
+def load_tensors(path: str | Path, without: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors, but the one called `without`, and its string metadata."""
     with _open(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118 (not a dict)
         return tensors, dict(file.metadata() or {})
 
 

@@ -14,19 +14,32 @@ from hyperdb.stages.personalize import Config as PersonalizeConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from numpy.typing import NDArray
+
     from hyperdb.adapters.base import Factors
     from hyperdb.data.people import People
     from hyperdb.metrics.feature import Feature
     from hyperdb.stages.personalize import Personalizer
 
-ROWS = ("floor", "shuffled", "mean", "hyper_only", "hyper_40", "no_hyper_40", "lidb_fit", "ceiling")
+    Scores = dict[str, dict[str, NDArray[Any]]]  # row: figure: [I, S]
+
+ROWS = (
+    "floor", "shuffled", "mean", "hyper_only", "shuffled_40", "mean_40", "hyper_40", "no_hyper_40", "lidb_fit", "copy",
+    "ceiling",
+)  # fmt: skip
+TRAINED = ("shuffled_40", "mean_40", "hyper_40", "no_hyper_40", "lidb_fit")
+PICTURES = ("copy", "ceiling")  # not drawn: no seed changes them
 PAIRS = (
     ("hyper_only", "floor"),
     ("hyper_only", "shuffled"),
     ("hyper_only", "mean"),
     ("hyper_40", "hyper_only"),
+    ("hyper_40", "shuffled_40"),
+    ("hyper_40", "mean_40"),
+    ("mean_40", "no_hyper_40"),
     ("hyper_40", "no_hyper_40"),
     ("hyper_40", "lidb_fit"),
+    ("hyper_40", "copy"),
 )
 FURTHER = ("cosine_dlib", "rank1", "rank1_styled", "style_accuracy")  # figures compared in pairs, beside the cosine
 
@@ -38,8 +51,11 @@ class Config(PersonalizeConfig):
 
     `split`: whose people these must be; settings are chosen on those of validation.
 
-    The photos after those (round to the first), through the autoencoder, are the ceiling. Every other row draws
-    `images` pictures of "a [V] face" a person and one of each of `styled` (a style, or style/place), at the same seeds.
+    The photos after those (round to the first), through the autoencoder, are the ceiling; the given photo through it is
+    the row copy, what likeness costs nothing. Every other row draws `images` pictures of "a [V] face" a person and one
+    of each of `styled` (a style, or style/place), at the same seeds. The rows that end in 40 are fine-tuned on the given
+    photo, begun at the own prediction, everybody's average, another person's or nothing. Fine-tuning and drawing are
+    repeated with `seeds` seeds, and the intervals are over people and seeds.
     `recognisers` judge the likeness; the first one's figures have no suffix.
     """
 
@@ -54,6 +70,7 @@ class Config(PersonalizeConfig):
     styled: list[str] = field(default_factory=list)
     recognisers: list[str] = field(default_factory=lambda: ["sface"])
     rows: list[str] = field(default_factory=lambda: list(ROWS))
+    seeds: int = 1
     no_hyper_rate: float | None = None  # of the row no_hyper_40; null: the fine-tuning's own
     converged: FitConfig = field(default_factory=lambda: FitConfig(steps=200, rate=3e-2))  # of the row lidb_fit
     results: str = "results.json"
@@ -69,6 +86,8 @@ class Config(PersonalizeConfig):
             raise UserError(
                 f"reference={self.reference}, photos={self.photos}, views={self.views}: expected at least 0, 1, 1"
             )
+        if self.seeds < 1:
+            raise UserError(f"seeds={self.seeds}: expected at least 1")
         if not self.recognisers:
             raise UserError("recognisers=[]: name at least one")
         for name in self.recognisers:
@@ -77,10 +96,12 @@ class Config(PersonalizeConfig):
 
 
 def run(config: Config) -> Path:
-    """Write `results` with means and 95 % intervals over people, and a picture sheet beside it.
+    """Write `results` with means and 95 % intervals over people and seeds, and a picture sheet beside it.
 
-    The pictures of a row are kept in `out/rows`: a run that was stopped goes on where it was.
+    Every figure is computed from `values`, a number a row, figure, seed and person, which are written too. The
+    pictures of a row and seed are kept in `out/rows`: a run that was stopped goes on where it was.
     """
+    import numpy as np
     import torch
     from tqdm import tqdm
 
@@ -93,9 +114,9 @@ def run(config: Config) -> Path:
     from hyperdb.stages.personalize import Personalizer
 
     # --- people: one reference, `views` judges, the rest for the ceiling
-    people = load_people(config.data, config.people, config.split, config.diffusion.size)
     given, used = config.photos, config.photos + config.views
     needed = max(used + 1, config.reference + 1)
+    people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
     rows = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
     if len(rows) < 2:
         raise UserError(f"{config.data} needs at least two people with {needed} photos each")
@@ -123,24 +144,34 @@ def run(config: Config) -> Path:
 
     # --- pictures of every row
     made_from = _made_from(config, model, people)
-    pictures: dict[str, Tensor] = {}
+    drawn: dict[str, list[Tensor]] = {}
     costs: dict[str, dict[str, float]] = {}
-    total = len(rows) * sum(2 if "_40" in row or row == "lidb_fit" else 1 for row in config.rows)
+    repeats = {row: 1 if row in PICTURES else config.seeds for row in config.rows}
+    total = len(rows) * sum(count * (2 if row in TRAINED else 1) for row, count in repeats.items())
     with tqdm(total=total, desc="evaluate", unit="person", dynamic_ncols=True) as bar:
-        for row in config.rows:
-            path = out / "rows" / f"{row}.safetensors"
-            tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
-            if metadata.get("made_from") != made_from:
-                images, costs[row] = _pictures(row, model, config, fits, shown, best, bar.update)
-                text = {"made_from": made_from, **{k: str(v) for k, v in costs[row].items()}}
-                save_tensors(path, {"images": images}, text)
-                tensors = {"images": images}
-            else:
-                costs[row] = {k: float(metadata[k]) for k in ("seconds", "bytes")}
-            pictures[row] = tensors["images"]
+        for row, count in repeats.items():
+            for seed in range(count):
+                path = out / "rows" / (f"{row}-{seed}.safetensors" if seed else f"{row}.safetensors")
+                tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
+                if metadata.get("made_from") != made_from:
+                    images, cost = _pictures(row, seed, model, config, fits, shown, best, bar.update)
+                    save_tensors(path, {"images": images}, {"made_from": made_from, **{k: str(v) for k, v in cost.items()}})
+                    tensors = {"images": images}
+                else:
+                    cost = {k: float(metadata[k]) for k in ("seconds", "bytes")}
+                    bar.update(len(rows) * (2 if row in TRAINED else 1))
+                drawn.setdefault(row, []).append(tensors["images"])
+                costs.setdefault(row, cost)
 
-    # --- scores: the person is the unit
-    scores = measure(config, judges_of, reference, judges, {k: v[:, 1:] for k, v in styled.items()}, pictures)
+    # --- scores: a value a person and seed
+    further = {k: v[:, 1:] for k, v in styled.items()}
+    found: dict[str, dict[str, list[Any]]] = {row: {} for row in config.rows}
+    for seed in range(config.seeds):
+        pictures = {row: images[seed] for row, images in drawn.items() if seed < len(images)}
+        for row, score in measure(config, judges_of, reference, judges, further, pictures).items():
+            for name, values in score.items():
+                found[row].setdefault(name, []).append(values.double().numpy().round(6))
+    scores = {row: {name: np.stack(v, 1) for name, v in score.items()} for row, score in found.items()}  # [I, S] each
     any_row = next(iter(scores.values()))
     result: dict[str, Any] = {
         "rows": {row: {**summary(score, config.seed), **costs[row]} for row, score in scores.items()},
@@ -149,6 +180,7 @@ def run(config: Config) -> Path:
         "closed": _closed(scores),
         "slices": slices(people, rows, scores),
         "people": len(rows),
+        "seeds": config.seeds,
         "split": config.split,
         "images_a_person": config.images,
         "styled": config.styled,
@@ -160,13 +192,15 @@ def run(config: Config) -> Path:
         "recognisers": config.recognisers,
         "fits": {name: asdict(fit) for name, fit in fits.items()},
         **provenance(),
+        "persons": people.seed[torch.stack([r[0] for r in rows])].tolist(),
+        "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [S, I]
     }
     target = Path(config.results)
     target = target if target.is_absolute() else out / target
     save_json(target, result)
     few = min(len(rows), 12)
-    pixels = list(reference[:few]) + [x for row in pictures for x in pictures[row][:few, 0]]
-    sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *pictures])
+    pixels = list(reference[:few]) + [x for row in config.rows for x in drawn[row][0][:few, 0]]
+    sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *config.rows])
     save_png(target.with_name("people.png"), sheet, {"software": "hyperdb", "results": hash_files([target])})
     for row, score in result["rows"].items():
         c = score["cosine"]
@@ -220,15 +254,16 @@ def _hypernet_digest(model: Personalizer) -> str:
 def _made_from(config: Config, model: Personalizer, people: People) -> str:
     import json
 
-    what = {k: v for k, v in asdict(config).items() if k not in ("out", "results", "rows", "recognisers", "name")}
+    other = ("out", "results", "rows", "seeds", "recognisers", "name")  # change no picture
+    what = {k: v for k, v in asdict(config).items() if k not in other}
     return json.dumps([what, model.base.digest, _hypernet_digest(model), people.digest], sort_keys=True, default=str)
 
 
 def _pictures(
-    row: str, model: Personalizer, config: Config, fits: dict[str, FitConfig], shown: Tensor, best: Tensor,
+    row: str, seed: int, model: Personalizer, config: Config, fits: dict[str, FitConfig], shown: Tensor, best: Tensor,
     progress: Any,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """Draw one row, `[I, images + styled, 3, H, W]` uint8, and say what one person's adapter costs.
+    """Draw one row with the seed of this number, `[I, images + styled, 3, H, W]` uint8, and say what one person's adapter costs.
 
     The seconds are those of a batch of people, divided among them.
     """
@@ -241,8 +276,10 @@ def _pictures(
 
     assert model.hypernet is not None
     base, lidb, (count, given) = model.base, model.lidb, shown.shape[:2]
-    if row == "ceiling":  # renders of the person, as the autoencoder lets through
-        images = torch.stack([base.decode(base.moments(x)[:, 0]) for x in best])
+    if row in PICTURES:  # renders of the person, or the photo once for every picture, as the autoencoder lets through
+        shape = best.shape[:2]
+        sent = best if row == "ceiling" else shown[:, :1]
+        images = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent]).expand(*shape, -1, -1, -1)
         progress(count)
         return images, {"seconds": 0.0, "bytes": 0.0}
     began = time.perf_counter()
@@ -250,10 +287,15 @@ def _pictures(
         tokens = model.hypernet(shown.flatten(0, 1)).unflatten(0, (count, given)).mean(1)
     predicting = (time.perf_counter() - began) / count
     own = {k: (d.detach(), u.detach()) for k, (d, u) in lidb.factors({"tokens": tokens}).items()}
+    another = select(own, [(i + 1) % count for i in range(count)])
+    average = {
+        k: (d.detach(), u.detach())
+        for k, (d, u) in lidb.factors({"tokens": tokens.mean(0, keepdim=True).expand_as(tokens)}).items()
+    }
     lora = config.relaxed.build(model.layout)
 
     def trained(adapter: Any, settings: FitConfig, frozen: Factors | None) -> Factors:
-        parts = []
+        parts, settings = [], replace(settings, seed=settings.seed + seed)
         for first in range(0, count, config.batch):
             chosen = slice(first, min(count, first + config.batch))
             moments = base.moments(shown[chosen].flatten(0, 1)).unflatten(0, (-1, given))
@@ -267,9 +309,11 @@ def _pictures(
 
     ways: dict[str, Any] = {
         "floor": lambda: None,
-        "mean": lambda: lidb.factors({"tokens": tokens.mean(0, keepdim=True).expand_as(tokens)}),
+        "mean": lambda: average,
         "hyper_only": lambda: own,
-        "shuffled": lambda: select(own, [(i + 1) % count for i in range(count)]),
+        "shuffled": lambda: another,
+        "shuffled_40": lambda: trained(lora, fits["finetune"], another),
+        "mean_40": lambda: trained(lora, fits["finetune"], average),
         "hyper_40": lambda: trained(lora, fits["finetune"], own),
         "no_hyper_40": lambda: trained(lora, fits["no_hyper_40"], None),
         "lidb_fit": lambda: trained(lidb, fits["lidb_fit"], None),
@@ -279,13 +323,14 @@ def _pictures(
     seconds = (time.perf_counter() - began) / count
     relaxed = 4 * config.relaxed.rank * sum(x.in_ + x.out for x in model.layout.layers)
     tiny = 4 * lidb.numbers
-    bytes_ = {"floor": 0, "hyper_40": tiny + relaxed, "no_hyper_40": relaxed}.get(row, tiny)
-    if row in ("hyper_only", "shuffled", "hyper_40"):
+    bytes_ = {"floor": 0, "no_hyper_40": relaxed}.get(row, tiny + relaxed if row.endswith("_40") else tiny)
+    if row in ("hyper_only", "shuffled", "shuffled_40", "hyper_40"):
         seconds += predicting
     instance = [base.config.instance_prompt] * config.images
     pairs = [word.partition("/")[::2] for word in config.styled]
     prompts = instance + [prompt(style, "[V]", place or None) for style, place in pairs]
-    images = draw(base, factors, count, prompts, list(range(len(prompts))), progress=progress)
+    noises = [seed * len(prompts) + k for k in range(len(prompts))]
+    images = draw(base, factors, count, prompts, noises, progress=progress)
     return images, {"seconds": round(seconds, 3), "bytes": float(bytes_)}
 
 
@@ -293,7 +338,7 @@ def measure(
     config: Config, by: Judges, reference: Tensor, judges: Tensor, styled: dict[str, Tensor],
     pictures: dict[str, Tensor],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Return every figure of every row, a value a person, `[I]`."""
+    """Return every figure of every row, of the pictures of one seed, a value a person, `[I]`."""
     import torch
 
     from hyperdb.metrics import copying
@@ -331,20 +376,20 @@ def measure(
     return scores
 
 
-def summary(score: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return mean and interval of every figure but the rates, which are means alone."""
+def summary(score: dict[str, NDArray[Any]], seed: int) -> dict[str, Any]:
+    """Return mean and interval of every figure `[I, S]` but the rates, which are means alone."""
     from hyperdb.metrics.score import bootstrap
 
     plain = ("rank1", "detected")
     return {
-        name: round(float(values.mean()), 4) if name.startswith(plain) else bootstrap(values.numpy(), seed)
+        name: round(float(values.mean()), 4) if name.startswith(plain) else bootstrap(values, seed)
         for name, values in score.items()
     }
 
 
-def slices(people: People, rows: list[Tensor], scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def slices(people: People, rows: list[Tensor], scores: Scores) -> dict[str, Any]:
     """Return every row's mean face cosine by known attribute: `{attribute: {word: {people: n, row: cosine}}}`."""
-    import torch
+    import numpy as np
 
     from hyperdb.heads import Identity
 
@@ -354,23 +399,23 @@ def slices(people: People, rows: list[Tensor], scores: dict[str, dict[str, Any]]
     found: dict[str, Any] = {}
     for name in ("sex", "age", "skin"):
         for word in sorted({str(person[name]) for person in known}):
-            mine = torch.tensor([person[name] == word for person in known])
+            mine = np.array([person[name] == word for person in known])
             means = {row: round(float(score["cosine"][mine].mean()), 4) for row, score in scores.items()}
             found.setdefault(name, {})[word] = {"people": int(mine.sum()), **means}
     return found
 
 
-def _pairs(scores: dict[str, dict[str, Any]], name: str, seed: int) -> dict[str, Any]:
+def _pairs(scores: Scores, name: str, seed: int) -> dict[str, Any]:
     from hyperdb.metrics.score import paired
 
     return {
-        f"{a}-{b}": paired(scores[a][name].numpy(), scores[b][name].numpy(), seed)
+        f"{a}-{b}": paired(scores[a][name], scores[b][name], seed)
         for a, b in PAIRS
         if a in scores and b in scores
     }
 
 
-def _closed(scores: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _closed(scores: Scores) -> dict[str, float]:
     """Return which part of the way from the base to the person's own renders each row goes, by mean face cosine."""
     mean = {row: float(score["cosine"].mean()) for row, score in scores.items()}
     way = mean.get("ceiling", 0.0) - mean.get("floor", 0.0)

@@ -28,8 +28,11 @@ class FitConfig:
     steps: int = 40
     levels: int = 4
     rate: float = 1e-3
+    warmup: int = 0  # the first steps, over which the rate rises: Adam's first are as long for noise as for a face
     decay: float = 0.3  # the last fraction of the steps, over which the rate falls
-    signal_weight: float = 0.0  # power of alpha_bar that weights a row's loss; 0.5 hears all noise levels alike
+    # power of alpha_bar that weights the error of v, whatever the base predicts; 0.5 hears all noise levels alike, 1 is
+    # the error of epsilon, null the base's own loss
+    signal_weight: float | None = None
     face_weight: float = 0.0  # extra weight of the middle of the frame, where the photo's crop has the face
     prior_weight: float = 0.0
     prior_rows: int = 2
@@ -38,6 +41,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.levels < 1 or self.rate <= 0:
             raise UserError("steps and levels must be at least 1 and rate above 0")
+        if self.warmup < 0:
+            raise UserError(f"warmup={self.warmup}: expected at least 0 steps")
 
 
 @dataclass
@@ -148,7 +153,7 @@ def fit(
     leaves = {k: torch.nn.Parameter(v.clone()) for k, v in adapter.init(people).items()}
     params: dict[str, Tensor] = dict(leaves)
     optimizer = adamw(leaves.values(), config.rate)
-    schedule = Schedule(config.steps, decay=config.decay)
+    schedule = Schedule(config.steps, config.warmup, config.decay)
     injection = Injection(base.targets())
     instance = base.tokenize([base.config.instance_prompt])
     guarded = config.prior_weight > 0

@@ -1,4 +1,4 @@
-"""Fit LiDB weights to many people: the hypernetwork's targets in weight space (paper section 4.2)."""
+"""Fit LiDB weights to many photos or people: the hypernetwork's targets in weight space (paper section 4.2)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hyperdb.adapters import LiDBConfig
 from hyperdb.diffusion import DiffusionConfig
+from hyperdb.runtime.errors import UserError
 from hyperdb.stages.finetune import FitConfig, PriorConfig
 
 if TYPE_CHECKING:
@@ -16,14 +17,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class StoreFitConfig(FitConfig):
-    """How each person is fitted: on `views` photos (the paper: 1)."""
+    """How an adapter is fitted; that of a person on the first `views` photos, an image's on it alone."""
 
     views: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.views < 1:
+            raise UserError(f"fit.views={self.views}: expected at least 1")
 
 
 @dataclass
 class Config:
-    """`identities` people, `batch` of them in one pass of the UNet."""
+    """Fit every photo of `identities` people from number `first` on, `batch` of them in one pass of the UNet.
+
+    `by`: image fits every photo alone, the theta of image x of eq. 2, and `photos` bounds how many; person fits every
+    person once, over the first `fit.views` photos: more of the person, less of one photo's pose and light. `split`:
+    whose people (of an aligned folder; null: all). The hypernetwork is taught an image's fit from that image, a
+    person's fit from any photo of that person.
+    """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lidb: LiDBConfig = field(default_factory=LiDBConfig)
@@ -32,10 +44,29 @@ class Config:
     data: str = "data/heads"
     name: str = "default"
     out: str = "runs/precompute/default"
-    identities: int = 256
+    split: str | None = None
+    by: str = "image"
+    identities: int | None = 256  # null: all there are
     first: int = 0
+    photos: int | None = None  # with by=image, the first so many of these people's; null: all
     batch: int = 16
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
+
+    def __post_init__(self) -> None:
+        if self.by not in ("image", "person"):
+            raise UserError(f"by={self.by!r}: expected image or person")
+        if self.by == "image" and self.fit.views != 1:
+            raise UserError(f"fit.views={self.fit.views} needs by=person: an image is fitted alone")
+        if self.by == "person" and self.photos is not None:
+            raise UserError(f"photos={self.photos} needs by=image; with by=person set identities and fit.views")
+        if self.split not in (None, "train", "validation", "test"):
+            raise UserError(f"split={self.split!r}: expected train, validation, test or null")
+        for name in ("identities", "photos", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value}: expected at least 1")
+        if self.first < 0:
+            raise UserError(f"first={self.first}: expected at least 0")
 
 
 def reference_rows(people: People, views: int) -> list[list[int]]:
@@ -45,7 +76,7 @@ def reference_rows(people: People, views: int) -> list[list[int]]:
 
 
 def run(config: Config) -> Path:
-    """Write shards of `batch` people and the store's index to `out`; finished shards are kept."""
+    """Write shards of `batch` fits and the store's index to `out`; finished shards are kept."""
     import torch
     from tqdm import tqdm
 
@@ -57,33 +88,37 @@ def run(config: Config) -> Path:
 
     base = config.diffusion.load()
     lidb = config.lidb.build(Layout.of(base.targets()))
-    people = load_people(config.data, limit=config.first + config.identities, split=None, size=config.diffusion.size)
-    rows = [(i, r) for i, r in enumerate(reference_rows(people, config.fit.views)) if r and i >= config.first]
+    people = load_people(
+        config.data, config.identities, config.split, config.diffusion.size, first=config.first, photos=config.photos
+    )
+    if config.by == "image":
+        rows = torch.nonzero(people.is_style("photo"))  #                            [I, 1]
+    else:
+        rows = torch.tensor([r for r in reference_rows(people, config.fit.views) if r], dtype=torch.long)  # [I, K]
+    if len(rows) == 0:
+        raise UserError(f"{config.data} holds no photos of these people")
     out = Path(config.out)
-    made_from = {
-        "base": base.digest,
-        "data": people.digest,
+    recipe = {
+        **weights.made_from(base, people),
+        "by": config.by,
         "fit": asdict(config.fit),
         "prior": asdict(config.prior) if config.fit.prior_weight > 0 else None,
         "lidb": asdict(config.lidb),
     }
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.fit.prior_weight > 0 else None
-    shown = people.subset(torch.tensor([row for _, r in rows for row in r], dtype=torch.long))
-    moments = latent_moments(base, shown, Path(config.data)).unflatten(0, (len(rows), config.fit.views))
-    groups = [rows[k : k + config.batch] for k in range(0, len(rows), config.batch)]
+    keys = people.keys(config.by, rows[:, 0])
+    moments = latent_moments(base, people, Path(config.data), rows.flatten()).unflatten(0, rows.shape)
+    shards = list(zip(moments.split(config.batch), keys.split(config.batch), strict=True))
     losses: list[float] = []
-    with tqdm(total=len(rows), desc="fits", unit="person", dynamic_ncols=True) as bar:
-        for number, group in enumerate(groups):
-            index = [r for _, r in group]
-            seeds = people.seed[[r[0] for r in index]]
-            key = weights.store_key(**made_from, seeds=seeds.tolist())
+    with tqdm(total=len(rows), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
+        for number, (mine, theirs) in enumerate(shards):
+            key = weights.store_key(**recipe, keys=theirs.tolist())
             if not weights.shard_is_done(out, number, key):
-                mine = moments[number * config.batch :][: len(group)]
                 losses.clear()
                 params = fit(base, lidb, mine, config.fit, None, prior, lambda _, x: losses.append(x))
-                weights.save_shard(out, number, params["tokens"].cpu(), seeds, key)
+                weights.save_shard(out, number, params["tokens"].cpu(), theirs, key)
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
-            bar.update(len(group))
-    weights.finish(out, len(groups), lidb, {**made_from, **provenance()})
-    print(f"{len(rows)} fits of {lidb.numbers} numbers each in {out}")
+            bar.update(len(theirs))
+    weights.finish(out, len(shards), lidb, {**recipe, **provenance()})
+    print(f"{len(rows)} fits of {lidb.numbers} numbers each, one a{'n' * (config.by == 'image')} {config.by}, in {out}")
     return out

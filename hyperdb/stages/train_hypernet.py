@@ -31,11 +31,14 @@ FEATURE_PHOTOS = 2048  # that the encoder's features are standardised by
 class Config:
     """L = alpha * diffusion + beta * weight space (eq. 2), with `prior_weight` times the class prior.
 
-    `weights`: a store of `hyperdb precompute`, or null (beta is then not used); `validation_weights`: one of the
+    `weights`: a store of `hyperdb precompute`, or null (beta is then not used): the fit of an image is asked for when
+    that image conditions, the fit of a person whenever a photo of theirs does; `validation_weights`: one of the
     validation people, for their weight-space loss; `people`: how many identities of `data`; `target_view`: same
     denoises the conditioning photo (the paper), other another photo of that person; `target_style`: any takes that
     person's pictures in other styles along, each under its own caption (renders have some, photos have none).
-    `identity_weight` times `identity_loss` is added (not in the paper).
+    `identity_weight` times `identity_loss` is added (not in the paper). `flips` turns half of the people left to right,
+    the conditioning photo and what is denoised alike. `prompt_dropout` is the share of rows denoised under the empty
+    prompt, which guidance subtracts with the same adapter in place.
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -56,13 +59,15 @@ class Config:
     weight_loss: str = "gauge_free"  # or plain, the L2 of eq. 2
     target_view: str = "other"
     target_style: str = "same"
-    signal_weight: float = 0.0  # power of alpha_bar that weights a row's loss; 0.5 hears all noise levels alike
+    signal_weight: float | None = None  # as in the fine-tuning, see `FitConfig`; null: the base's own loss
     face_weight: float = 0.0  # extra weight of the middle of the frame in the diffusion loss
     identity_weight: float = 0.0
     identity_people: int = 8  # of a step's, who are drawn
     identity_steps: int = 4  # of their sampling; the gradient goes through the last
     prior_weight: float = 0.25
     prior_rows: int = 1  # a person a step
+    prompt_dropout: float = 0.0
+    flips: bool = False
     steps: int = 2000
     batch: int = 16  # people a step
     levels: int = 2  # noise levels a person a step
@@ -100,6 +105,12 @@ class Config:
             raise UserError("identity_weight > 0 needs model.summary and identity_people of at least 1")
         if self.diffusion.dtype == "fp16":
             raise UserError("diffusion.dtype=fp16 loses the small gradients of this training; use bf16 or fp32")
+        if self.validation_weights is not None and (self.validation is None or self.weights is None or self.beta <= 0):
+            raise UserError("validation_weights needs validation, weights and beta > 0")
+        if not 0 <= self.prompt_dropout < 1:
+            raise UserError(f"prompt_dropout={self.prompt_dropout}: expected 0 to less than 1")
+        if self.alpha <= 0 and (self.flips or self.prompt_dropout > 0):
+            raise UserError("flips and prompt_dropout concern the diffusion loss: set alpha > 0")
         if not 0 <= self.fit_share <= 1:
             raise UserError(f"fit_share={self.fit_share}: expected 0 to 1")
         if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):
@@ -115,12 +126,12 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.inject import Injection
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import latent_moments, load_people
-    from hyperdb.data.weights import load_store
+    from hyperdb.data.weights import load_store, made_from
     from hyperdb.diffusion import resolve
     from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet
-    from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.files import hash_files, load_json, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw
     from hyperdb.runtime.provenance import provenance
@@ -136,13 +147,14 @@ def run(config: Config) -> Path:
     if len(usable) == 0:
         raise UserError(f"{config.data} holds no photos of people")
     fits = config.weights if config.beta > 0 else None
-    store = load_store(fits, layout, base.digest) if fits is not None else None
+    store = load_store(fits, layout, **made_from(base, people)) if fits is not None else None
     if store is not None and asdict(store.lidb.config) != asdict(config.lidb):
         raise UserError(f"{config.weights} was made with lidb {asdict(store.lidb.config)}; set the same or refit")
     lidb = store.lidb if store is not None else config.lidb.build(layout)
     lidb = lidb.to(base.device)
     out = Path(config.out)
     moments = latent_moments(base, people, Path(config.data))
+    turned = latent_moments(base, people, Path(config.data), mirrored=True) if config.flips else None
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
 
     # --- model
@@ -164,12 +176,16 @@ def run(config: Config) -> Path:
         if store is not None and len(store.tokens) > 1:
             model.standardise(store.tokens)
         model.to(base.device).standardise_features(people.images[torch.cat(photos)[:FEATURE_PHOTOS]])
-    fit_row = store.rows_of(people.seed[[int(r[0]) for r in people.rows]]) if store is not None else None
-    fitted_people = usable[fit_row[usable] >= 0] if fit_row is not None else usable[:0]
+    # whose fit belongs to which photo; what conditions is what was fitted
+    fit_row, every = torch.full((len(people),), -1), torch.cat(photos)
+    if store is not None:
+        fit_row[every] = store.rows_of(people.keys(store.by, every))
+        if (fit_row < 0).all():
+            raise UserError(f"{config.weights} holds no fit of the people in {config.data}; set weights=null or refit")
+    fitted_photos = [rows[fit_row[rows] >= 0] for rows in photos]
+    fitted_people = torch.tensor([i for i, rows in enumerate(fitted_photos) if len(rows)], dtype=torch.long)
     few_fitted = round(config.batch * config.fit_share) if len(fitted_people) else 0
     if config.alpha <= 0:  # nobody else has anything to teach
-        if not len(fitted_people):
-            raise UserError(f"{config.weights} holds no fit of the people in {config.data}, and alpha <= 0 needs some")
         few_fitted = config.batch
     scale = weight_space.scales(lidb, store.tokens.to(base.device), config.weight_loss) if store is not None else None
     weight_loss = getattr(weight_space, config.weight_loss)
@@ -193,12 +209,15 @@ def run(config: Config) -> Path:
     kernels = [SDPBackend.MATH] if config.diffusion.attention == "eager" else list(SDPBackend.__members__.values())[1:]
     injection = Injection(base.targets())
     ids = base.tokenize(_prompts(people, config.diffusion)) if config.target_style == "any" else None
-    instance = base.tokenize([config.diffusion.instance_prompt])
+    instance, nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
     wanted_from = people.rows if config.target_style == "any" else photos
     focus = face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
     validation = _Validation(config, base, lidb) if config.validation is not None else None
-    fits = config.validation_weights
-    unseen = load_store(fits, layout, base.digest) if fits is not None else None
+    unseen = None
+    if config.validation_weights is not None and validation is not None:
+        unseen = load_store(config.validation_weights, layout, **made_from(base, validation.people))
+        if (validation.fits_of(unseen) < 0).all():
+            raise UserError(f"{config.validation_weights} holds no fit of the people in {config.validation}")
 
     # --- train
     def backward(step: int) -> dict[str, Tensor]:
@@ -206,11 +225,21 @@ def run(config: Config) -> Path:
         drawn = [fitted_people] * few_fitted + [usable] * (config.batch - few_fitted)
         who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
         people_now, levels = config.batch, config.levels
-        shown, wanted = _views(photos, wanted_from, who, levels, config.target_view, g)  # [I], [I, S]
+        given = [(fitted_photos if k < few_fitted else photos)[i] for k, i in enumerate(who.tolist())]
+        pictures = [wanted_from[i] for i in who.tolist()]
+        shown, wanted = _views(given, pictures, levels, config.target_view, g)  #    [I], [I, S]
         asked = ids[wanted] if ids is not None else instance.expand(people_now, levels, -1)
         t = stratified_timesteps(people_now, levels, base.schedule.config.num_train_timesteps, g, config.logit_normal)
-        z_mean, z_std = moments[wanted].float().unbind(2)  #                         [I, S, c, h, w]
+        latent, images = moments[wanted], people.images[shown]  #                    [I, S, 2, c, h, w], [I, 3, H, W]
+        mirror = torch.zeros(people_now, dtype=torch.bool)
+        if turned is not None:  # a turned photo is another image: those drawn for their fit stay as they are
+            mirror[few_fitted:] = torch.rand(people_now - few_fitted, generator=g) < 0.5
+            latent[mirror], images[mirror] = turned[wanted[mirror]], images[mirror].flip(-1)
+        z_mean, z_std = latent.float().unbind(2)  #                                  [I, S, c, h, w]
         jitter, noise = (torch.randn(z_mean.shape, generator=g) for _ in "zn")
+        if config.prompt_dropout > 0:
+            dropped = torch.rand(people_now, levels, 1, generator=g) < config.prompt_dropout
+            asked = torch.where(dropped.to(base.device), nothing, asked)
         rows = [z_mean + z_std * jitter, noise, t, asked]  #                         [I, S, ...] each
         rows = [x.to(base.device) for x in rows]
         goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (people_now, levels))
@@ -221,7 +250,7 @@ def run(config: Config) -> Path:
             each = [x[mixed].unflatten(0, (people_now, -1)) for x in kept]
             *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))
         with base.autocast(), sdpa_kernel(kernels):
-            predicted = wrapped(people.images[shown])  #                            [I, N, D]
+            predicted = wrapped(images)  #                                          [I, N, D]
         # each term goes back as far as the tokens, the first while its factors are in use; then all through the network
         tokens = predicted.detach().requires_grad_()
         terms: dict[str, Tensor] = {}
@@ -241,12 +270,13 @@ def run(config: Config) -> Path:
             repeat = 1 if config.diffusion.guidance == 1 else 2
             with injection.using(lidb.factors({"tokens": tokens[some]}), repeat=repeat), sdpa_kernel(kernels):
                 shown_all = [people.images[photos[i]] for i in who[some].tolist()]
+                shown_all = [x.flip(-1) if turn else x for x, turn in zip(shown_all, mirror[some], strict=True)]
                 distance = identity_loss(base, model, noise, shown_all, config.identity_steps)
                 terms["identity"] = config.identity_weight * distance.mean()
                 terms["identity"].backward(inputs=[tokens])  # never the encoder: it would learn to see less
         # eq. 2, second term: where a fit exists
-        if store is not None and fit_row is not None and scale is not None:
-            fits = fit_row[who]
+        if store is not None and scale is not None:
+            fits = fit_row[shown].where(~mirror, -1)
             if (fits >= 0).any():
                 fitted = store.tokens[fits[fits >= 0]].to(base.device)
                 distance = weight_loss(lidb, tokens[(fits >= 0).to(base.device)], fitted, scale)
@@ -262,18 +292,19 @@ def run(config: Config) -> Path:
             picture = out / "previews" / f"step-{done:06d}.png"
             found = validation.measure(model, picture, unseen, weight_loss, scale)
             ema.swap()
+            save_json(out / "validation.json", {"step": done, "people": len(validation.shown), **validation.pairs})
             found = {f"validation/{k}": v for k, v in found.items()}
             journal.record(done, **found)
             scores.update(found)
         if config.tracker:
             accelerator.log(scores, step=done)
 
-    made_from = {"base": base.digest, "data": people.digest, "weights": store.digest if store else ""}
+    origin = {"base": base.digest, "data": people.digest, "weights": store.digest if store else ""}
     # `init` brings its own encoder
     for part, file in (("init", config.init), ("encoder", None if config.init else config.model.encoder.weights)):
         if file is not None:
-            made_from[part] = hash_files([resolve(file)])
-    whole = {**asdict(config), "made_from": made_from}
+            origin[part] = hash_files([resolve(file)])
+    whole = {**asdict(config), "made_from": origin}
     schedule = Schedule(config.steps, config.warmup, config.decay)
     train(
         "hypernetwork", out, whole, schedule, optimizer, ema, backward, after, config.save_every,
@@ -282,24 +313,26 @@ def run(config: Config) -> Path:
 
     # --- write
     injection.remove()
-    model.save(out / "hypernet.safetensors", {**made_from, "steps": str(config.steps)})
-    save_json(out / "report.json", {"config": asdict(config), **made_from, **provenance()})
+    model.save(out / "hypernet.safetensors", {**origin, "steps": str(config.steps)})
+    save_json(out / "report.json", {"config": asdict(config), **origin, **provenance()})
     if config.tracker:
         accelerator.end_training()
+    if validation is not None and (out / "validation.json").is_file():
+        print(_verdict(load_json(out / "validation.json")))
     print(f"hypernetwork in {out / 'hypernet.safetensors'}, previews in {out / 'previews'}")
     return out
 
 
 def _views(
-    photos: list[Tensor], pictures: list[Tensor], who: Tensor, levels: int, target_view: str, g: Any
+    given: list[Tensor], pictures: list[Tensor], levels: int, target_view: str, g: Any
 ) -> tuple[Tensor, Tensor]:
-    """Draw each person's conditioning photo `[I]` and the pictures to denoise `[I, levels]`, as rows of the data."""
+    """Draw each person's conditioning photo of `given`, `[I]`, and the `pictures` to denoise, `[I, levels]`, as rows."""
     import torch
 
     shown, wanted = [], []
-    for i in who.tolist():
-        first = photos[i][torch.randint(0, len(photos[i]), (), generator=g)]
-        others = pictures[i][pictures[i] != first]
+    for photos, others in zip(given, pictures, strict=True):
+        first = photos[torch.randint(0, len(photos), (), generator=g)]
+        others = others[others != first]
         if target_view == "same" or len(others) == 0:
             others = first[None]
         others = others[torch.randperm(len(others), generator=g)]
@@ -334,8 +367,24 @@ def _prompts(people: People, config: DiffusionConfig) -> list[str]:
     ]
 
 
+def _verdict(found: dict[str, Any]) -> str:
+    """Say in words whether unseen people's own predictions denoise them better than another's and than the average."""
+    lines = [f"on {found['people']} unseen people after {found['step']} steps, the own prediction against"]
+    for other, word in (("shuffled", "another person's"), ("mean", "everybody's average")):
+        loss, face = (found[f"{kind}_own-{other}"] for kind in ("diffusion", "face_cosine"))
+        said = "carries the person" if loss["hi"] < 0 else "does not carry the person" if loss["lo"] > 0 else "undecided"
+        lines.append(
+            f"  {word}: loss {loss['mean']:+.5f} [{loss['lo']:+.5f}, {loss['hi']:+.5f}], "
+            f"face cosine {face['mean']:+.3f} [{face['lo']:+.3f}, {face['hi']:+.3f}]: {said}"
+        )
+    return "\n".join(lines)
+
+
 class _Validation:
-    """Unseen people, fixed seeds: diffusion loss and face cosine under the own and another's prediction."""
+    """Unseen people, fixed seeds: the training's diffusion loss on another photo, and the face cosine.
+
+    Under the own prediction, another person's and everybody's average.
+    """
 
     def __init__(self, config: Config, base: Base, lidb: Any) -> None:
         import torch
@@ -344,30 +393,37 @@ class _Validation:
 
         assert config.validation is not None
         self.base, self.lidb, self.config = base, lidb, config
-        people = load_people(config.validation, config.validation_people, "validation", config.diffusion.size)
-        rows = [r for r in people.photos if len(r) >= 2]
+        many, size = config.validation_people, config.diffusion.size
+        people = load_people(config.validation, many, "validation", size, least=2)
+        rows = people.photos
         if len(rows) < 2:
             raise UserError(f"{config.validation} needs at least two people with two photos each")
         views = min(len(r) for r in rows)
         self.people = people
-        self.shown = people.images[torch.stack([r[0] for r in rows])]  #            [I, 3, H, W]
+        self.first = torch.stack([r[0] for r in rows])
+        self.shown = people.images[self.first]  #                                   [I, 3, H, W]
         others = torch.stack([r[1:views] for r in rows])  #                         [I, K]
         self.others = people.images[others.flatten()].unflatten(0, others.shape)
-        self.seeds = people.seed[torch.stack([r[0] for r in rows])]
         self.moments = base.moments(self.others[:, 0])
         self.gallery: Tensor | None = None
+        self.pairs: dict[str, dict[str, float]] = {}  # own - another's, own - average; mean and interval over people
+
+    def fits_of(self, store: WeightStore) -> Tensor:
+        """Return the row in a store of each person's photo, -1 where it has none."""
+        return store.rows_of(self.people.keys(store.by, self.first))
 
     def measure(
         self, model: Hypernet, picture: Path, store: WeightStore | None, weight_loss: Any, scale: Tensor | None
     ) -> dict[str, float]:
-        """Return the scores and write the preview sheet: photo, own prediction, another person's, sketch."""
+        """Return the scores, keep the `pairs`, and write the preview sheet."""
         import torch
 
         from hyperdb.adapters.base import select
         from hyperdb.adapters.inject import Injection
-        from hyperdb.diffusion.loss import diffusion_loss, stratified_timesteps
+        from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
         from hyperdb.faces.image import grid, save_png
         from hyperdb.metrics.face import SFace
+        from hyperdb.metrics.score import paired
         from hyperdb.runtime.seed import generator
         from hyperdb.stages.likeness import draw, face_cosine, galleries
 
@@ -380,28 +436,42 @@ class _Validation:
         model.train()
         own = self.lidb.factors({"tokens": tokens})
         shuffled = select(own, [(i + 1) % count for i in range(count)])
-        scores: dict[str, float] = {}
-        # the same noise and noise levels at every validation
-        g = generator(self.config.seed, "validation")
-        t = stratified_timesteps(count, 4, base.schedule.config.num_train_timesteps, g).flatten().to(base.device)
-        z = self.moments[:, 0].repeat_interleave(4, 0).to(base.device)
+        average = self.lidb.factors({"tokens": tokens.mean(0, keepdim=True)})
+        ways = {"own": own, "shuffled": shuffled, "mean": average}
+        # the same noise and noise levels at every validation, weighted as in training
+        levels, config, schedule = 4, self.config, base.schedule
+        g = generator(config.seed, "validation")
+        t = stratified_timesteps(count, levels, schedule.config.num_train_timesteps, g, config.logit_normal)
+        t = t.flatten().to(base.device)
+        z = self.moments[:, 0].repeat_interleave(levels, 0).to(base.device)
         noise = torch.randn(z.shape, generator=g).to(base.device)
-        ids = base.tokenize([self.config.diffusion.instance_prompt]).expand(len(t), -1)
+        ids = base.tokenize([config.diffusion.instance_prompt]).expand(len(t), -1)
+        weight = signal_weight(schedule, t, config.signal_weight)[:, None, None, None]
+        weight = weight * face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
+        losses: dict[str, Tensor] = {}
         injection = Injection(base.targets())
-        for name, factors in (("own", own), ("shuffled", shuffled)):
+        for name, factors in ways.items():
             with torch.no_grad(), injection.using(factors):
-                scores[f"diffusion_{name}"] = round(diffusion_loss(base, z, noise, t, ids).mean().item(), 5)
+                error = weight * (predict(base, z, noise, t, ids) - target(schedule, z, noise, t)).square()
+                losses[name] = error.flatten(1).mean(1).view(count, levels).mean(1).cpu()  #  [I]
         injection.remove()
+        scores = {f"diffusion_{name}": round(loss.mean().item(), 5) for name, loss in losses.items()}
         if store is not None and scale is not None:
-            rows = store.rows_of(self.seeds)
+            rows = self.fits_of(store)
             if (rows >= 0).any():
                 fitted = store.tokens[rows[rows >= 0]].to(base.device)
                 distance = weight_loss(self.lidb, tokens[(rows >= 0).to(base.device)], fitted, scale)
                 scores["weights"] = round(distance.mean().item(), 5)
         prompts = [self.config.diffusion.instance_prompt] * 2
-        drawn = {n: draw(base, f, count, prompts, [0, 1]) for n, f in (("own", own), ("shuffled", shuffled))}
-        for name, images in drawn.items():
-            scores[f"face_cosine_{name}"] = round(face_cosine(feature, images, self.gallery).mean().item(), 4)
+        drawn = {n: draw(base, ways[n], count, prompts, [0, 1]) for n in ("own", "shuffled")}
+        drawn["mean"] = draw(base, average, 1, prompts, [0, 1]).expand_as(drawn["own"])  # alike for all
+        faces = {n: face_cosine(feature, images, self.gallery).mean(1) for n, images in drawn.items()}
+        scores |= {f"face_cosine_{name}": round(cosine.mean().item(), 4) for name, cosine in faces.items()}
+        self.pairs = {
+            f"{kind}_own-{name}": paired(values["own"].numpy(), values[name].numpy(), config.seed)
+            for kind, values in (("diffusion", losses), ("face_cosine", faces))
+            for name in ("shuffled", "mean")
+        }
         word = self.config.diffusion.class_word
         style = self.config.prior.prompts[-1].replace(word, f"[V] {word}")
         styled = draw(base, own, count, [style], [0])

@@ -159,7 +159,7 @@ def run(config: Config) -> Path:
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import load_people
-    from hyperdb.data.weights import load_store
+    from hyperdb.data.weights import load_store, made_from
     from hyperdb.diffusion.targets import base_hash
     from hyperdb.runtime.files import save_json, save_tensors
     from hyperdb.runtime.provenance import provenance
@@ -187,10 +187,10 @@ def run(config: Config) -> Path:
     if config.weights is None:
         numbers = predict(people)
     else:
-        store = load_store(config.weights, model.lidb.layout, base.digest)
+        store = load_store(config.weights, model.lidb.layout, **made_from(base, people))
         if asdict(store.lidb.config) != asdict(model.lidb.config):
             raise UserError(f"{config.weights} has lidb {asdict(store.lidb.config)}, the hypernetwork has other")
-        fits = store.rows_of(people.seed[first])
+        fits = store.rows_of(people.keys(store.by, first))
         if (fits >= 0).sum() < 8:
             raise UserError(f"{config.weights} holds fits of {int((fits >= 0).sum())} of the people in {config.data}")
         numbers, first = model.lidb.pack(store.tokens[fits[fits >= 0]]), first[fits >= 0]

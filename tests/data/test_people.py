@@ -73,6 +73,27 @@ def test_subset_by_mask_or_index(people: People) -> None:
     assert chosen.captions == [people.captions[i] for i in (11, 0, 10)]
 
 
+def test_a_choice_of_people_and_photos_is_that_part_of_all(people: People, rendered: Path) -> None:
+    later = load_people(rendered, 2, first=1)
+    assert torch.equal(later.images, people.images[3:9])
+    assert later.captions == people.captions[3:9]
+    assert torch.equal(later.labels["age"], people.labels["age"][3:9])
+    photos = load_people(rendered, first=1, photos=3)
+    assert torch.equal(photos.images, people.images[[3, 4, 6]])
+    assert load_people(rendered, least=2).identities == 4
+    with pytest.raises(UserError, match="of people with 3 photos"):  # two views of three are photos
+        load_people(rendered, least=3)
+    with pytest.raises(UserError, match="from person 4 on"):
+        load_people(rendered, first=4)
+
+
+def test_keys_are_of_the_pixels_or_of_the_person(people: People, rendered: Path) -> None:
+    later, rows = load_people(rendered, first=2), torch.tensor([7, 10])
+    assert torch.equal(later.keys("image", rows - 6), people.keys("image", rows))
+    assert torch.equal(later.keys("person", rows - 6), people.seed[rows])
+    assert people.keys("image", torch.arange(12)).unique().numel() == 12
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 9])
 def test_limit_keeps_the_first_identities(people: People, rendered: Path, limit: int) -> None:
     few = load_people(rendered, limit)
@@ -146,6 +167,16 @@ def test_moments_are_computed_once_and_kept(
     assert calls == [12, 12, 12]
 
 
+def test_moments_of_some_rows_and_of_pictures_turned_round(people: People, base: Base, tmp_path: Path) -> None:
+    rows = torch.tensor([4, 1, 4])
+    found = latent_moments(base, people, tmp_path, rows)
+    torch.testing.assert_close(found, base.moments(people.images[rows]).half())
+    turned = latent_moments(base, people, tmp_path, rows, mirrored=True)
+    torch.testing.assert_close(turned, base.moments(people.images[rows].flip(-1)).half())
+    assert not torch.equal(turned, found)
+    assert torch.equal(latent_moments(base, people, tmp_path, rows), found)
+
+
 def test_moments_of_another_choice_of_images_are_computed_anew(
     people: People, base: Base, tmp_path: Path
 ) -> None:
@@ -190,3 +221,55 @@ def test_aligned_folder(aligned: Path) -> None:
 def test_aligned_folder_without_the_split(aligned: Path) -> None:
     with pytest.raises(UserError, match="no images of the split 'validation'"):
         load_people(aligned, split="validation")
+
+
+def test_a_person_is_the_same_whatever_is_loaded(aligned: Path) -> None:
+    """Ben is not numbered anew when others are left out, before him or after him."""
+    everyone = load_people(aligned, split=None, size=40)
+    ben, ada, cy = everyone.seed[[0, 1, 2]].tolist()
+    assert len({ben, ada, cy}) == 3
+    assert everyone.seed.tolist() == [ben, ada, cy, ben]
+    assert load_people(aligned, split="test", size=32).seed.tolist() == [cy]
+    assert load_people(aligned, limit=1, size=32).seed.tolist() == [ben, ben]
+    assert load_people(aligned, first=1, size=32).seed.tolist() == [ada]
+    assert load_people(aligned, least=2, split=None, size=32).seed.tolist() == [ben, ben]
+    lines = (aligned / "manifest.jsonl").read_text().splitlines()
+    (aligned / "manifest.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    assert load_people(aligned, split=None, size=40).seed.tolist() == [ben, cy, ada, ben]
+
+
+def test_the_digest_is_of_the_whole_folder(aligned: Path) -> None:
+    digest = load_people(aligned, size=32).digest
+    assert load_people(aligned, 1, None, 40, photos=1).digest == digest
+    assert load_people(aligned, split="test", size=32).digest == digest
+    Image.new("RGB", (40, 40)).save(aligned / "faces" / "2.png")  # another crop of the same photo: same manifest
+    assert load_people(aligned, size=32).digest != digest
+
+
+def test_only_what_is_wanted_is_decoded(aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(Path(path).name) or real(path))
+    load_people(aligned, limit=1, size=32)
+    assert opened == ["0.png", "3.png"]
+    opened.clear()
+    load_people(aligned, size=32, photos=2, split=None)
+    assert opened == ["0.png", "1.png"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux")
+def test_the_pictures_are_in_memory_once(tmp_path: Path) -> None:
+    Image.new("RGB", (512, 512), "red").save(tmp_path / "red.png")
+    records = [{"file": "red.png", "identity": str(i), "split": "train"} for i in range(256)]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    def status(name: str) -> int:
+        text = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in text.splitlines() if line.startswith(name)).split()[1])
+
+    load_people(tmp_path, limit=2, size=512)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = status("VmRSS")
+    people = load_people(tmp_path, size=512)
+    assert people.images.nbytes == 256 * 3 * 512 * 512
+    assert status("VmHWM") - before < 1.2 * people.images.nbytes

@@ -59,6 +59,17 @@ def test_signal_weight_of_one_turns_the_error_of_v_into_that_of_epsilon(base: Ba
     of_epsilon = (epsilon - noise).square().mean((1, 2, 3))
     torch.testing.assert_close(signal_weight(base.schedule, timesteps, 1.0) * of_v, of_epsilon)
     assert torch.equal(signal_weight(base.schedule, timesteps, 0.0), torch.ones(3))
+    for power in (0.0, 0.5, 1.0, 1.7):  # the same number is the same loss, whatever the base predicts
+        base.schedule.register_to_config(prediction_type="v_prediction")
+        weighted = signal_weight(base.schedule, timesteps, power) * of_v
+        base.schedule.register_to_config(prediction_type="epsilon")
+        torch.testing.assert_close(signal_weight(base.schedule, timesteps, power) * of_epsilon, weighted)
+    for kind in ("epsilon", "v_prediction"):  # null is the base's own loss
+        base.schedule.register_to_config(prediction_type=kind)
+        assert torch.equal(signal_weight(base.schedule, timesteps, None), torch.ones(3))
+    base.schedule.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="'sample' is not supported"):
+        signal_weight(base.schedule, timesteps, 0.5)
 
 
 def test_face_focus_has_mean_one_and_its_peak_in_the_middle() -> None:

@@ -38,7 +38,7 @@ def test_missing_people_count_only_when_said():
     with pytest.raises(ValueError, match="one value a person"):
         bootstrap([], 0)
     with pytest.raises(ValueError, match="one value a person"):
-        bootstrap([[1.0, 2.0]], 0)
+        bootstrap([[[1.0, 2.0]]], 0)
 
 
 def test_paired_sees_what_separate_intervals_hide():
@@ -51,6 +51,35 @@ def test_paired_sees_what_separate_intervals_hide():
     assert np.isclose(paired([1, np.nan], [0, 0], 0, missing=0)["mean"], 0.5)
     with pytest.raises(ValueError, match="must match"):
         paired([1.0], [1.0, 2.0], 0)
+
+
+def test_one_seed_is_the_bootstrap_over_people():
+    people = np.random.default_rng(3).normal(size=30)
+    assert bootstrap(people[:, None], seed=0) == bootstrap(people, seed=0)
+
+
+def test_people_and_seeds_are_both_drawn():
+    rng = np.random.default_rng(4)
+    people, seeds, rest = rng.normal(0, 1, (200, 1)), rng.normal(0, 0.5, (1, 50)), rng.normal(0, 0.1, (200, 50))
+    table = people + seeds + rest
+    found = bootstrap(table, seed=0)
+    assert found["mean"] == table.mean()
+    # the variances of the two means add; the rest is averaged away
+    half = 1.96 * (people.var() / 200 + seeds.var() / 50) ** 0.5
+    assert abs((found["hi"] - found["lo"]) / 2 - half) < 0.1 * half
+    only_people = bootstrap(table.mean(1), seed=0)
+    assert only_people["hi"] - only_people["lo"] < found["hi"] - found["lo"]
+
+
+def test_pairs_of_several_seeds_against_one():
+    table = np.random.default_rng(5).normal(size=(20, 3))
+    single = np.arange(20.0)[:, None]
+    assert paired(table, single, 0) == bootstrap(table - single, 0)
+    assert paired(table, table, 0) == {"mean": 0.0, "lo": 0.0, "hi": 0.0}
+    with pytest.raises(ValueError, match="must match"):
+        paired(table, table[:, :2], 0)
+    with pytest.raises(ValueError, match="must match"):
+        paired(table[:, 0], table, 0)
 
 
 def test_auc():

@@ -19,6 +19,9 @@ from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
+from hyperdb.metrics.score import paired
+from hyperdb.report.table import ROWS as LABELS
+from hyperdb.report.table import markdown
 from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.stages import evaluate, train_hypernet
 from hyperdb.stages.personalize import photos
@@ -64,7 +67,8 @@ def made(tiny_base, rendered, tmp_path_factory):
 
 def test_fits_are_complete_and_kept(made):
     index = json.loads((made["fits"] / "index.json").read_text())
-    assert index["identities"] == 3
+    assert index["fits"] == 3
+    assert index["by"] == "person"
     stamps = {p.name: p.stat().st_mtime_ns for p in made["fits"].glob("fits-*")}
     (made["fits"] / "fits-00001.safetensors").unlink()
     words = [made["base"], *TINY, f"data={made['data']}", "identities=3", "batch=2", "fit.steps=2", "fit.levels=2"]
@@ -114,6 +118,8 @@ def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
         ["identity_weight=0"],
         ["matrix_rate=0.01"],
         ["encoder_rate=1e-4"],
+        ["flips=true", "identity_weight=0.1", "identity_people=2", "identity_steps=1"],
+        ["prompt_dropout=0.5", "target_style=any"],
     ],
 )
 def test_every_loss_setting_trains(made, words, tmp_path):
@@ -151,7 +157,8 @@ def test_what_is_denoised_is_the_same_person_under_its_own_caption(made):
     g = torch.Generator().manual_seed(0)
     who = torch.arange(len(people.rows)).repeat(20)
     for pictures in (people.photos, people.rows):
-        shown, wanted = train_hypernet._views(people.photos, pictures, who, 3, "other", g)
+        given, others = ([rows[i] for i in who.tolist()] for rows in (people.photos, pictures))
+        shown, wanted = train_hypernet._views(given, others, 3, "other", g)
         assert photo[shown].all()
         assert (people.identity[wanted] == people.identity[shown][:, None]).all()
         assert (wanted != shown[:, None]).all()
@@ -179,7 +186,7 @@ def unseen(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("tracker", "file"), [("tensorboard", "events.out.tfevents*"), ("wandb", "*.wandb")])
-def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, file):
+def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, file, capsys):
     tmp_path = in_tmp  # wandb writes where it is started
     fits = tmp_path / "fits"
     words = [made["base"], *TINY, f"data={unseen}", "identities=3", "fit.steps=2", "fit.levels=2", "fit.views=2"]
@@ -191,8 +198,44 @@ def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, fi
     records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     names = {k for r in records for k in r if k.startswith("validation/")}
     assert {f"validation/face_cosine_{x}" for x in ("own", "shuffled")} <= names
-    assert {"validation/diffusion_own", "validation/diffusion_shuffled", "validation/weights"} <= names
+    assert {f"validation/diffusion_{x}" for x in ("own", "shuffled", "mean")} | {"validation/weights"} <= names
+    found = json.loads((tmp_path / "validation.json").read_text())
+    assert found["people"] == 3
+    assert {f"{k}_own-{x}" for k in ("diffusion", "face_cosine") for x in ("shuffled", "mean")} < set(found)
+    last = {k: v for r in records for k, v in r.items()}
+    for other in ("shuffled", "mean"):
+        difference = last["validation/diffusion_own"] - last[f"validation/diffusion_{other}"]
+        assert found[f"diffusion_own-{other}"]["mean"] == pytest.approx(difference, abs=2e-5)
+    assert "everybody's average" in capsys.readouterr().out
     assert (tmp_path / "previews" / "step-000001.png").is_file()
+
+
+def test_validation_weights_its_loss_as_training_does(made, unseen, tmp_path, monkeypatch):
+    """Levels, signal weight and the weight of the face: the errors counted are those of `predict` at the same draws."""
+    from hyperdb.diffusion import loss
+
+    drawn = []
+    predict = loss.predict
+
+    def watched(base, latents, noise, timesteps, ids):
+        out = predict(base, latents, noise, timesteps, ids)
+        if not torch.is_grad_enabled():
+            error = (out - loss.target(base.schedule, latents, noise, timesteps)).square()
+            focus = loss.face_focus(3.0, *error.shape[2:])
+            weight = loss.signal_weight(base.schedule, timesteps, 0.7)[:, None, None, None]
+            drawn.append((timesteps, (weight * focus * error).mean().item()))
+        return out
+
+    monkeypatch.setattr(loss, "predict", watched)
+    words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=1", f"out={tmp_path}", "prior_weight=0"]
+    words += [f"validation={unseen}", "signal_weight=0.7", "face_weight=3", "logit_normal=[2.0,0.1]"]
+    configuration.run("train_hypernet", words)
+    records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    found = {k: v for r in records for k, v in r.items()}
+    assert len(drawn) == 3
+    for (timesteps, error), name in zip(drawn, ("own", "shuffled", "mean"), strict=True):
+        assert found[f"validation/diffusion_{name}"] == pytest.approx(error, abs=2e-5)
+        assert timesteps.float().mean() > 850  # sigmoid(2) = .88
 
 
 @pytest.fixture
@@ -219,6 +262,10 @@ def test_training_refuses_what_it_cannot_use(made, judged, tiny_base, tmp_path):
         ([*here, "tracker=clipboard"], "clipboard"),
         ([*here, "model.encoder.weights=none.safetensors"], "train_encoder"),
         ([*here, "lidb.seed=1"], "lidb"),
+        ([*here, "prompt_dropout=1"], "prompt_dropout"),
+        ([*here, "flips=true", "alpha=0"], "flips"),
+        ([*here, "validation_weights=runs"], "validation_weights"),
+        ([*here, "diffusion.class_word=head"], "another prompt"),
     ):
         with pytest.raises(UserError, match=message):
             configuration.run("train_hypernet", [*words, *bad])
@@ -352,7 +399,7 @@ def judged(tmp_path_factory):
 def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_path):
     words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}", "people=3"]
     words.append("rows=[" + ",".join(evaluate.ROWS) + "]")
-    words += ["views=1", "images=2", "batch=2", "styled=[sketch,cartoon/beach]"]
+    words += ["views=1", "images=2", "batch=2", "styled=[sketch,cartoon/beach]", "seeds=2"]
     words += ["finetune.steps=1", "converged.steps=1"]
     configuration.run("evaluate", words)
     result = json.loads((tmp_path / "results.json").read_text())
@@ -373,13 +420,34 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
         mean = sum(part["people"] * part["floor"] for part in words_of.values()) / result["people"]
         assert abs(mean - result["rows"]["floor"]["cosine"]["mean"]) < 1e-3
     assert set(result["slices"]) == {"sex", "age", "skin"}
-    assert result["rows"]["ceiling"]["bytes"] == 0
+    assert result["rows"]["ceiling"]["bytes"] == result["rows"]["copy"]["bytes"] == 0
+    assert result["rows"]["mean_40"]["bytes"] == row["bytes"]
+    # every figure comes from the values: a number a row, figure, seed and person
+    assert len(result["persons"]) == result["people"] == 3
+    for name, figures in result["rows"].items():
+        values = {figure: np.array(v).T for figure, v in result["values"][name].items()}
+        assert {v.shape for v in values.values()} == {(3, 1 if name in evaluate.PICTURES else 2)}
+        assert evaluate.summary(values, 0) == {k: v for k, v in figures.items() if k not in ("seconds", "bytes")}
+    values = {name: np.array(figures["cosine"]).T for name, figures in result["values"].items()}
+    for a, b in evaluate.PAIRS:
+        assert result["paired"][f"{a}-{b}"] == paired(values[a], values[b], 0)
+    pictures = {p.stem: load_tensors(p)[0]["images"] for p in (tmp_path / "rows").iterdir()}
+    assert set(pictures) == {*evaluate.ROWS, *(f"{r}-1" for r in evaluate.ROWS if r not in evaluate.PICTURES)}
+    for name in ("floor", "hyper_40"):  # another seed draws other pictures
+        assert not torch.equal(pictures[name], pictures[f"{name}-1"])
+    assert (pictures["copy"] == pictures["copy"][:, :1]).all()
+    for one, other in (("hyper_40", "mean_40"), ("hyper_40", "shuffled_40"), ("mean_40", "no_hyper_40")):
+        assert not torch.equal(pictures[one], pictures[other])
+    table = markdown(result)
+    assert "interval over people and seeds" in table
+    assert all(label in table for label in LABELS.values())
     assert (tmp_path / "people.png").is_file()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
     (tmp_path / "rows" / "mean.safetensors").unlink()
-    configuration.run("evaluate", words)
+    configuration.run("evaluate", [*words, "seeds=1"])  # whose pictures are the first seed's
     again = json.loads((tmp_path / "results.json").read_text())
-    assert again["rows"]["mean"]["cosine"] == result["rows"]["mean"]["cosine"]
+    for name, figures in again["values"].items():
+        assert figures["cosine"] == result["values"][name]["cosine"][:1]
     assert all((tmp_path / "rows" / n).stat().st_mtime_ns == t for n, t in kept.items() if n != "mean.safetensors")
 
 

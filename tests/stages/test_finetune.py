@@ -11,7 +11,7 @@ import torch
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.adapters.lora import LoRA
-from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion import DiffusionConfig, loss
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, save_json
 from hyperdb.stages.finetune import FitConfig, PriorConfig, fit, load_prior
@@ -65,6 +65,37 @@ def test_fitting_lowers_the_loss(base, lidb, moments):
     losses: list[float] = []
     fit(base, lidb, moments, FitConfig(steps=30, levels=4, rate=3e-2), progress=lambda _, loss: losses.append(loss))
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_a_warm_up_begins_with_small_steps(base, lidb, moments):
+    def moved(warmup: int) -> float:
+        config = FitConfig(steps=1, levels=2, rate=1e-2, warmup=warmup)
+        return (fit(base, lidb, moments[:1], config)["tokens"] - lidb.init(1)["tokens"]).norm().item()
+
+    assert moved(4) == pytest.approx(moved(0) / 4, rel=1e-3)
+    with pytest.raises(UserError, match="warmup=-1"):
+        FitConfig(warmup=-1)
+
+
+def test_the_same_signal_weight_is_the_same_loss_for_a_base_of_epsilon(base, lidb, moments, monkeypatch):
+    """A network of v, asked for epsilon by the same formula, is fitted alike."""
+    config = FitConfig(steps=2, levels=2, rate=1e-3, signal_weight=0.5)
+    of_v = fit(base, lidb, moments[:1], config)["tokens"]
+    alpha_bar, predict = base.schedule.alphas_cumprod, loss.predict
+
+    def epsilon(base, latents, noise, timesteps, ids):
+        v = predict(base, latents, noise, timesteps, ids)
+        alpha = alpha_bar[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt() * v + (1 - alpha).sqrt() * base.schedule.add_noise(latents, noise, timesteps)
+
+    monkeypatch.setattr(loss, "predict", epsilon)
+    base.schedule.register_to_config(prediction_type="epsilon")
+    try:
+        assert torch.allclose(fit(base, lidb, moments[:1], config)["tokens"], of_v, atol=1e-4)
+        other = fit(base, lidb, moments[:1], replace(config, signal_weight=1.5))["tokens"]
+        assert not torch.allclose(other, of_v, atol=1e-4)
+    finally:
+        base.schedule.register_to_config(prediction_type="v_prediction")
 
 
 def test_face_weight_makes_the_rim_count_less(base, lidb, moments):

@@ -1,7 +1,7 @@
 """G3: are the fits a function of the photo, and of what is known about the person?
 
-    hyperdb precompute
-    hyperdb precompute identities=20 fit.seed=1 name=repeat
+    hyperdb precompute fit.views=1 fit.signal_weight=0 fit.face_weight=0
+    hyperdb precompute fit.views=1 fit.signal_weight=0 fit.face_weight=0 identities=20 fit.seed=1 name=repeat
     python experiments/embedded/gates/g3_learnability.py
 
 Intra-class correlation of the residuals of 20 photos fitted twice with other streams of noise (> .5); ridge regression
@@ -59,9 +59,9 @@ def main() -> None:
     base = config.load("personalize", ["image=none"]).diffusion.load()
     layout = Layout.of(base.targets())
     store, again = (load_store(f"runs/precompute/{name}", layout) for name in ("default", "repeat"))
-    once = store.tokens[store.rows_of(again.seed)]
+    once = store.tokens[store.rows_of(again.keys)]
     icc = correlation(*(residuals(store.lidb, t) for t in (once, again.tokens)))
-    people = load_people("data/heads", limit=len(store.seed))
+    people = load_people("data/heads", limit=len(store.keys))
     rows = torch.stack([r[0] for r in people.rows])
     rows = rows[torch.tensor([int(r) for r in store.rows_of(people.seed[rows])]).argsort()]
     labels = people.labels

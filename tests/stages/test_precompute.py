@@ -1,0 +1,179 @@
+"""Fits reach whom they belong to, on an aligned folder with people of all three splits, whatever part of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hyperdb import config as configuration
+from hyperdb.adapters.layout import Layout
+from hyperdb.data.people import load_people
+from hyperdb.data.weights import load_store
+from hyperdb.hypernet import loss as weight_space
+from hyperdb.hypernet.model import Hypernet
+from hyperdb.runtime.errors import UserError
+from hyperdb.stages.finetune import fit
+
+TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "lidb.a=12", "lidb.b=8"]
+TINY += ["prior.images=2", "prior.prompts=[a photo of a face]"]
+HYPER = ["model.width=32", "model.heads=2", "model.iterations=2", "model.encoder.name=vit_tiny_patch16_224"]
+HYPER += ["model.encoder.size=32", "model.encoder.patch=16", "model.encoder.depth=1", "model.encoder.weights=null"]
+HYPER += ["validation=null", "prior_weight=0", "warmup=1", "levels=2"]
+# in an order in which leaving out a split numbers the rest anew
+PHOTOS = [
+    ("zoe", "test"), ("ben", "train"), ("ada", "validation"), ("ben", "train"), ("cy", "train"), ("ada", "validation"),
+    ("dan", "train"), ("eve", "validation"), ("cy", "train"), ("eve", "validation"), ("ben", "train"), ("zoe", "test"),
+]  # fmt: skip
+FIT = ["fit.steps=2", "fit.levels=2", "fit.rate=0.1", "fit.prior_weight=0", "batch=2"]
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory) -> Path:
+    """What `hyperdb preprocess` leaves of twelve photos."""
+    folder = tmp_path_factory.mktemp("aligned")
+    rng = np.random.default_rng(0)
+    records = []
+    for i, (identity, split) in enumerate(PHOTOS):
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((32, 32)).save(folder / f"{i}.png")
+        records.append({"file": f"{i}.png", "identity": identity, "split": split})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_words(tiny_base: Path) -> list[str]:
+    return [f"diffusion.path={tiny_base}", *TINY]
+
+
+def _precompute(base_words: list[str], aligned: Path, out: Path, *more: str) -> Path:
+    words = [*base_words, f"data={aligned}", f"out={out}", *FIT, *more]
+    return configuration.run("precompute", words)
+
+
+@pytest.fixture(scope="module")
+def stores(base_words, aligned, tmp_path_factory) -> dict[str, Path]:
+    """Fits of every image and of every person, of all splits at once."""
+    root = tmp_path_factory.mktemp("stores")
+    how = {"image": ["fit.views=1"], "person": ["fit.views=2"]}
+    return {by: _precompute(base_words, aligned, root / by, f"by={by}", *more) for by, more in how.items()}
+
+
+def _taught(base_words, aligned, weights, out, monkeypatch, *more) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Train for some steps and return the conditioning images and the fits that they were compared with."""
+    seen: list[torch.Tensor] = []
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    forward, compare = Hypernet.forward, weight_space.gauge_free
+
+    def watched(self, images):
+        seen.append(images.clone())
+        return forward(self, images)
+
+    def compared(lidb, predicted, fitted, scale):
+        pairs.append((seen[-1], fitted.clone()))
+        return compare(lidb, predicted, fitted, scale)
+
+    with monkeypatch.context() as m:
+        m.setattr(Hypernet, "forward", watched)
+        m.setattr(weight_space, "gauge_free", compared)
+        words = [*base_words, *HYPER, f"data={aligned}", f"weights={weights}", "weight_loss=gauge_free", f"out={out}"]
+        configuration.run("train_hypernet", [*words, "batch=4", "steps=4", *more])
+    return pairs
+
+
+@pytest.mark.parametrize("by", ["image", "person"])
+def test_a_photo_is_taught_its_own_fit(base_words, aligned, stores, tmp_path, monkeypatch, by):
+    settings = configuration.load("precompute", [*base_words, *FIT, f"by={by}", f"fit.views={1 + (by == 'person')}"])
+    base = settings.diffusion.load()
+    lidb = settings.lidb.build(Layout.of(base.targets()))
+    files = [torch.from_numpy(np.array(Image.open(aligned / f"{i}.png"))).permute(2, 0, 1) for i in range(len(PHOTOS))]
+
+    def own(i: int) -> torch.Tensor:
+        """Fit again what belongs to the photo of this number, by the manifest's names alone."""
+        mine = [k for k, (name, _) in enumerate(PHOTOS) if name == PHOTOS[i][0]]
+        views = [i] if by == "image" else [mine[k % len(mine)] for k in range(2)]
+        moments = base.moments(torch.stack([files[k] for k in views])).half()
+        return fit(base, lidb, moments[None], settings.fit)["tokens"][0]
+
+    wanted = {i: own(i) for i, (_, split) in enumerate(PHOTOS) if split == "train"}
+    every = torch.stack(list(wanted.values()))
+    other = torch.cdist(every.flatten(1)[None], every.flatten(1)[None])[0]
+    assert other[other > 0.01].min() > 1  # those of two people are told apart
+    pairs = _taught(base_words, aligned, stores[by], tmp_path, monkeypatch, "alpha=0")
+    used = set()
+    for images, fits in pairs:
+        assert len(images) == len(fits) == 4
+        for image, tokens in zip(images, fits, strict=True):
+            i = next(i for i in wanted if torch.equal(files[i], image))
+            torch.testing.assert_close(tokens, wanted[i], atol=0.02, rtol=0)
+            used.add(PHOTOS[i][0])
+    assert used == {"ben", "cy", "dan"}
+
+
+def test_a_photo_turned_round_is_taught_no_fit(base_words, aligned, stores, tmp_path, monkeypatch):
+    more = ["flips=true", "fit_share=0.25", "prompt_dropout=0.5"]
+    known = load_people(aligned, size=32).images
+    turned = 0
+    for images, fits in _taught(base_words, aligned, stores["image"], tmp_path, monkeypatch, *more):
+        straight = [bool((image == known).flatten(1).all(1).any()) for image in images]
+        assert straight[0]  # drawn for its fit
+        assert len(fits) == sum(straight)
+        turned += 4 - sum(straight)
+    assert turned > 0
+
+
+def test_validation_weights_are_those_of_the_photos_shown(base_words, aligned, stores, tmp_path):
+    validation = [f"validation={aligned}", f"validation_weights={stores['image']}", "validation_people=5", "steps=1"]
+    words = [*base_words, *HYPER, f"data={aligned}", f"weights={stores['image']}", f"out={tmp_path}", *validation]
+    configuration.run("train_hypernet", words)
+    records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    assert any("validation/weights" in r for r in records)
+    assert json.loads((tmp_path / "validation.json").read_text())["people"] == 2
+
+
+def test_as_many_fits_as_photos_asked_for(base_words, aligned, stores, tmp_path):
+    assert json.loads((stores["image"] / "index.json").read_text())["fits"] == len(PHOTOS)
+    assert json.loads((stores["person"] / "index.json").read_text())["fits"] == 6
+    words = ["by=image", "fit.views=1", "fit.steps=1", "photos=4", "split=train", "identities=null"]
+    some = _precompute(base_words, aligned, tmp_path / "some", *words)
+    assert json.loads((some / "index.json").read_text())["fits"] == 4
+    layout = Layout.of(configuration.load("precompute", base_words).diffusion.load().targets())
+    people = load_people(aligned, size=32)
+    store = load_store(some, layout)
+    assert store.rows_of(people.keys("image", torch.arange(len(people)))).tolist() == [0, 1, 2, 3, -1, -1]
+
+
+def test_a_store_of_other_photos_is_refused(base_words, aligned, stores, tmp_path):
+    other = shutil.copytree(aligned, tmp_path / "other")
+    words = [*base_words, *HYPER, f"weights={stores['image']}", "steps=1", f"out={tmp_path / 'out'}"]
+    Image.new("RGB", (32, 32)).save(other / "0.png")  # of somebody who is not even trained on
+    with pytest.raises(UserError, match=r"image holds fits of another data"):
+        configuration.run("train_hypernet", [*words, f"data={other}"])
+    validation = _precompute(base_words, aligned, tmp_path / "validation", "by=image", "fit.views=1", "split=validation")
+    words = [*base_words, *HYPER, f"weights={validation}", "steps=1", f"out={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match=r"validation holds no fit of the people"):
+        configuration.run("train_hypernet", [*words, f"data={aligned}"])
+    assert not (tmp_path / "out" / "hypernet.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["by=photo"], "by='photo'"),
+        (["by=image", "fit.views=2"], "fit.views=2"),
+        (["by=person", "photos=3"], "photos=3"),
+        (["split=val"], "split='val'"),
+        (["identities=0"], "identities=0"),
+        (["first=-1"], "first=-1"),
+        (["fit.views=0"], "fit.views=0"),
+    ],
+)
+def test_settings_that_contradict(words, said):
+    with pytest.raises(UserError, match=said):
+        configuration.load("precompute", words)
