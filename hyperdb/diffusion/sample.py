@@ -13,6 +13,7 @@ from diffusers import (
 from torch import Tensor
 
 from hyperdb.diffusion.base import Base
+from hyperdb.diffusion.guidance import Guidance
 from hyperdb.runtime.errors import UserError
 
 SCHEDULERS = {
@@ -41,34 +42,32 @@ def sample(
     negative: str = "",
     scheduler: str = "ddim",
     gradient: bool = False,
+    subject_guidance: float | None = None,
 ) -> Tensor:
     """Denoise `noise [B, c, h, w]` under `prompts` (B of them) and return latents `[B, c, h, w]`.
 
-    The network sees the unconditional rows first, then the conditional ones: an injection of several identities
-    is set with `repeat=2` (`repeat=1` when guidance is 1, which needs no unconditional rows). With `gradient` the last
-    step can be differentiated, as in Xu et al. 2023 (ReFL).
+    The network sees the blocks of rows of `Guidance(guidance, subject_guidance)`, unconditional ones first: an injection
+    is set with its `adapted` as `repeat` and its `plain`. With `gradient` the last step can be differentiated, as in
+    Xu et al. 2023 (ReFL).
     """
     if scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
     steps = base.config.steps if steps is None else steps
-    guidance = base.config.guidance if guidance is None else guidance
+    guide = Guidance(base.config.guidance if guidance is None else guidance, subject_guidance)
     solver = SCHEDULERS[scheduler].from_config(base.schedule.config)
     try:
         solver.set_timesteps(steps, device=base.device)
     except ValueError as error:  # pndm begins with Runge-Kutta steps and needs 4
         raise UserError(f"scheduler={scheduler} cannot draw in {steps} steps; take more, or ddim") from error
-    guided = guidance != 1
-    ids = base.tokenize(([negative] * len(prompts) if guided else []) + prompts)
+    words = {"u": [negative] * len(prompts), "b": [base.config.plain_prompt(p) for p in prompts], "p": prompts}
+    ids = base.tokenize([prompt for block in guide.blocks for prompt in words[block]])
     z = noise.to(base.device) * solver.init_noise_sigma
     with torch.no_grad(), base.autocast():
         context = base.text_encoder(ids)[0]
     for i, t in enumerate(solver.timesteps):
-        x = solver.scale_model_input(torch.cat([z, z]) if guided else z, t)
+        x = solver.scale_model_input(z.repeat(len(guide.blocks), 1, 1, 1), t)
         last = gradient and i == len(solver.timesteps) - 1
         with torch.set_grad_enabled(last), base.autocast():
             out = base.unet(x, t, base.text_encoder(ids)[0] if last else context).sample.float()
-        if guided:
-            unconditional, conditional = out.chunk(2)
-            out = unconditional + guidance * (conditional - unconditional)
-        z = solver.step(out, t, z, return_dict=False)[0]
+        z = solver.step(guide.combine(out), t, z, return_dict=False)[0]
     return z
