@@ -62,8 +62,11 @@ class Guidance:
 # --- the prompt of b ---------------------------------------------------------------------------------
 
 # After these a name begins a phrase ("a photo of [V]"), and before these it ends one ("[V] in the snow").
-_LINKS = ["of", "with", "and", "or", "as", "by", "in", "on", "at", "like", "from", "to", "for", "near", "beside", "behind", "between", "before", "under", "over", "into", "onto", "through", "is", "was", "are", "who", "that", "while"]
-_DETERMINERS = ["a", "an", "the", "this", "that", "my", "your", "his", "her", "our", "their", "one"]
+_LINKS = frozenset(
+    "of with and or as by in on at like from to for near beside behind between before under over into onto through"
+    " is was are who that while".split()
+)
+_DETERMINERS = frozenset("a an the this that my your his her our their one".split())
 
 
 def without_subject(prompt: str, names: Sequence[str], noun: str) -> str:

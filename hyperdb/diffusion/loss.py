@@ -17,8 +17,9 @@ def stratified_timesteps(
 ) -> Tensor:  # fmt: skip
     """Draw `[rows, levels]` timesteps in [0, steps), one from each of `levels` equally likely strata.
 
-    `noise` (low, high) are the fractions of the noise levels that they are spread over. Uniform over the noise levels, or with t / steps = sigmoid(mean + std * normal), (mean, std) = `logit_normal`: more
-    of those in the middle (Esser et al. 2024, section 3.1).
+    Uniform over the noise levels, or with t / steps = sigmoid(mean + std * normal), (mean, std) = `logit_normal`: more
+    of those in the middle (Esser et al. 2024, section 3.1). `noise` (low, high) are the fractions of the levels that
+    they are squeezed into.
     """
     u = (torch.arange(levels) + torch.rand(rows, levels, generator=generator)) / levels
     if logit_normal is not None:

@@ -46,9 +46,9 @@ def sample(
 ) -> Tensor:
     """Denoise `noise [B, c, h, w]` under `prompts` (B of them) and return latents `[B, c, h, w]`.
 
-    The network sees the blocks of rows of `Guidance(guidance, subject_guidance)`, unconditional ones first: an injection
-    is set with its `adapted` as `repeat` and its `plain`. With `gradient` the last step can be differentiated, as in
-    Xu et al. 2023 (ReFL).
+    The network sees the blocks of rows of `Guidance(guidance, subject_guidance)`, unconditional ones first: an
+    injection is set with its `adapted` as `repeat` and its `plain`. With `gradient` the last step can be
+    differentiated, as in Xu et al. 2023 (ReFL).
     """
     if scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")

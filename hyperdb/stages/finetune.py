@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class FitConfig:
     """How an adapter is trained on a person's images.
 
-    `levels` noise levels a step, one from each stratum of `noise`, a range of fractions of the noise levels: the highest
-    decide pose and backdrop, and learning from them copies the photo's. With `prior_weight` > 0, `prior_rows` further rows a step ask
-    that on class prompts the network predict what it predicts without the adapter.
+    `levels` noise levels a step, one from each stratum of `noise`, fractions of all the levels: the highest decide pose
+    and backdrop, and learning from them copies the photo's. With `prior_weight` > 0, `prior_rows` further rows a step,
+    of all levels, ask that on class prompts the network predict what it predicts without the adapter.
     """
 
     steps: int = 40

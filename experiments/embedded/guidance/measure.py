@@ -4,8 +4,8 @@
     python experiments/embedded/guidance/measure.py data/heads_validation
 
 Every setting is a file in --runs, so a run that was stopped goes on where it was, and several processes share the work
-(`--part 1/4` ... `--part 4/4`; or `--study noise`). Whoever finishes last writes results.json and curves.png; `--collect`
-writes them from the settings there are.
+(`--part 1/4` ... `--part 4/4`; or `--study noise`). Whoever finishes last writes results.json and curves.png;
+`--collect` writes them from the settings there are.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Studio:
             names = [k.removesuffix(".down") for k in tensors if k.endswith(".down")]
             return {n: (tensors[f"{n}.down"], tensors[f"{n}.up"]) for n in names}
         found = make()
-        flat = {f"{n}.{part}": x.cpu() for n, pair in found.items() for part, x in zip(("down", "up"), pair, strict=True)}
+        flat = {f"{n}.{part}": pair[i].cpu() for n, pair in found.items() for i, part in enumerate(("down", "up"))}
         save_tensors(path, flat, {"name": name})
         return found
 
@@ -246,7 +246,8 @@ def average(factors: Factors, rank: int = KEPT_RANK) -> Factors:
     """Return the mean residual of all identities, `[1, ...]`, by its largest singular directions."""
     found = {}
     for name, (down, up) in factors.items():
-        u, s, vh = torch.linalg.svd(torch.einsum("imr,irn->mn", up.float(), down.float()) / len(up), full_matrices=False)
+        mean = torch.einsum("imr,irn->mn", up.float(), down.float()) / len(up)
+        u, s, vh = torch.linalg.svd(mean, full_matrices=False)
         root = s[:rank].sqrt()
         found[name] = (root[:, None] * vh[:rank])[None], (u[:, :rank] * root)[None]
     return found
