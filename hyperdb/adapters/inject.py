@@ -68,7 +68,8 @@ class Injection:
     """Forward hooks on `modules` (each an `nn.Linear`) that add the residual of the factors set at the time.
 
     With one identity every row of a batch gets it. With I identities a batch is `repeat` blocks of equal size
-    (classifier-free guidance: 2), each identity-major: rows `i*S .. (i+1)*S` of a block are identity `i`'s.
+    (classifier-free guidance: 2), each identity-major: rows `i*S .. (i+1)*S` of a block are identity `i`'s. Before
+    these may stand `plain` more blocks of that size, which get nothing (hybrid guidance); `plain` may be set alone.
     Works in the input's dtype and device, also under autocast; gradient flows into factors and input.
 
     Under gradient checkpointing the forward runs again during backward: keep the factors set until backward
@@ -78,7 +79,7 @@ class Injection:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = dict(modules)
         self._factors: Factors = {}
-        self._strength, self._repeat = 1.0, 1
+        self._strength, self._repeat, self.plain = 1.0, 1, 0
         self._handles = [
             m.register_forward_hook(partial(self._hook, name)) for name, m in self.modules.items()
         ]
@@ -88,13 +89,21 @@ class Injection:
     ) -> Tensor | None:
         if name not in self._factors:
             return None
+        if self.plain:
+            blocks, rows = self.plain + self._repeat, len(output)
+            if rows % blocks:
+                raise UserError(f"{name}: {rows} rows cannot be divided into {blocks} blocks")
+            begin = rows // blocks * self.plain
+            residual = _residual(inputs[0][begin:], *self._factors[name], self._repeat, name)
+            output[begin:].add_(residual, alpha=self._strength)  # the layer has just made it: nobody else holds it
+            return output
         residual = _residual(inputs[0], *self._factors[name], self._repeat, name)
         return output + (residual if self._strength == 1 else self._strength * residual)
 
-    def set(self, factors: Factors, strength: float = 1.0, repeat: int = 1) -> None:
+    def set(self, factors: Factors, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> None:
         """Use `factors` from now on. Raises `UserError` for layers that do not exist or do not fit."""
         _check(self.modules, factors)
-        self._factors, self._strength, self._repeat = dict(factors), strength, repeat
+        self._factors, self._strength, self._repeat, self.plain = dict(factors), strength, repeat, plain
 
     def clear(self) -> None:
         """Add nothing from now on; the hooks stay."""
@@ -108,11 +117,11 @@ class Injection:
         self._handles = []
 
     @contextmanager
-    def using(self, factors: Factors, strength: float = 1.0, repeat: int = 1) -> Iterator[None]:
+    def using(self, factors: Factors, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> Iterator[None]:
         """Use `factors` within a block, then what was in use before."""
-        before = self._factors, self._strength, self._repeat
-        self.set(factors, strength, repeat)
+        before = self._factors, self._strength, self._repeat, self.plain
+        self.set(factors, strength, repeat, plain)
         try:
             yield
         finally:
-            self._factors, self._strength, self._repeat = before
+            self._factors, self._strength, self._repeat, self.plain = before

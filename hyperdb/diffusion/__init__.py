@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperdb.diffusion.guidance import Guidance, without_subject
 from hyperdb.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class DiffusionConfig:
     hypernetwork's folder for this base, if any; `[V]` in prompts stands for `rare_token`; `crop` scales the FFHQ crop
     that photos of faces get (1 = FFHQ) and `size` is the side of the images in pixels. `attention` is sdpa or eager;
     eager trains 3 times faster on a CPU at 16 x 16 latents, where the fused backward in bf16 is slow. With
-    `checkpointing` the UNet's activations are computed again in the backward pass instead of being kept.
+    `checkpointing` the UNet's activations are computed again in the backward pass instead of being kept. `guidance` is
+    towards the prompt; with `subject_guidance` it is the base alone that is guided there, and this one is from
+    anybody to the person (`hyperdb.diffusion.guidance`); null guides the personalised network towards both at once.
     """
 
     path: str = "package:embedded/base"
@@ -50,6 +53,7 @@ class DiffusionConfig:
     dtype: str = "bf16"
     steps: int = 20
     guidance: float = 3.0
+    subject_guidance: float | None = None
     attention: str = "sdpa"
     checkpointing: bool = False
     device: str = "auto"
@@ -69,6 +73,7 @@ class DiffusionConfig:
             raise UserError(f"diffusion.guidance={self.guidance}: expected a finite number")
         if self.steps < 1:
             raise UserError(f"diffusion.steps={self.steps}: expected at least 1")
+        self.guide()
 
     def prompt(self, text: str) -> str:
         """Return `text` with `[V]` replaced by the rare token."""
@@ -83,6 +88,14 @@ class DiffusionConfig:
     def class_prompt(self) -> str:
         """The instance prompt without the rare token."""
         return f"a {self.class_word}"
+
+    def guide(self, personal: bool = True) -> Guidance:
+        """Return the guidance of pictures; without an adapter on the base it is the ordinary one."""
+        return Guidance(self.guidance, self.subject_guidance if personal else None)
+
+    def plain_prompt(self, text: str) -> str:
+        """Return `text` without the person, `[V]` or the rare token: what the base is asked for in hybrid guidance."""
+        return without_subject(text, (PLACEHOLDER, self.rare_token), self.class_word)
 
     def load(self) -> Base:
         """Read the model. Raises `UserError` naming what is missing and what to do."""

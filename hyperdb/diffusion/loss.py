@@ -12,17 +12,21 @@ from hyperdb.diffusion.base import Base
 
 
 def stratified_timesteps(
-    rows: int, levels: int, steps: int, generator: torch.Generator, logit_normal: Sequence[float] | None = None
-) -> Tensor:
+    rows: int, levels: int, steps: int, generator: torch.Generator, logit_normal: Sequence[float] | None = None,
+    noise: Sequence[float] = (0.0, 1.0),
+) -> Tensor:  # fmt: skip
     """Draw `[rows, levels]` timesteps in [0, steps), one from each of `levels` equally likely strata.
 
     Uniform over the noise levels, or with t / steps = sigmoid(mean + std * normal), (mean, std) = `logit_normal`: more
-    of those in the middle (Esser et al. 2024, section 3.1).
+    of those in the middle (Esser et al. 2024, section 3.1). `noise` (low, high) are the fractions of the levels that
+    they are squeezed into.
     """
     u = (torch.arange(levels) + torch.rand(rows, levels, generator=generator)) / levels
     if logit_normal is not None:
         mean, std = logit_normal
         u = torch.sigmoid(mean + std * torch.special.ndtri(u))
+    low, high = noise
+    u = low + (high - low) * u
     return (u * steps).long().clamp_(0, steps - 1)
 
 

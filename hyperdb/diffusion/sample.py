@@ -15,6 +15,7 @@ from diffusers import (
 from torch import Tensor
 
 from hyperdb.diffusion.base import Base
+from hyperdb.diffusion.guidance import Guidance
 from hyperdb.runtime.errors import NonFiniteError, UserError
 
 SCHEDULERS = {
@@ -45,42 +46,40 @@ def sample(
     negative: str = "",
     scheduler: str = "ddim",
     gradient: bool = False,
+    subject_guidance: float | None = None,
 ) -> Tensor:
     """Denoise `noise [B, c, h, w]` under `prompts` (B of them) and return latents `[B, c, h, w]`.
 
-    The network sees the unconditional rows first, then the conditional ones: an injection of several identities
-    is set with `repeat=2` (`repeat=1` when guidance is 1, which needs no unconditional rows). With `gradient` the last
-    step can be differentiated, as in Xu et al. 2023 (ReFL). Raises `NonFiniteError` rather than return NaN.
+    The network sees the blocks of rows of `Guidance(guidance, subject_guidance)`, unconditional ones first: an
+    injection is set with its `adapted` as `repeat` and its `plain`. With `gradient` the last step can be
+    differentiated, as in Xu et al. 2023 (ReFL). Raises `NonFiniteError` rather than return NaN.
     """
     if scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
     steps = base.config.steps if steps is None else steps
-    guidance = base.config.guidance if guidance is None else guidance
+    guide = Guidance(base.config.guidance if guidance is None else guidance, subject_guidance)
     solver = SCHEDULERS[scheduler].from_config(base.schedule.config)
     try:
         solver.set_timesteps(steps, device=base.device)
     except ValueError as error:  # pndm begins with Runge-Kutta steps and needs 4
         raise UserError(f"scheduler={scheduler} cannot draw in {steps} steps; take more, or ddim") from error
-    if guidance <= 0:
-        ignores = "ignores the prompt" if guidance == 0 else "draws away from the prompt"
-        warnings.warn(f"guidance={guidance} {ignores}; 1 is without guidance", stacklevel=2)
-    guided = guidance != 1
-    ids = base.tokenize(([negative] * len(prompts) if guided else []) + prompts)
+    if guide.text <= 0:
+        ignores = "ignores the prompt" if guide.text == 0 else "draws away from the prompt"
+        warnings.warn(f"guidance={guide.text} {ignores}; 1 is without guidance", stacklevel=2)
+    words = {"u": [negative] * len(prompts), "b": [base.config.plain_prompt(p) for p in prompts], "p": prompts}
+    ids = base.tokenize([prompt for block in guide.blocks for prompt in words[block]])
     z = noise.to(base.device) * solver.init_noise_sigma
     with torch.no_grad(), base.autocast():
         context = base.text_encoder(ids)[0]
     for i, t in enumerate(solver.timesteps):
-        x = solver.scale_model_input(torch.cat([z, z]) if guided else z, t)
+        x = solver.scale_model_input(z.repeat(len(guide.blocks), 1, 1, 1), t)
         last = gradient and i == len(solver.timesteps) - 1
         with torch.set_grad_enabled(last), base.autocast():
             out = base.unet(x, t, base.text_encoder(ids)[0] if last else context).sample.float()
-        if guided:
-            unconditional, conditional = out.chunk(2)
-            out = unconditional + guidance * (conditional - unconditional)
-        z = solver.step(out, t, z, return_dict=False)[0]
+        z = solver.step(guide.combine(out), t, z, return_dict=False)[0]
     if not z.isfinite().all():
         raise NonFiniteError(
-            f"what was drawn is NaN or infinite after {steps} steps at guidance={guidance}: lower the adapter's "
+            f"what was drawn is NaN or infinite after {steps} steps at guidance={guide.text}: lower the adapter's "
             "strength or the guidance, or use diffusion.dtype=fp32; if nothing helps, "
             f"{base.config.path} is damaged"
         )

@@ -12,9 +12,8 @@ from hyperdb.stages.finetune import FitConfig
 from hyperdb.stages.personalize import Config as PersonalizeConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from hyperdb.adapters.base import Factors
     from hyperdb.data.people import People

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 class FitConfig:
     """How an adapter is trained on a person's images.
 
-    `levels` noise levels a step, one from each stratum. With `prior_weight` > 0, `prior_rows` further rows a step ask
-    that on class prompts the network predict what it predicts without the adapter.
+    `levels` noise levels a step, one from each stratum of `noise`, fractions of all the levels: the highest decide pose
+    and backdrop, and learning from them copies the photo's. With `prior_weight` > 0, `prior_rows` further rows a step,
+    of all levels, ask that on class prompts the network predict what it predicts without the adapter.
     """
 
     steps: int = 40
     levels: int = 4
+    noise: list[float] = field(default_factory=lambda: [0.0, 1.0])
     rate: float = 1e-3
     warmup: int = 0  # the first steps, over which the rate rises: Adam's first are as long for noise as for a face
     decay: float = 0.3  # the last fraction of the steps, over which the rate falls
@@ -43,6 +45,8 @@ class FitConfig:
             raise UserError("steps and levels must be at least 1 and rate above 0")
         if self.warmup < 0:
             raise UserError(f"warmup={self.warmup}: expected at least 0 steps")
+        if len(self.noise) != 2 or not 0 <= self.noise[0] < self.noise[1] <= 1:
+            raise UserError(f"noise={self.noise}: expected [low, high] with 0 <= low < high <= 1")
 
 
 @dataclass
@@ -167,7 +171,8 @@ def fit(
         for step in range(config.steps):
             # one stream for everyone                                               shapes without the identity axis
             g = generator(config.seed, "fit", step)
-            t = stratified_timesteps(1, levels, base.schedule.config.num_train_timesteps, g)[0].to(base.device)
+            t = stratified_timesteps(1, levels, base.schedule.config.num_train_timesteps, g, noise=config.noise)[0]
+            t = t.to(base.device)
             view = torch.randint(0, views, (levels,), generator=g)
             jitter, noise = (torch.randn((levels, *moments.shape[3:]), generator=g).to(base.device) for _ in "zn")
             z = moments[:, view, 0] + moments[:, view, 1] * jitter  #               [I, S, c, h, w]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import PLACEHOLDER, DiffusionConfig
+from hyperdb.diffusion.guidance import Guidance
 from hyperdb.runtime.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Config:
     num_images: int = 8
     strength: float = 1.0  # of the adapter: 0 is the base, 1 as trained
     steps: int | None = None  # null: diffusion.steps
-    guidance: float | None = None  # null: diffusion.guidance; 1 is without guidance
+    guidance: float | None = None  # towards the prompt; null: diffusion.guidance; 1 is without guidance
+    subject_guidance: float | None = None  # towards the person; null: diffusion.subject_guidance
     scheduler: str = "ddim"  # ddim, dpm, euler, pndm or unipc
     seed: int = 0  # picture i has seed + i
     batch: int = 8  # pictures drawn at once; changes the memory needed, not the pictures
@@ -63,7 +65,7 @@ class Config:
             raise UserError(f"batch={self.batch}: expected at least 1")
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise UserError(f"steps={self.steps}: expected 1 to 1000, or null for the base's own")
-        for name in ("strength", "guidance"):
+        for name in ("strength", "guidance", "subject_guidance"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise UserError(f"{name}={value}: expected a finite number")
@@ -97,8 +99,16 @@ def _load(config: Config) -> tuple[Base, Path | None]:
         )
         settings = replace(settings, rare_token=person.rare_token)
     base = settings.load()
-    person.apply(base, config.strength)
+    person.apply(base, config.strength).plain = _guide(config).plain
     return base, file
+
+
+def _guide(config: Config) -> Guidance:
+    """Return the guidance asked for; hybrid needs a person."""
+    own = config.diffusion.guide(config.adapter is not None)
+    text = own.text if config.guidance is None else config.guidance
+    subject = own.subject if config.adapter is None or config.subject_guidance is None else config.subject_guidance
+    return Guidance(text, subject)
 
 
 # --- the words ---------------------------------------------------------------------------------------
@@ -111,7 +121,7 @@ def cut_words(base: Base, prompt: str) -> str:
     return base.tokenizer.decode(ids[room:]).strip()
 
 
-def _notices(config: Config, base: Base, guidance: float) -> list[str]:
+def _notices(config: Config, base: Base, guidance: Guidance) -> list[str]:
     """Say what of the request has no or little effect."""
     found = []
     for name in ("prompt", "negative_prompt"):
@@ -123,10 +133,12 @@ def _notices(config: Config, base: Base, guidance: float) -> list[str]:
         if unknown:
             words = ", ".join(unknown)
             found.append(f"{name} has words that this base was never taught and cannot draw: {words}")
-    if config.negative_prompt and guidance == 1:
+    if config.negative_prompt and guidance.text == 1:
         found.append("negative_prompt has no effect at guidance=1")
     if config.adapter is None and config.strength != 1:
         found.append(f"strength={config.strength} has no effect without adapter")
+    if config.adapter is None and config.subject_guidance is not None:
+        found.append(f"subject_guidance={config.subject_guidance} has no effect without adapter")
     if config.adapter is not None and PLACEHOLDER not in config.prompt and not base.says_person(config.prompt):
         found.append(
             f"prompt has neither {PLACEHOLDER}, the word for the person, nor {base.config.rare_token!r}: "
@@ -142,7 +154,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidance: float) -> dict[str, Any]:
+def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidance: Guidance) -> dict[str, Any]:
     """Return all that decides the pixels, but the seed."""
     from hyperdb import __version__
 
@@ -156,7 +168,8 @@ def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidan
         "strength": config.strength,
         "scheduler": config.scheduler,
         "steps": steps,
-        "guidance": guidance,
+        "guidance": guidance.text,
+        "subject_guidance": guidance.subject,
         "size": base.config.size,
         "dtype": base.config.dtype,
         "software": f"hyperdb {__version__}",
@@ -183,7 +196,7 @@ def _is_made(path: Path, text: dict[str, str]) -> bool:
     return True
 
 
-def _draw(config: Config, base: Base, seeds: list[int], steps: int, guidance: float) -> NDArray[np.uint8]:
+def _draw(config: Config, base: Base, seeds: list[int], steps: int, guidance: Guidance) -> NDArray[np.uint8]:
     """Return pictures [B, H, W, 3], one a seed."""
     from hyperdb.diffusion.sample import sample, start_noise
 
@@ -193,9 +206,10 @@ def _draw(config: Config, base: Base, seeds: list[int], steps: int, guidance: fl
             [config.prompt] * len(seeds),
             start_noise(base, seeds),
             steps,
-            guidance,
+            guidance.text,
             config.negative_prompt,
             config.scheduler,
+            subject_guidance=guidance.subject,
         )
         pictures = base.decode(latents)
     except NonFiniteError as error:
@@ -218,7 +232,7 @@ def run(config: Config) -> Path:
         raise UserError(f"out={config.out} is a file; choose another folder")
     base, adapter = _load(config)
     steps = base.config.steps if config.steps is None else config.steps
-    guidance = base.config.guidance if config.guidance is None else config.guidance
+    guidance = _guide(config)
     for notice in _notices(config, base, guidance):
         warnings.warn(notice, stacklevel=2)
 

@@ -40,7 +40,7 @@ def draw(
     `factors` have an identity axis of `people` (or 1, or are None: the base alone). `batch` pictures are drawn at once:
     64 of 64 px, 4 of 512 px.
     """
-    injection = Injection(base.targets())
+    injection, guide = Injection(base.targets()), base.config.guide(factors is not None)
     noise = start_noise(base, seeds)
     group = max(1, (batch or together(base.config.size)) // len(prompts))
     found = []
@@ -50,8 +50,9 @@ def draw(
             if factors is not None:
                 shared = next(iter(factors.values()))[0].shape[0] == 1
                 part = factors if shared else select(factors, slice(first, first + count))
-                injection.set(part, strength, repeat=1 if base.config.guidance == 1 else 2)
-            latents = sample(base, prompts * count, noise.repeat(count, 1, 1, 1), steps)
+                injection.set(part, strength, repeat=guide.adapted, plain=guide.plain)
+            noises = noise.repeat(count, 1, 1, 1)
+            latents = sample(base, prompts * count, noises, steps, subject_guidance=guide.subject)
             found.append(base.decode(latents).unflatten(0, (count, len(prompts))))
             if progress is not None:
                 progress(count)

@@ -172,8 +172,8 @@ class Sketch:
 
     def draw(self, pictures: int) -> None:
         """Run the UNet on so many pictures, guided; then the autoencoder's decoder."""
-        guided = 1 if self.base.config.guidance == 1 else 2
-        self.denoise(guided * pictures, self.factors(1, 5, trained=False))
+        guide = self.base.config.guide()
+        self.denoise(len(guide.blocks) * pictures, self.factors(1, 5, trained=False))
         with torch.no_grad():
             self.base.pixels(torch.empty(min(pictures, self.base.pictures_a_pass), *self.base.latent_shape))
 

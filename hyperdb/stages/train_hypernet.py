@@ -267,8 +267,8 @@ def run(config: Config) -> Path:
         if config.identity_weight > 0:
             some = slice(config.identity_people)
             noise = torch.randn((len(who[some]), *base.latent_shape), generator=g)
-            repeat = 1 if config.diffusion.guidance == 1 else 2
-            with injection.using(lidb.factors({"tokens": tokens[some]}), repeat=repeat), sdpa_kernel(kernels):
+            guide, own = config.diffusion.guide(), lidb.factors({"tokens": tokens[some]})
+            with injection.using(own, repeat=guide.adapted, plain=guide.plain), sdpa_kernel(kernels):
                 shown_all = [people.images[photos[i]] for i in who[some].tolist()]
                 shown_all = [x.flip(-1) if turn else x for x, turn in zip(shown_all, mirror[some], strict=True)]
                 distance = identity_loss(base, model, noise, shown_all, config.identity_steps)
@@ -353,7 +353,8 @@ def identity_loss(base: Base, model: Hypernet, noise: Tensor, photos: list[Tenso
 
     with torch.no_grad():
         known = torch.stack([model.features(images)[1].mean(0) for images in photos])
-    latents = sample(base, [base.config.instance_prompt] * len(noise), noise, steps, gradient=True)
+    prompts, guide = [base.config.instance_prompt] * len(noise), base.config.guide()
+    latents = sample(base, prompts, noise, steps, gradient=True, subject_guidance=guide.subject)
     return (model.features(base.pixels(latents))[1] - known).square().mean(1)
 
 

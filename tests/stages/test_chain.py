@@ -18,10 +18,10 @@ from hyperdb.diffusion.sample import start_noise
 from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.hypernet.model import Hypernet
-from hyperdb.runtime.errors import UserError
 from hyperdb.metrics.score import paired
 from hyperdb.report.table import ROWS as LABELS
 from hyperdb.report.table import markdown
+from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.stages import evaluate, train_hypernet
 from hyperdb.stages.personalize import photos
