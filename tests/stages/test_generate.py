@@ -87,6 +87,7 @@ def test_every_picture_says_what_made_it(config: Config, base: Base, adapter: Pa
             "prompt": words["prompt"],
             "negative_prompt": words["negative_prompt"],
             "rare_token": "sks",
+            "subject_guidance": "none",
             "seed": str(7 + i),
             "base": config.diffusion.path,
             "base_digest": base.digest,

@@ -68,35 +68,32 @@ class Setting:
 
 
 def sweep() -> list[Setting]:
-    """Return every setting, those of one way side by side."""
+    """Return every setting, those that say most first."""
     everywhere = Way("40 of all", tuning={"noise": [0.0, 1.0], "steps": 40})
     low = Way("60 of 0-0.65", tuning={"noise": [0.0, 0.65], "steps": 60})
     prediction = Way("prediction", tuning={"steps": 0})
-    pairs: list[Guide] = [(g, None) for g in (2.0, 3.0, 4.0, 5.0)]
-    pairs += [(t, s) for t in (2.0, 3.0, 4.0) for s in (2.0, 3.0, 4.0, 5.0)] + [(3.0, 3.5), (5.0, 5.0), (3.0, 6.0)]
-    found = [Setting("guidance", way, pair) for way in (everywhere, low, prediction) for pair in pairs]
+    two: list[Guide] = [ORDINARY, (3.0, 3.0)]
+    found = [Setting("guidance", way, pair) for way in (everywhere, low) for pair in [*two, (3.0, 4.0)]]
 
-    three: list[Guide] = [ORDINARY, (3.0, 3.0), (3.0, 4.0)]
-    ways = [Way(f"40 of 0-{high}", tuning={"noise": [0.0, high]}) for high in (0.5, 0.6, 0.65, 0.7, 0.8, 0.9)]
-    ways += [Way(f"60 of 0-{high}", tuning={"noise": [0.0, high], "steps": 60}) for high in (0.5, 0.6, 0.7, 0.8)]
-    ways += [Way(f"80 of 0-{high}", tuning={"noise": [0.0, high], "steps": 80}) for high in (0.5, 0.6, 0.65)]
     middle = {"noise": [0.0, 0.65]}
-    for rate in (0.008, 0.012):
-        ways.append(Way(f"40 of 0-0.65, rate {rate}", tuning={**middle, "rate": rate}))
+    ways = [Way(f"40 of 0-{high}", tuning={"noise": [0.0, high]}) for high in (0.65, 0.5, 0.8)]
     ways += [
+        Way("40 of 0-0.65, rate 0.009", tuning={**middle, "rate": 0.009}),
+        Way("60 of 0-0.5", tuning={"noise": [0.0, 0.5], "steps": 60}),
+        Way("60 of 0-0.8", tuning={"noise": [0.0, 0.8], "steps": 60}),
+        Way("80 of 0-0.65", tuning={**middle, "steps": 80}),
         Way("40 of 0.1-0.65", tuning={"noise": [0.1, 0.65]}),
-        Way("40 of 0-0.65, face 6", tuning={**middle, "face_weight": 6.0}),
-        Way("40 of 0-0.65, prior 0.25", tuning={**middle, "prior_weight": 0.25}),
         Way("40 of 0-0.65, flipped too", tuning=middle, flip=True),
-        Way("40 of all, flipped too", tuning={"noise": [0.0, 1.0]}, flip=True),
         Way("20 of all", tuning={"noise": [0.0, 1.0], "steps": 20}),
     ]
-    found += [Setting("noise", way, pair) for way in ways for pair in three]
-
-    for start in ("none", "average of 8", "average of 64", "average prediction"):
-        for way in (everywhere, low):
-            other = Way(f"{way.name} from {start}", start, way.tuning)
-            found += [Setting("start", other, pair) for pair in three[:2]]
+    found += [Setting("noise", way, pair) for way in ways[:4] for pair in two]
+    for start in ("average prediction", "none", "average of 8", "average of 64"):
+        other = Way(f"{everywhere.name} from {start}", start, everywhere.tuning)
+        found += [Setting("start", other, pair) for pair in two]
+    more: list[Guide] = [(2.0, None), (4.0, None), (2.0, 2.0), (4.0, 4.0), (3.0, 2.0), (2.0, 3.0), (3.0, 5.0)]
+    found += [Setting("guidance", way, pair) for way in (everywhere, low) for pair in more]
+    found += [Setting("guidance", prediction, pair) for pair in [*two, (3.0, 5.0)]]
+    found += [Setting("noise", way, pair) for way in ways[4:] for pair in two]
     return found
 
 
