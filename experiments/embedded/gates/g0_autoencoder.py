@@ -1,13 +1,14 @@
 """G0: does the autoencoder keep a face recognisable at 64 px?
 
     hyperdb render_heads split=validation identities=200 views=9 photo_views=2 out=data/heads_gates
-    python experiments/embedded/gates/g0_autoencoder.py
+    python experiments/embedded/gates/g0_autoencoder.py [base folder, its people, size, result.json]
 
 Asks of the reconstructions of held-out photo renders: same/different AUC >= .985, mean cosine with the render >= .80.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -27,10 +28,11 @@ def pairs(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     return {"same": same.mean().item(), "different": different.mean().item(), "auc": auc(same, different)}
 
 
-def main() -> None:
+def main(folder: str = "", data: str = "data/heads_gates", size: str = "64", out: str = "g0.json") -> None:
     """Reconstruct, embed, compare, write."""
-    base = config.load("personalize", ["image=none"]).diffusion.load()
-    people, feature = load_people("data/heads_gates", split="validation"), SFace()
+    other = [f"diffusion.path={folder}", f"diffusion.size={size}"] if folder else []
+    base = config.load("personalize", ["image=none", *other]).diffusion.load()
+    people, feature = load_people(data, split="validation"), SFace()
     rows = torch.stack([r[:2] for r in people.photos])  #                           [I, 2]
     images = people.images[rows.flatten()]
     rebuilt = base.decode(base.moments(images)[:, 0])
@@ -46,9 +48,9 @@ def main() -> None:
         "base": base.digest,
     }
     result["passed"] = result["cosine_with_render"] >= 0.80 and result["reconstructions"]["auc"] >= 0.985
-    save_json(Path(__file__).with_name("g0.json"), {**result, **provenance()})
+    save_json(Path(__file__).parent / out, {**result, **provenance()})
     print(result)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
