@@ -8,7 +8,7 @@
 | N | adapted layers, one weight token each |
 | D | token width: the numbers of one layer, padded to the widest |
 | r | rank of a residual |
-| n, m | inputs and outputs of a linear layer, W: [m, n] |
+| n, m | inputs and outputs of a linear layer, W: [m, n]; of a convolution, n is (channels, height, width) |
 | a, b | LiDB's trainable numbers a rank on the input and on the output side |
 
 jaxtyping is a development dependency: with it the aliases carry shapes that tests check,
@@ -29,6 +29,6 @@ except ImportError:
 
 Tokens: TypeAlias = Float[Tensor, "I N D"]
 Mask: TypeAlias = Bool[Tensor, "N D"]
-Down: TypeAlias = Float[Tensor, "I r n"]
+Down: TypeAlias = Float[Tensor, "I r *n"]
 Up: TypeAlias = Float[Tensor, "I m r"]
-Delta: TypeAlias = Float[Tensor, "I m n"]
+Delta: TypeAlias = Float[Tensor, "I m *n"]

@@ -17,7 +17,11 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.types import Delta, Down, Up
 
 Factors: TypeAlias = dict[str, tuple[Tensor, Tensor]]
-"""{layer: (down [I, r, n], up [I, m, r])}; the residual of a layer is `up @ down`."""
+"""{layer: (down [I, r, n], up [I, m, r])}; the residual of a layer is `up @ down`.
+
+That of a convolution of c channels and a kernel of h x w has down `[I, r, c, h, w]`: a convolution to r channels, then
+`up` on each pixel.
+"""
 
 
 class Adapter(Protocol):
@@ -36,7 +40,9 @@ class Adapter(Protocol):
 
 
 def delta(down: Down, up: Up) -> Delta:
-    """Return the dense residual `dW = up @ down`."""
+    """Return the dense residual `dW = up @ down`, of a convolution `[I, m, c, h, w]`."""
+    if down.ndim > 3:
+        return (up @ down.flatten(2)).unflatten(2, down.shape[2:])
     return up @ down  #                                                [I, m, r] @ [I, r, n] -> [I, m, n]
 
 
@@ -59,19 +65,18 @@ def scale(factors: Factors, strength: float) -> Factors:
 def concatenate(*factors: Factors) -> Factors:
     """Return factors of the sum of residuals, exactly: ranks side by side (the paper's rank relaxation).
 
-    An identity axis of 1 is shared by all. Raises `UserError` when the layers or identities differ.
+    A layer that some of them lack is zero there. An identity axis of 1 is shared by all. Raises `UserError` when the
+    identities differ.
     """
+    sizes = {down.shape[0] for f in factors for down, _ in f.values()}
+    if len(sizes - {1}) > 1:
+        raise UserError(f"cannot concatenate factors of {sorted(sizes)} identities")
+    count = max(sizes, default=1)
     joined: Factors = {}
-    for name in factors[0]:
-        if any(f.keys() != factors[0].keys() for f in factors):
-            raise UserError("cannot concatenate factors of different layers")
-        downs, ups = zip(*(f[name] for f in factors), strict=True)
-        sizes = {down.shape[0] for down in downs}
-        if len(sizes - {1}) > 1:
-            raise UserError(f"cannot concatenate factors of {sorted(sizes)} identities")
-        count = max(sizes)
+    for name in dict.fromkeys(name for f in factors for name in f):
+        downs, ups = zip(*(f[name] for f in factors if name in f), strict=True)
         joined[name] = (
-            torch.cat([down.expand(count, -1, -1) for down in downs], dim=1),  #  [I, R, n]
-            torch.cat([up.expand(count, -1, -1) for up in ups], dim=2),  #        [I, m, R]
+            torch.cat([down.expand(count, *down.shape[1:]) for down in downs], dim=1),  #  [I, R, n]
+            torch.cat([up.expand(count, -1, -1) for up in ups], dim=2),  #                 [I, m, R]
         )
     return joined

@@ -98,7 +98,9 @@ class DiffusionConfig:
         return without_subject(text, (PLACEHOLDER, self.rare_token), self.class_word)
 
     def load(self) -> Base:
-        """Read the model. Raises `UserError` naming what is missing and what to do."""
+        """Read the model to train a person on. Raises `UserError` naming what is missing and what to do."""
         from hyperdb.diffusion.base import Base
 
-        return Base.load(self)
+        base = Base.load(self)
+        base.require_rare_token()
+        return base

@@ -258,11 +258,6 @@ class Base:
             tokenizer, schedule = part(CLIPTokenizer, "tokenizer"), part(DDPMScheduler, "scheduler")
         if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up for missing files
             raise _unusable(config, "tokenizer", "it has no words")
-        if (pieces := len(tokenizer.tokenize(config.rare_token))) != 1:
-            raise UserError(
-                f"diffusion.rare_token={config.rare_token!r} is {pieces} tokens for {config.path}; choose a word "
-                "that is one, such as sks"
-            )
         if (kind := schedule.config.prediction_type) not in ("epsilon", "v_prediction"):
             raise UserError(
                 f"the base model {config.path!r} predicts {kind!r} by its scheduler; hyperdb needs one that predicts "
@@ -316,6 +311,15 @@ class Base:
         length = self.tokenizer.model_max_length
         out = self.tokenizer(ready, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return out.input_ids.to(self.device)
+
+    def require_rare_token(self) -> None:
+        """Raise `UserError` unless the rare token, which a training gives a person, is one token (paper section 4)."""
+        word = self.config.rare_token
+        if (pieces := len(self.tokenizer.tokenize(word))) != 1:
+            raise UserError(
+                f"diffusion.rare_token={word!r} is {pieces} tokens for {self.config.path}; choose a word "
+                "that is one, such as sks"
+            )
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of a prompt that the vocabulary can only spell, piece by piece, in order."""

@@ -1,4 +1,7 @@
-"""Which layers of a Stable Diffusion model are personalised: found by class, never listed by hand."""
+"""Which layers of a Stable Diffusion model are personalised: found by class, never listed by hand.
+
+`find_targets` are the paper's, `find_sites` all that a LoRA of another tool may change.
+"""
 
 from __future__ import annotations
 
@@ -77,3 +80,11 @@ def find_targets(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Linea
         if not isinstance(layer, nn.Linear):
             raise UserError(f"{name} is a {type(layer).__name__}, not nn.Linear; unload other adapters first")
     return found  # type: ignore[return-value]
+
+
+def find_sites(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]:
+    """Return every linear layer and convolution, in the order of the modules, by names as of `find_targets`."""
+    found = {f"unet.{path}": module for path, module in _modules(unet)}
+    for path, module in _modules(text_encoder):
+        found[f"text_encoder.{path.removeprefix('text_model.')}"] = module
+    return {name: module for name, module in found.items() if isinstance(module, nn.Linear | nn.Conv2d)}

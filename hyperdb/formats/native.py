@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32)
 
 
+def _in_order(layout: Layout, names: Iterable[str]) -> list[str]:
+    """Sort names of layers: those of the layout as there, then others."""
+    place = {name: i for i, name in enumerate(layout.names)}
+    return sorted(names, key=lambda name: (place.get(name, len(place)), name))
+
+
 def _number(metadata: Mapping[str, str], key: str) -> int:
     text = metadata[key]
     if not (text.isascii() and text.isdigit() and len(text) <= 19):
@@ -65,7 +71,7 @@ class Personalization:
     """A person, for one kind of model: what `personalize` writes and `generate` reads.
 
     `tokens` [N, D] are the LiDB numbers as `config` lays them out; `relaxed` are the factors of the fast
-    fine-tuning, {layer: (down [1, R, n], up [1, m, R])} for every layer, or empty. `fingerprint` is
+    fine-tuning, or of an imported LoRA, which may adapt layers and convolutions beyond the layout. `fingerprint` is
     `LiDB.fingerprint` ("" = compute when needed); `base` is `hyperdb.diffusion.targets.base_hash` of the
     model it was made for ("" = unknown). Raises `UserError` for shapes that do not fit and values not finite.
     """
@@ -87,15 +93,15 @@ class Personalization:
         if self.tokens.shape != self.lidb.mask.shape:
             shape, expected = list(self.tokens.shape), list(self.lidb.mask.shape)
             raise UserError(f"tokens of shape {shape}: this layout takes {expected}")
-        if self.relaxed and self.relaxed.keys() != set(self.layout.names):
-            odd = sorted(self.relaxed.keys() ^ set(self.layout.names))[0]
-            raise UserError(f"the relaxed factors do not cover the layout: {odd} is missing or too many")
-        for layer in self.layout.layers if self.relaxed else ():
-            down, up = (list(x.shape) for x in self.relaxed[layer.name])
-            if down[:1] + down[2:] != [1, layer.in_] or up != [1, layer.out, down[1]] or not down[1]:
-                raise UserError(f"factors of shape {down} and {up} do not fit layer {layer}")
+        known = {layer.name: layer for layer in self.layout.layers}
+        for name, pair in self.relaxed.items():
+            down, up = (list(x.shape) for x in pair)
+            fits = len(down) in (3, 5) and len(up) == 3 and down[0] == up[0] == 1 and down[1] == up[2] > 0
+            if not fits or (name in known and (down[2:], up[1]) != ([known[name].in_], known[name].out)):
+                raise UserError(f"factors of shape {down} and {up} do not fit layer {known.get(name, name)}")
         self.tokens = self.lidb.unpack(self.lidb.pack(_plain(self.tokens)))
-        self.relaxed = {name: (_plain(down), _plain(up)) for name, (down, up) in self.relaxed.items()}
+        ordered = {name: self.relaxed[name] for name in _in_order(self.layout, self.relaxed)}
+        self.relaxed = {name: (_plain(down), _plain(up)) for name, (down, up) in ordered.items()}
         if not all(bool(x.isfinite().all()) for x in [self.tokens, *sum(self.relaxed.values(), ())]):
             raise UserError("some numbers are not finite: the training diverged, or the file is damaged")
 
@@ -123,20 +129,26 @@ class Personalization:
         `remove()` on what is returned restores the model. A second call on a pipeline replaces the first.
         Raises `UserError` for a model of another layout; warns for another base of the same layout.
         """
-        from hyperdb.diffusion.targets import base_hash, find_targets, forget_compiled
+        from hyperdb.diffusion.targets import base_hash, find_sites, find_targets, forget_compiled
 
+        beyond = self.relaxed.keys() - set(self.layout.names)  # what an imported LoRA adapts besides
         if isinstance(target, Mapping):
-            modules: dict[str, nn.Linear] = dict(target)
+            sites: Mapping[str, nn.Module] = target
+            targets: Any = {name: module for name, module in sites.items() if name not in beyond}
         else:
-            modules = find_targets(target.unet, target.text_encoder)
+            targets = find_targets(target.unet, target.text_encoder)
+            sites = find_sites(target.unet, target.text_encoder) if beyond else {}
             forget_compiled(target.unet, target.text_encoder)
-        Layout.of(modules).require(self.layout, self.source)
-        here = base_hash(modules)
+        Layout.of(targets).require(self.layout, self.source)
+        here = base_hash(targets)
         if self.base and here and self.base != here:
             message = (
                 f"{self.source} was made for base {self.base} and is used on {here}: expect less likeness"
             )
             warnings.warn(message, stacklevel=2)
+        if missing := sorted(beyond - sites.keys()):
+            raise UserError(f"{self.source} adapts {missing[0]}, which this model does not have")
+        modules: dict[str, Any] = {**targets, **{name: sites[name] for name in beyond}}
         factors = {  # on the model's device now, or every forward would copy them there
             name: (down, up) if (weight := modules[name].weight).is_meta else (down.to(weight), up.to(weight))
             for name, (down, up) in self.factors().items()
@@ -179,7 +191,8 @@ class Personalization:
         tensors = {"lidb": self.lidb.pack(numbers), "lidb.scale": torch.cat([s.flatten(1) for _, s in sides], 1)}
         scales = []
         for name, (down, up) in relaxed.items():
-            (tensors[f"{name}.down"], a), (tensors[f"{name}.up"], b) = _int8(down[0], 1), _int8(up[0], 0)
+            (tensors[f"{name}.down"], a) = _int8(down[0], tuple(range(1, down.ndim - 1)))
+            (tensors[f"{name}.up"], b) = _int8(up[0], 0)
             scales.append(a.flatten() * b.flatten())  # one a direction: only their product matters
         return {**tensors, "scale": torch.cat(scales)} if scales else tensors
 
@@ -239,13 +252,14 @@ class Personalization:
                 raise UserError(f"tensor {name[:80]!r} is {tensor.dtype}, not {' or '.join(map(str, expected_kinds))}")
         if _data_digest(tensors) != metadata["data_digest"]:
             raise UserError("its numbers do not have the digest it states")
-        expected = {f"{name}.{part}" for name in layout.names for part in ("down", "up")}
         names = tensors.keys() - {"lidb"} - scales
-        if names and names != expected:
-            raise UserError(f"tensor {sorted(names ^ expected)[0][:80]!r} is missing or unknown")
+        adapted = {name.rpartition(".")[0] for name in names}
+        expected = {f"{name}.{part}" for name in adapted for part in ("down", "up")}
+        if odd := sorted(names ^ expected, key=lambda name: (name in expected, name)):
+            raise UserError(f"tensor {odd[0][:80]!r} is missing or unknown")
         relaxed = {
             name: (tensors[f"{name}.down"][None].float(), tensors[f"{name}.up"][None].float())
-            for name in (layout.names if names else ())
+            for name in _in_order(layout, adapted)  # that of an int8 file's scales
         }
         tokens = lidb.unpack(numbers.float())
         if quantised:
@@ -259,7 +273,7 @@ class Personalization:
     ) -> tuple[Tensor, Factors]:
         """Multiply an int8 file's numbers by its scales. Raises `UserError` when these do not fit."""
         for name, (down, up) in relaxed.items():
-            if down.ndim != 3 or up.ndim != 3 or down.shape[1] != up.shape[2]:
+            if down.ndim not in (3, 5) or up.ndim != 3 or down.shape[1] != up.shape[2]:
                 raise UserError(f"factors of shape {list(down.shape)} and {list(up.shape)} do not fit layer {name}")
         ranks = {name: down.shape[1] for name, (down, _) in relaxed.items()}
         for key, shape in (("lidb.scale", [len(tokens), 2]), ("scale", [sum(ranks.values())])):

@@ -79,12 +79,13 @@ class Config:
 
 def _load(config: Config) -> tuple[Base, Path | None]:
     """Read adapter and base, the cheap and likely errors first, and put the adapter on."""
+    from hyperdb.diffusion.base import Base
     from hyperdb.diffusion.sample import SCHEDULERS
 
     if config.scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={config.scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
     if config.adapter is None:
-        return config.diffusion.load(), None
+        return Base.load(config.diffusion), None
 
     from hyperdb.formats.native import Personalization, find_adapter
 
@@ -98,7 +99,7 @@ def _load(config: Config) -> tuple[Base, Path | None]:
             stacklevel=2,
         )
         settings = replace(settings, rare_token=person.rare_token)
-    base = settings.load()
+    base = Base.load(settings)  # the words for a person, of an imported LoRA say, may be any
     person.apply(base, config.strength).plain = _guide(config).plain
     return base, file
 
@@ -129,7 +130,8 @@ def _notices(config: Config, base: Base, guidance: Guidance) -> list[str]:
         if cut := cut_words(base, prompt):
             limit = base.tokenizer.model_max_length
             found.append(f"{name} is longer than {limit} tokens; the base does not see: {cut}")
-        unknown = base.unknown_words(prompt) if len(base.tokenizer) < SMALL_VOCABULARY else []
+        others = prompt.replace(PLACEHOLDER, "")  # the adapter taught it the words for the person
+        unknown = base.unknown_words(others) if len(base.tokenizer) < SMALL_VOCABULARY else []
         if unknown:
             words = ", ".join(unknown)
             found.append(f"{name} has words that this base was never taught and cannot draw: {words}")

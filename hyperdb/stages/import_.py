@@ -1,4 +1,9 @@
-"""Read a LoRA of another tool (kohya, diffusers, PEFT) as an adapter of ours."""
+"""Read a LoRA of another tool as an adapter of ours; docs/imports.md says which.
+
+    hyperdb import path=ada.safetensors name=ada
+
+The layers that it adapts beyond the paper's are kept too.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +11,63 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyperdb.adapters import LiDBConfig
-from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion import PLACEHOLDER, DiffusionConfig
+from hyperdb.runtime.errors import UserError
 
 
 @dataclass
 class Config:
-    """`path`: a safetensors file, or the folder that holds PEFT's `unet` and `text_encoder`."""
+    """`path`: a safetensors file, or a folder of diffusers or PEFT; `words`: its trigger phrase."""
 
     path: str = "???"
+    words: str | None = None  # that call the person; null: those that the file states, else diffusion's own
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lidb: LiDBConfig = field(default_factory=LiDBConfig)  # of the empty LiDB part
     name: str = "default"
     out: str = "runs/import/default"
+
+    def __post_init__(self) -> None:
+        if self.words is not None and (not self.words.strip() or PLACEHOLDER in self.words):
+            raise UserError(f"words={self.words!r}: expected the words of the file, such as 'ohwx man'")
+
+
+def split_words(phrase: str, class_word: str) -> tuple[str, str]:
+    """Return what `[V]` stands for and the word after it: "ohwx man" is "ohwx" and "man", "ohwx" before `class_word`.
+
+    The words are text as it stands in captions; how many tokens they are does not matter.
+    """
+    *rare, last = phrase.split()
+    return (" ".join(rare), last) if rare else (last, class_word)
 
 
 def run(config: Config) -> Path:
     """Write `out/adapter.safetensors`, whose relaxed factors are the LoRA, and return `out`."""
     from hyperdb.adapters.base import rank_of
     from hyperdb.adapters.layout import Layout
-    from hyperdb.diffusion.targets import base_hash
+    from hyperdb.diffusion.base import Base
+    from hyperdb.diffusion.targets import base_hash, find_sites
     from hyperdb.formats import lora
     from hyperdb.formats.native import Personalization
 
-    base = config.diffusion.load()
+    given = lora.read(Path(config.path).expanduser())  # what is wrong with the file is said before the base is loaded
+    settings = config.diffusion
+    base = Base.load(settings)
     layout = Layout.of(base.targets())
-    relaxed, metadata = lora.read(Path(config.path).expanduser(), layout)
+    relaxed = given.factors(find_sites(base.unet, base.text_encoder), settings.path)
     tokens = config.lidb.build(layout).init(1)["tokens"][0]
-    words = metadata.get("modelspec.trigger_phrase", "").split()
-    rare = words[0] if len(words) == 2 else config.diffusion.rare_token
-    person = Personalization(
-        layout, tokens, config.lidb, metadata.get("hyperdb.base") or base_hash(base.targets()), rare,
-        words[1] if len(words) == 2 else config.diffusion.class_word, relaxed,
-    )  # fmt: skip
+    stated = given.metadata.get("modelspec.trigger_phrase", "")
+    usable = len(stated) <= 200 and PLACEHOLDER not in stated and " ".join(stated.split()).isprintable()
+    phrase = config.words or (stated if usable else "")
+    rare, noun = (
+        split_words(phrase, settings.class_word) if phrase.strip() else (settings.rare_token, settings.class_word)
+    )
+    made_for = given.metadata.get("hyperdb.base") or base_hash(base.targets())
+    person = Personalization(layout, tokens, config.lidb, made_for, rare, noun, relaxed)
     path = person.save(Path(config.out) / "adapter.safetensors")
-    adapted = sum(bool(up.any()) for _, up in relaxed.values())
-    print(f"rank {rank_of(relaxed)}, {adapted} of {len(layout)} layers: {path}")
+    beyond = len(relaxed.keys() - set(layout.names))
+    besides = f" and {beyond} other layers" if beyond else ""
+    print(f"rank {rank_of(relaxed)}, {len(relaxed) - beyond} of {len(layout)} layers{besides}: {path}")
+    if not phrase.strip():
+        print("the file states no trigger phrase: write its words in the prompt, or import it again with words='...'")
     print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
     return Path(config.out)

@@ -31,8 +31,9 @@ def test_concatenation_is_the_exact_sum_and_shares_an_axis_of_one() -> None:
     torch.testing.assert_close(delta(*joined["l"]), 1.5 * delta(*one["l"]) + delta(*three["l"]))
     with pytest.raises(UserError, match="2, 3"):
         concatenate(factors_of(2), three)
-    with pytest.raises(UserError, match="different layers"):
-        concatenate(one, {**one, "more": one["l"]})
+    more = concatenate(one, {**one, "more": three["l"]})  # what lacks a layer is zero there
+    torch.testing.assert_close(delta(*more["l"]), 2 * delta(*one["l"]).expand(3, -1, -1))
+    torch.testing.assert_close(delta(*more["more"]), delta(*three["l"]))
 
 
 def test_select_keeps_the_identity_axis() -> None:
