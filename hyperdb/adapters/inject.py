@@ -33,14 +33,14 @@ def _residual(x: Tensor, down: Tensor, up: Tensor, repeat: int, name: str) -> Te
 def _conv_residual(x: Tensor, down: Tensor, up: Tensor, conv: nn.Conv2d, repeat: int, name: str) -> Tensor:
     """Return what a convolution by `dW` gives, each row of `x: [B, c, H, W]` under its own identity."""
     down, up = down.to(x), up.to(x)[..., None, None]
-    how: Any = conv.stride, conv.padding, conv.dilation
+    how: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
     identities = down.shape[0]
     if identities == 1:
-        return torch.conv2d(torch.conv2d(x, down[0], None, *how), up[0])
+        return torch.conv2d(torch.conv2d(x, down[0], **how), up[0])
     _divide(x, repeat, identities, name)
     rows = x.unflatten(0, (repeat, identities, -1)).transpose(1, 2)  #            [repeat, S, I, c, H, W]
     shape = rows.shape[:3]
-    y = torch.conv2d(rows.flatten(2, 3).flatten(0, 1), down.flatten(0, 1), None, *how, groups=identities)
+    y = torch.conv2d(rows.flatten(2, 3).flatten(0, 1), down.flatten(0, 1), **how, groups=identities)
     y = torch.conv2d(y, up.flatten(0, 1), groups=identities)  #                   [repeat * S, I * m, H', W']
     return y.unflatten(1, (identities, -1)).unflatten(0, shape[:2]).transpose(1, 2).flatten(0, 2)
 

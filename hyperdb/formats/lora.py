@@ -154,6 +154,7 @@ _PREFIXES = (  # how the formats call the two networks, longest first
     ("text_model_", "text_encoder_"),
 )
 _KINDS = {  # what the name of a tensor says that a file is, instead of a LoRA
+    "model.diffusion_model.": "a whole Stable Diffusion checkpoint",
     "dora_scale": "a DoRA",
     "lora_magnitude_vector": "a DoRA",
     "hada_w": "a LoHa",
@@ -171,7 +172,6 @@ _KINDS = {  # what the name of a tensor says that a file is, instead of a LoRA
     "ip_adapter": "an IP-Adapter",
     "string_to_param": "a textual inversion",
     "emb_params": "a textual inversion",
-    "model.diffusion_model.": "a whole Stable Diffusion checkpoint",
 }
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _HEADS = {  # how files begin that only pass for safetensors

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hyperdb.adapters.base import Factors, concatenate, delta, rank_of, scale, select
-from hyperdb.adapters.inject import Injection, merge
+from hyperdb.adapters.inject import Injection, merge, unmerge
 from hyperdb.runtime.errors import UserError
 
 
@@ -117,3 +117,26 @@ def test_checkpointing_outside_the_block_is_an_error_not_a_wrong_gradient(linear
         y = checkpoint(linear, torch.randn(2, 6, requires_grad=True), use_reentrant=False)
     with pytest.raises(torch.utils.checkpoint.CheckpointError):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("identities", [1, 3])
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_a_convolution_gets_the_dense_residual_of_each_identity(identities: int, repeat: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(4, 5, (3, 2), stride=2, padding=(1, 0), dilation=1).requires_grad_(False)
+    factors = {"c": (torch.randn(identities, 2, 4, 3, 2, generator=g), torch.randn(identities, 5, 2, generator=g))}
+    x = torch.randn(repeat, identities, 2, 4, 8, 7, generator=g)
+    injection = Injection({"c": conv})
+    with injection.using(factors, 0.5, repeat):
+        together = conv(x.flatten(0, 2)).unflatten(0, x.shape[:3])
+    injection.remove()
+    for i in range(identities):
+        one = select(factors, i)
+        assert delta(*one["c"])[0].shape == conv.weight.shape
+        merge({"c": conv}, one, 0.5)
+        torch.testing.assert_close(together[:, i].flatten(0, 1), conv(x[:, i].flatten(0, 1)))
+        unmerge({"c": conv}, one, 0.5)
+    with pytest.raises(UserError, match="no convolution l"):
+        Injection({"c": conv}).set({"l": factors["c"]})
+    with pytest.raises(UserError, match=r"takes down \[I, r, 4, 3, 2\]"):
+        Injection({"c": conv}).set({"c": factors["c"][::-1]})
