@@ -210,8 +210,8 @@ class Personalization:
         metadata = load_metadata(path)
         if metadata.get("kind") != KIND:
             raise UserError(
-                f"{path} is not a hyperdb adapter (a LoRA of another tool?); give the adapter.safetensors or "
-                "lidb.safetensors that 'hyperdb personalize' wrote"
+                f"{path} is not a hyperdb adapter; give the adapter.safetensors or lidb.safetensors that "
+                f"'hyperdb personalize' wrote, or make one of another tool's LoRA with `hyperdb import path={path}`"
             )
         if (version := metadata.get("version")) != VERSION:
             raise UserError(

@@ -98,7 +98,7 @@ def _load(config: Config) -> tuple[Base, Path | None]:
             f"diffusion.rare_token={settings.rare_token!r}",
             stacklevel=2,
         )
-        settings = replace(settings, rare_token=person.rare_token)
+    settings = replace(settings, rare_token=person.rare_token, class_word=person.class_word)
     base = Base.load(settings)  # the words for a person, of an imported LoRA say, may be any
     person.apply(base, config.strength).plain = _guide(config).plain
     return base, file
