@@ -185,7 +185,6 @@ _HEADS = {  # how files begin that only pass for safetensors
 _SAFE = "hyperdb opens safetensors alone, for a pickle can run any code; ask for the file as .safetensors or convert it"
 
 _ONLY = "hyperdb imports those of Stable Diffusion 1.x and 2.x"
-_ADVICE = "Choose the base that it was made for: diffusion=sd15, or diffusion.path=FOLDER"
 
 # of PEFT's settings: what says nothing of the residual, or is said by the tensors themselves
 _MUTE = {
@@ -223,11 +222,13 @@ class Imported:
         """
         names = {name.replace(".", "_"): name for name in sites}
         where = f"{self.path} is for {self.model}; " if self.model else f"{self.path}: "
+        named = "" if self.model.startswith("Stable Diffusion 2") else "diffusion=sd15, or "
+        advice = f"Choose the base that it was made for: {named}diffusion.path=FOLDER"
         ready: Factors = {}
         for key, pair in self.pairs.items():
             name = _find(key, names)
             if name is None:
-                raise UserError(f"{where}{base} has no layer {key[:120]!r}. {_ADVICE}")
+                raise UserError(f"{where}{base} has no layer {key[:120]!r}. {advice}")
             if name in ready:
                 raise UserError(f"{self.path} adapts {name} twice")
             shape: Any = sites[name].weight.shape  # [m, n] or [m, c, h, w]
@@ -235,7 +236,7 @@ class Imported:
             if (up.shape[0], down.shape[1]) != (shape[0], shape[1:].numel()) or down.shape[0] != up.shape[1]:
                 raise UserError(
                     f"{where}{name} of {base} takes [r, {shape[1:].numel()}] and [{shape[0]}, r], not "
-                    f"{list(down.shape)} and {list(up.shape)}. {_ADVICE}"
+                    f"{list(down.shape)} and {list(up.shape)}. {advice}"
                 )
             ready[name] = down.unflatten(1, shape[1:])[None], up[None] * pair.scale
         return {name: ready[name] for name in sites if name in ready}
