@@ -109,7 +109,7 @@ def main(work: Path, stages: list[str]) -> None:
         result["runs"][name] = {**run, **more, "commit": commit}
         save_json(out, result)
 
-    words = [*base, "hypernet=./hypernet", "image=photo.png", "preview=false", "out=person"]
+    words = [*base, "hypernet=./hypernet", "image=photo.png", "preview=false", "finetune.levels=1", "out=person"]
     if "personalize" in stages:
         run = process(["personalize", *words])
         report = load_json("person/report.json")

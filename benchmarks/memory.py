@@ -37,7 +37,8 @@ def settings(stage: str) -> list[dict[str, Any]]:
     """Return batch, settings and gigabytes of what a stage can be told on a graphics card, those to prefer first."""
     base = ["diffusion=sd15", "diffusion.path=./base", *STAGES[stage]]
     if stage == "personalize":
-        choices: list[tuple[int, list[str]]] = [(1, []), (1, ["hypernet=null"])]
+        saving = ["diffusion.checkpointing=true"]
+        choices: list[tuple[int, list[str]]] = [(1, []), (1, saving), (1, [*saving, "hypernet=null"])]
     else:
         choices = [(batch, [f"batch={batch}"]) for batch in BATCHES]
         if stage != "generate":

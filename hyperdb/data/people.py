@@ -69,7 +69,7 @@ class People:
             return self.seed[rows]
         return torch.tensor(
             [
-                int.from_bytes(hashlib.blake2b(self.images[row].numpy(), digest_size=8).digest(), "big") >> 1
+                int.from_bytes(hashlib.blake2b(self.images[row].numpy().data, digest_size=8).digest(), "big") >> 1
                 for row in rows.tolist()
             ],
             dtype=torch.long,
@@ -148,7 +148,8 @@ def load_people(
         raise UserError(f"{path} is damaged ({error}); delete it and make it again") from error
     if len(people) == 0:
         of = f" of people with {least} photos" if least else ""
-        raise UserError(f"{path} holds no images of the split {split!r}{of}{f' from person {first} on' if first else ''}")
+        of += f" from person {first} on" if first else ""
+        raise UserError(f"{path} holds no images of the split {split!r}{of}")
     return people
 
 
@@ -227,7 +228,7 @@ def latent_moments(
     rows = torch.arange(len(people)) if rows is None else rows
     pixels = hashlib.sha256()
     for row in rows.tolist():
-        pixels.update(people.images[row].numpy())
+        pixels.update(people.images[row].numpy().data)
     key = f"{digest_vae(base.vae)} {pixels.hexdigest()[:16]}{' mirrored' if mirrored else ''}"
     cache = folder / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
     if cache.is_file():

@@ -1,4 +1,4 @@
-"""The store of fits of images or of people: safetensors shards of stacked tokens, an index, and their mean and deviation."""
+"""The store of fits of images or people: safetensors shards of stacked tokens, an index, their mean and deviation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class WeightStore:
         return hashlib.sha256(self.keys.numpy().tobytes() + self.tokens.numpy().tobytes()).hexdigest()[:16]
 
     def rows_of(self, keys: Tensor) -> Tensor:
-        """Return the row in the store of each of the `keys`, which are of the store's kind; -1 where there is no fit."""
+        """Return the row in the store of each of the `keys`, of the kind `by`; -1 where there is no fit."""
         where = {key: i for i, key in enumerate(self.keys.tolist())}
         return torch.tensor([where.get(key, -1) for key in keys.tolist()], dtype=torch.long)
 

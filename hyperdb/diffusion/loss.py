@@ -51,12 +51,13 @@ def predict(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: 
 def signal_weight(schedule: DDPMScheduler, timesteps: Tensor, power: float | None) -> Tensor:
     """Return what a row's loss is multiplied by, in the shape of `timesteps`: `alpha_bar_t ** power` on the error of v.
 
-    The same `power` is the same loss whatever the base predicts: as epsilon = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t,
+    The same `power` is the same loss whatever the base predicts. As
+    epsilon = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t,
 
         alpha_bar^power |v_hat - v|^2 = alpha_bar^(power - 1) |epsilon_hat - epsilon|^2,
 
-    and a base of epsilon gets the weight on the right. 1 is therefore the error of epsilon, the loss of Stable Diffusion
-    1.5, and 0 that of v; None is the error of what the base predicts, its own loss. A person's gradient at high noise is
+    and a base of epsilon gets the weight on the right. So 1 is the error of epsilon, the loss of Stable Diffusion 1.5,
+    and 0 that of v; None is the error of what the base predicts, its own loss. A person's gradient at high noise is
     several times longer than at low noise and drowns what is learned there; 0.5 makes the lengths about equal.
     """
     alpha_bar = schedule.alphas_cumprod.to(timesteps.device)[timesteps]

@@ -34,9 +34,9 @@ def bootstrap(
 ) -> dict[str, float]:
     """Return the mean of one value a person [P], or a person and seed [P, S], and its 95 % interval.
 
-    People are drawn with replacement, and seeds too, independently and the same for all people (the two-way bootstrap of
-    crossed factors, Owen 2007); percentiles of the means. NaN (a person without any value) counts as `missing`; without
-    it a NaN raises `ValueError`.
+    People are drawn with replacement, and seeds too, the same for all people (the two-way bootstrap of crossed factors,
+    Owen 2007); percentiles of the means. NaN (a person without any value) counts as `missing`; without it a NaN raises
+    `ValueError`.
     """
     table = np.ascontiguousarray(values, dtype=np.float64)  # sums depend on the order in memory
     table = table[:, None] if table.ndim == 1 else table

@@ -51,10 +51,10 @@ class Config(PersonalizeConfig):
     `split`: whose people these must be; settings are chosen on those of validation.
 
     The photos after those (round to the first), through the autoencoder, are the ceiling; the given photo through it is
-    the row copy, what likeness costs nothing. Every other row draws `images` pictures of "a [V] face" a person and one
-    of each of `styled` (a style, or style/place), at the same seeds. The rows that end in 40 are fine-tuned on the given
-    photo, begun at the own prediction, everybody's average, another person's or nothing. Fine-tuning and drawing are
-    repeated with `seeds` seeds, and the intervals are over people and seeds.
+    the row copy, the likeness that copying gives. Every other row draws `images` pictures of "a [V] face" a person and
+    one of each of `styled` (a style, or style/place), at the same seeds. The rows that end in 40 are fine-tuned on the
+    given photo, begun at the own prediction, everybody's average, another person's or nothing. Fine-tuning and drawing
+    are repeated with `seeds` seeds, and the intervals are over people and seeds.
     `recognisers` judge the likeness; the first one's figures have no suffix.
     """
 
@@ -154,7 +154,8 @@ def run(config: Config) -> Path:
                 tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
                 if metadata.get("made_from") != made_from:
                     images, cost = _pictures(row, seed, model, config, fits, shown, best, bar.update)
-                    save_tensors(path, {"images": images}, {"made_from": made_from, **{k: str(v) for k, v in cost.items()}})
+                    text = {"made_from": made_from, **{k: str(v) for k, v in cost.items()}}
+                    save_tensors(path, {"images": images}, text)
                     tensors = {"images": images}
                 else:
                     cost = {k: float(metadata[k]) for k in ("seconds", "bytes")}
@@ -185,7 +186,8 @@ def run(config: Config) -> Path:
         "styled": config.styled,
         "base": model.base.digest,
         "hypernet": {
-            "digest": _hypernet_digest(model), **{k: model.hypernet.metadata.get(k) for k in ("base", "data", "steps")}
+            "digest": _hypernet_digest(model),
+            **{k: model.hypernet.metadata.get(k) for k in ("base", "data", "steps")},
         },
         "data": people.digest,
         "recognisers": config.recognisers,
@@ -262,7 +264,7 @@ def _pictures(
     row: str, seed: int, model: Personalizer, config: Config, fits: dict[str, FitConfig], shown: Tensor, best: Tensor,
     progress: Any,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """Draw one row with the seed of this number, `[I, images + styled, 3, H, W]` uint8, and say what one person's adapter costs.
+    """Draw one row, `[I, images + styled, 3, H, W]` uint8, with one seed; say what one person's adapter costs.
 
     The seconds are those of a batch of people, divided among them.
     """
@@ -407,11 +409,7 @@ def slices(people: People, rows: list[Tensor], scores: Scores) -> dict[str, Any]
 def _pairs(scores: Scores, name: str, seed: int) -> dict[str, Any]:
     from hyperdb.metrics.score import paired
 
-    return {
-        f"{a}-{b}": paired(scores[a][name], scores[b][name], seed)
-        for a, b in PAIRS
-        if a in scores and b in scores
-    }
+    return {f"{a}-{b}": paired(scores[a][name], scores[b][name], seed) for a, b in PAIRS if a in scores and b in scores}
 
 
 def _closed(scores: Scores) -> dict[str, float]:

@@ -323,10 +323,8 @@ def run(config: Config) -> Path:
     return out
 
 
-def _views(
-    given: list[Tensor], pictures: list[Tensor], levels: int, target_view: str, g: Any
-) -> tuple[Tensor, Tensor]:
-    """Draw each person's conditioning photo of `given`, `[I]`, and the `pictures` to denoise, `[I, levels]`, as rows."""
+def _views(given: list[Tensor], pictures: list[Tensor], levels: int, target_view: str, g: Any) -> tuple[Tensor, Tensor]:
+    """Draw each person's conditioning photo of `given`, `[I]`, and what to denoise of `pictures`, `[I, levels]`."""
     import torch
 
     shown, wanted = [], []
@@ -373,7 +371,7 @@ def _verdict(found: dict[str, Any]) -> str:
     lines = [f"on {found['people']} unseen people after {found['step']} steps, the own prediction against"]
     for other, word in (("shuffled", "another person's"), ("mean", "everybody's average")):
         loss, face = (found[f"{kind}_own-{other}"] for kind in ("diffusion", "face_cosine"))
-        said = "carries the person" if loss["hi"] < 0 else "does not carry the person" if loss["lo"] > 0 else "undecided"
+        said = "it carries the person" if loss["hi"] < 0 else "it is not better"
         lines.append(
             f"  {word}: loss {loss['mean']:+.5f} [{loss['lo']:+.5f}, {loss['hi']:+.5f}], "
             f"face cosine {face['mean']:+.3f} [{face['lo']:+.3f}, {face['hi']:+.3f}]: {said}"

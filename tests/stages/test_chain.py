@@ -227,8 +227,8 @@ def test_validation_weights_its_loss_as_training_does(made, unseen, tmp_path, mo
         return out
 
     monkeypatch.setattr(loss, "predict", watched)
-    words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=1", f"out={tmp_path}", "prior_weight=0"]
-    words += [f"validation={unseen}", "signal_weight=0.7", "face_weight=3", "logit_normal=[2.0,0.1]"]
+    words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=1", f"out={tmp_path}"]
+    words += ["prior_weight=0", f"validation={unseen}", "signal_weight=0.7", "face_weight=3", "logit_normal=[2.0,0.1]"]
     configuration.run("train_hypernet", words)
     records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     found = {k: v for r in records for k, v in r.items()}

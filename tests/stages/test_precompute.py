@@ -1,4 +1,4 @@
-"""Fits reach whom they belong to, on an aligned folder with people of all three splits, whatever part of it is loaded."""
+"""Fits reach whom they belong to, on an aligned folder with people of all splits, whatever part of it is loaded."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ def test_a_store_of_other_photos_is_refused(base_words, aligned, stores, tmp_pat
     Image.new("RGB", (32, 32)).save(other / "0.png")  # of somebody who is not even trained on
     with pytest.raises(UserError, match=r"image holds fits of another data"):
         configuration.run("train_hypernet", [*words, f"data={other}"])
-    validation = _precompute(base_words, aligned, tmp_path / "validation", "by=image", "fit.views=1", "split=validation")
+    more = ["by=image", "fit.views=1", "split=validation"]
+    validation = _precompute(base_words, aligned, tmp_path / "validation", *more)
     words = [*base_words, *HYPER, f"weights={validation}", "steps=1", f"out={tmp_path / 'out'}"]
     with pytest.raises(UserError, match=r"validation holds no fit of the people"):
         configuration.run("train_hypernet", [*words, f"data={aligned}"])

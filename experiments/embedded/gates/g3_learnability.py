@@ -1,7 +1,7 @@
 """G3: are the fits a function of the photo, and of what is known about the person?
 
-    hyperdb precompute fit.views=1 fit.signal_weight=0 fit.face_weight=0
-    hyperdb precompute fit.views=1 fit.signal_weight=0 fit.face_weight=0 identities=20 fit.seed=1 name=repeat
+    hyperdb precompute fit.views=1 fit.signal_weight=null fit.face_weight=0
+    hyperdb precompute fit.views=1 fit.signal_weight=null fit.face_weight=0 identities=20 fit.seed=1 name=repeat
     python experiments/embedded/gates/g3_learnability.py
 
 Intra-class correlation of the residuals of 20 photos fitted twice with other streams of noise (> .5); ridge regression
