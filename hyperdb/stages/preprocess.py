@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import hash_files, load_text, save_lines
+from hyperdb.runtime.files import load_text, save_lines
 from hyperdb.runtime.output import claim, release
 from hyperdb.runtime.paths import FilePath
 from hyperdb.runtime.recipe import recipe
@@ -315,11 +315,9 @@ def run(config: Config) -> Path:
     if hint:
         print(hint)
     names = _file_names(pictures)
-    listed = None if config.identity_file is None else hash_files([Path(config.identity_file)])
-    contents = {"source": str(Path(config.source).resolve()), "identity_file": listed}
-    settings = recipe(config)
-    del settings["limit"]  # the faces of a smaller one are among those of a larger one
-    out = claim(config.out, WRITES, {**settings, **contents})
+    # the same faces, be they more, or called after other people
+    made_from = {key: value for key, value in recipe(config).items() if key not in ("limit", "kind")}
+    out = claim(config.out, WRITES, {**made_from, "source": str(Path(config.source).resolve())})
     records: list[dict[str, Any]] = []
     rejected = [{"source": p.as_posix(), "reason": reason} for p, reason in sorted(left_out.items())]
     several = 0
