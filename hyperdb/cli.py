@@ -6,7 +6,9 @@ Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 the user's input (on
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
+import io
 import os
 import sys
 import textwrap
@@ -18,16 +20,26 @@ from typing import Any
 
 from hyperdb import __version__, config
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_text
 
 USAGE = """\
 usage: hyperdb STAGE [key=value ...]      run a stage
        hyperdb STAGE --help               its settings, their values, the experiments
        hyperdb STAGE [...] --cfg job      print the composed settings, run nothing
-       hyperdb STAGE -m key=a,b           one run for each value (commas separate only after -m)
+       hyperdb STAGE -m seed=0,1          one run for each value, each with a folder of its own below out
        hyperdb --version
+
+Text is taken as it is written: prompt='a [V] face, on the beach'. A list is written [a,b], an entry with commas in
+quotes: "preview_styles=['a sketch, by night',a cartoon of a [V] face]"; after -m that gives a text several values:
+"prompt=['a [V] face, smiling','a sketch of a [V] face']".
 """
 
 INDENT = " " * 6
+# what the disk or its owner refuses: the user's to mend
+THE_DISKS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+}
 
 
 def overview() -> str:
@@ -97,7 +109,8 @@ def stage_help(stage: str) -> str:
     """Return the text of `hyperdb STAGE --help`."""
     module = config.stage_module(stage)
     schema, raw = module.Config, config.compose(stage)
-    parts = [inspect.getdoc(module) or config.STAGES[stage][1], f"usage: hyperdb {stage} [key=value ...]"]
+    usage = f"usage: hyperdb {stage} [key=value ...]   (`hyperdb --help` says how text and lists are written)"
+    parts = [inspect.getdoc(module) or config.STAGES[stage][1], usage]
     settings = _describe(schema, raw)
     if settings:
         doc = inspect.getdoc(schema) or ""
@@ -123,7 +136,7 @@ def _experiments(schema: type) -> list[str]:
         path = config.conf_dir() / config.EXPERIMENT / f"{name}.yaml"
         values = OmegaConf.load(path)
         if set(map(str, values)) <= known:
-            comments = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
+            comments = [line.lstrip("# ") for line in load_text(path).splitlines() if line.startswith("#")]
             said = next((c for c in comments if c and not c.startswith("@package")), "")
             lines.append(f"  {config.EXPERIMENT}={name}  {said}".rstrip())
     return lines
@@ -171,22 +184,40 @@ def _take_cfg(words: list[str]) -> tuple[list[str], bool]:
     return rest, show
 
 
+def _after_interruption(argv: Sequence[str]) -> str:
+    """Say what the same command would do after the stage was interrupted."""
+    module = config.stage_module(argv[0]) if argv and argv[0] in config.available() else None
+    kept = getattr(module, "KEPT", None)
+    return f"run the same command to continue ({kept})" if kept else "the same command begins again"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to fail
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"hyperdb: warning: {message}\n"  # one line, no source path
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        dispatch(sys.argv[1:] if argv is None else argv)
+        dispatch(argv)
         sys.stdout.flush()
     except UserError as error:
         print(f"hyperdb: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command to continue", file=sys.stderr)
+        print(f"\ninterrupted; {_after_interruption(argv)}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader (head, less) went away; keep the interpreter's last flush from complaining
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in THE_DISKS:
+            traceback.print_exc()
+            return 1
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"hyperdb: error: {where}{error.strerror}", file=sys.stderr)
+        return 2
     except Exception:
         traceback.print_exc()
         return 1

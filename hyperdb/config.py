@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -18,11 +19,14 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hyperdb.runtime import output
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import expand, is_path
+from hyperdb.words import Entry, entries, escaped, literal
 
 STAGES: dict[str, tuple[str, str]] = {
     "doctor": ("hyperdb.stages.doctor", "what is installed, which device and models are at hand, what to do"),
@@ -44,6 +48,8 @@ STAGES: dict[str, tuple[str, str]] = {
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
 }
 
+TEXT = (str, Path)
+SCALARS = (int, float, bool)
 EXPERIMENT = "experiment"  # the group of named overrides; every stage's yaml ends with `experiment: null`
 
 
@@ -102,11 +108,14 @@ def _family(schema: type) -> list[type]:
     return members
 
 
-def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, type) of every setting under a dataclass, branches before their leaves."""
+def settings(schema: type, prefix: str = "", annotated: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every setting under a dataclass, branches before their leaves.
+
+    `annotated` keeps `FilePath` apart from other text.
+    """
     seen = set()
     for kind in _family(schema):
-        hints = typing.get_type_hints(kind)
+        hints = typing.get_type_hints(kind, include_extras=annotated)
         for field in dataclasses.fields(kind):
             if field.name in seen:
                 continue
@@ -115,7 +124,7 @@ def settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, hint
             inner = _without_none(hint)[0]
             if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-                yield from settings(inner, key + ".")
+                yield from settings(inner, key + ".", annotated)
 
 
 def groups(schema: type) -> dict[str, type]:
@@ -145,15 +154,6 @@ def _type_of(schema: type, key: str) -> Any:
 # --- words of the command line -----------------------------------------------------------------------
 
 
-def _literal(text: str) -> str:
-    """Quote a string so that Hydra's and OmegaConf's grammars both give it back unchanged."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    # `${` would be an interpolation; only backslashes right before it need doubling
-    text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)
-    return QuotedString(text=text, quote=Quote.single).with_quotes()
-
-
 def _parsed(word: str) -> Any:
     """Return Hydra's reading of a word, or None if its grammar refuses it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -168,28 +168,72 @@ def _parsed(word: str) -> Any:
 def quoted(schema: type, word: str) -> str:
     """Quote the value of `key=value` if that setting is text, so that it means what it says.
 
-    `str` and `Path` take everything literally; with `| None` the word null is None. `list[str]` takes
-    Hydra's `[a, b]`, and anything else as its only element. Other types keep Hydra's grammar.
+    `str` and `Path` take everything literally; with `| None` the word null is None. `list[str]` takes what is written
+    as a list (`hyperdb.words.entries`), and anything else as its only element. Other types keep Hydra's grammar.
     """
     key, _, value = word.partition("=")
-    try:
-        kind, optional = _without_none(_type_of(schema, key.lstrip("+")))
-    except KeyError:
+    kind, optional = _kind(schema, key)
+    if kind is None or (optional and value == "null"):
         return word
-    if optional and value == "null":
-        return word
-    if kind in (str, Path):
-        return f"{key}={_literal(value)}"
-    if typing.get_origin(kind) is list and typing.get_args(kind)[0] in (str, Path):
-        if value.startswith("[") and value.endswith("]") and _parsed(word) is not None:
-            return word
-        return f"{key}=[{_literal(value)}]"
+    if kind in TEXT:
+        return f"{key}={literal(value)}"
+    if _of_text(kind):
+        return f"{key}={_text_list(key, value)}"
     override = _parsed(word)
     if override is None:
         raise UserError(f"{key}: cannot read the value {value!r}")
     if override.is_sweep_override():
-        raise UserError(f"{key}: {value!r} is several values; add -m to run one after the other")
+        as_list = f"; a list is written {key}=[{value}]" if typing.get_origin(kind) is list else ""
+        raise UserError(f"{key}: {value!r} is several values; add -m to run one after the other{as_list}")
     return word
+
+
+def swept(schema: type, word: str) -> str:
+    """Quote the value of `key=value` for a sweep: text is literal there too, and a list of it is several values.
+
+    A list of a setting that is a list of text is several values if all its entries are lists. Other types keep Hydra's
+    grammar, in which commas separate values, and may be written as a list as well.
+    """
+    key, _, value = word.partition("=")
+    kind, optional = _kind(schema, key)
+    listed = _entries(key, value)
+    if listed is None or not (kind in TEXT or kind in SCALARS or _of_text(kind)):
+        return quoted(schema, word) if kind in TEXT or _of_text(kind) else word
+    if _of_text(kind):
+        several = bool(listed) and all(not one.quoted and entries(one.text) is not None for one in listed)
+        choices = [_text_list(key, one.text) for one in listed] if several else [_text_list(key, value)]
+    elif len(listed) == 1 and not listed[0].quoted:  # `[V]`
+        choices = [literal(value) if kind in TEXT else listed[0].text]
+    else:
+        bare = [not one.quoted and (kind in SCALARS or (optional and one.text == "null")) for one in listed]
+        choices = [one.text if as_is else literal(one.text) for one, as_is in zip(listed, bare, strict=True)]
+    return f"{key}={','.join(choices)}"
+
+
+def _kind(schema: type, key: str) -> tuple[Any, bool]:
+    """Return a setting's type and whether it may be null; (None, False) for a group's or Hydra's own."""
+    try:
+        return _without_none(_type_of(schema, key.lstrip("+")))
+    except KeyError:
+        return None, False
+
+
+def _of_text(kind: Any) -> bool:
+    return typing.get_origin(kind) is list and typing.get_args(kind)[0] in TEXT
+
+
+def _entries(key: str, value: str) -> list[Entry] | None:
+    try:
+        return entries(value)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _text_list(key: str, value: str) -> str:
+    """Return Hydra's writing of a list of text."""
+    listed = _entries(key, value)
+    texts = [value] if listed is None else [one.text for one in listed]
+    return f"[{','.join(map(literal, texts))}]"
 
 
 def check_word(stage: str, schema: type, word: str, sweep: bool = False) -> None:
@@ -270,6 +314,7 @@ def build(stage: str, raw: Any) -> Any:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
+        _expand(raw)
         return OmegaConf.to_object(raw)
     except MissingMandatoryValue as error:
         raise UserError(f"{stage} needs {error.full_key}=...; see `hyperdb {stage} --help`") from error
@@ -277,6 +322,20 @@ def build(stage: str, raw: Any) -> Any:
         raise UserError(_explain(stage, type(raw), error)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _expand(raw: Any) -> None:
+    """Put the home folder for `~` in every setting that is a path."""
+    from omegaconf import ListConfig, OmegaConf
+
+    for key, hint in settings(raw._metadata.object_type, annotated=True):
+        if is_path(hint):
+            value = OmegaConf.select(raw, key)
+            if isinstance(value, ListConfig):
+                for i, one in enumerate(value):
+                    value[i] = escaped(expand(one))
+            elif value is not None and (expanded := expand(value)) != value:
+                OmegaConf.update(raw, key, escaped(expanded))
 
 
 def load(stage: str, words: Sequence[str] = ()) -> Any:
@@ -290,31 +349,52 @@ def run(stage: str, words: Sequence[str] = ()) -> Path | None:
 
 
 def execute(stage: str, settings: Any) -> Path | None:
-    """Run a stage; with `dry_run` only say what it would load, and how much memory it would take."""
+    """Run a stage, whose `out` is looked at first.
+
+    With `dry_run` only say what it would load, and how much memory it would take.
+    """
     if getattr(settings, "dry_run", False):
         from hyperdb.stages.memory import report
 
         report(stage, settings)
         return None
-    return stage_module(stage).run(settings)
+    module = stage_module(stage)
+    out = getattr(settings, "out", None)
+    if out is None:
+        return module.run(settings)
+    output.check(out, getattr(module, "WRITES", ()))
+    try:
+        return module.run(settings)
+    except UserError:
+        output.release(out)
+        raise
 
 
 def sweep(stage: str, words: Sequence[str]) -> None:
-    """Run a stage once for every combination of comma-separated values, through Hydra's launcher.
+    """Run a stage once for every combination of values, through Hydra's launcher.
 
-    Here Hydra's grammar holds for every value, nothing is quoted. A launcher plugin sends the jobs to a
-    cluster: `hydra/launcher=submitit_slurm`.
+    Several values are written `seed=0,1`, of text `prompt=['a','b']`. Every job writes into a folder of its own, below
+    `out`, called after its values. A launcher plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
     """
     import hydra
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     schema = stage_module(stage).Config
     for word in words:
         check_word(stage, schema, word, sweep=True)
     register(stage, schema)
+    words = [swept(schema, word) for word in words]
+    named = {word.partition("=")[0].lstrip("+") for word in words}
+    # what is the same in all jobs, or is in `out` by itself
+    parsed = {word.partition("=")[0]: _parsed(word) for word in words}
+    apart = {key for key, override in parsed.items() if override is None or not override.is_sweep_override()}
+    apart |= {"out"} if "out" in named else {"name"}
 
     def task(raw: Any) -> str | None:
+        if "out" in raw and (job := job_name(apart)):
+            OmegaConf.update(raw, "out", escaped(f"{raw.out}/{job}"))
         result = execute(stage, build(stage, raw))
         return None if result is None else str(result)
 
@@ -325,8 +405,7 @@ def sweep(stage: str, words: Sequence[str]) -> None:
         "hydra.sweep.subdir": ".",
         "hydra/job_logging": "none",
     }
-    given = {word.partition("=")[0] for word in words}
-    defaults = [f"{key}={value}" for key, value in quiet.items() if key not in given]
+    defaults = [f"{key}={value}" for key, value in quiet.items() if key not in named]
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["hyperdb", "--multirun", *defaults, *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed and turned into exit(1)
@@ -340,6 +419,25 @@ def sweep(stage: str, words: Sequence[str]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def job_name(apart: Collection[str]) -> str:
+    """Return a folder's name for the running job of a sweep: its values, but those of the settings in `apart`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    parts = []
+    for word in HydraConfig.get().overrides.task:
+        key, _, value = word.partition("=")
+        if key not in apart:
+            override = _parsed(word)
+            parts.append(f"{key.lstrip('+')}={value if override is None else override.value()}")
+    text = "+".join(parts)  # a comma would separate the entries of a list
+    names = [re.sub(r"[^\w.=-]+", "_", part) for part in parts]
+    short = "+".join(names)[:60]
+    if short == text:
+        return short
+    # what was left out tells jobs apart as well
+    return f"{short}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def _explain(stage: str, schema: type, error: BaseException) -> str:

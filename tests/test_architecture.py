@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,10 @@ def test_no_file_is_written_by_importing(tmp_path):
     environment = os.environ | {"HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", "import hyperdb.cli"], check=True, cwd=tmp_path, env=environment)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_text_files_are_opened_as_utf8():
+    """By `load_text` and `save_text`, or with the encoding by name."""
+    calls = re.compile(r"\.(read_text|write_text)\((?![^\n]*encoding=)|(?<![\w.])open\((?![^\n]*(encoding=|b\"))")
+    for path in (ROOT / "hyperdb").rglob("*.py"):
+        assert not calls.search(path.read_text(encoding="utf-8")), path

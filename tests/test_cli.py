@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from hyperdb import cli, config
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "timm", "gradio", "matplotlib", "cv2", "pandas"}
 
@@ -44,6 +46,7 @@ class Loss:
 
     weight: float = 1.0
     label: str = "mse"
+    file: FilePath | None = None
 
 
 @dataclass
@@ -62,7 +65,9 @@ class Config:
     labels: dict[str, str] = field(default_factory=lambda: {"sex": "any"})
     steps: int = 4  # how many steps
     needed: str = "???"
-    out: str = ""
+    out: FilePath = ""
+    place: FilePath | None = None
+    places: list[FilePath] = field(default_factory=list)
     engine: Engine = field(default_factory=Engine)
     loss: Loss = field(default_factory=Loss)
 
@@ -194,6 +199,9 @@ def test_paths_survive(toy, text):
         ("[V] face of [V]", ["[V] face of [V]"]),
         ("", [""]),
         ("null", ["null"]),
+        ("[a [V] face,a [V] cartoon]", ["a [V] face", "a [V] cartoon"]),
+        ("[Bob's run,my run (1),${x}]", ["Bob's run", "my run (1)", "${x}"]),
+        ("[null,1]", ["null", "1"]),
     ],
 )
 def test_lists_of_text(toy, text, expected):
@@ -205,13 +213,23 @@ def test_other_types_keep_hydras_grammar(toy):
     assert (found.steps, found.seeds, found.loss.weight) == (7, [1, 2], 2.0)
 
 
+def test_home_in_paths_and_only_there(in_tmp, toy, monkeypatch):
+    monkeypatch.setenv("HOME", str(in_tmp / "${home}"))
+    found = ran(toy, "place=~/a b.bin", "places=[~/a,b~,~]", "prompt=~/a", "prompts=[~/a]", "out=~no body/x")
+    home = f"{in_tmp}/${{home}}"
+    assert found.place == f"{home}/a b.bin"
+    assert found.places == [f"{home}/a", "b~", home]
+    assert (found.prompt, found.prompts, found.out) == ("~/a", ["~/a"], "~no body/x")
+    assert ran(toy, "loss.file=~/m").loss.file == f"{home}/m"
+
+
 def test_name_decides_out(toy):
     assert ran(toy, "name=b o b").out == "runs/toy/b o b"
     assert ran(toy, "out=here").out == "here"
 
 
 def test_groups_and_experiments(toy):
-    assert ran(toy).engine == Engine("small.bin", 1)
+    assert ran(toy).engine == Engine("small.bin")
     turbo = ran(toy, "engine=turbo", "engine.boost=2")
     assert turbo.engine == TurboConfig("turbo.bin", 9, 2.0)
     fast = ran(toy, "experiment=fast")
@@ -235,6 +253,8 @@ def test_groups_and_experiments(toy):
         (["steps=null"], "steps: "),
         (["steps="], "steps: "),
         (["seeds=3"], "seeds: "),
+        (["seeds=3,4"], "a list is written seeds=[3,4]"),
+        (["prompts=[a,]"], "prompts: '[a,]' has an empty entry"),
         (["steps=(("], "steps: cannot read the value '(('"),
         (["engine.power=x"], "engine.power: Value 'x'"),
         (["steps=0"], "steps=0 is too few; give 1 or more"),
@@ -276,12 +296,18 @@ def test_exit_codes_of_run(toy, capsys, monkeypatch):
     module = sys.modules["toy_stage"]
     for error, code, said in [
         (UserError("no such\nfile: x"), 2, "hyperdb: error: no such file: x\n"),
-        (KeyboardInterrupt(), 130, "interrupted; run the same command to continue"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command begins again"),
+        (OSError(28, "No space left on device", "x.png"), 2, "hyperdb: error: x.png: No space left on device\n"),
+        (OSError(5, "Input/output error"), 1, "Traceback"),
         (ValueError("our bug"), 1, "Traceback"),
     ]:
         monkeypatch.setattr(module, "run", failing(error))
         assert cli.main(["toy"]) == code
         assert said in capsys.readouterr().err
+    monkeypatch.setattr(module, "KEPT", "its pictures are kept", raising=False)
+    monkeypatch.setattr(module, "run", failing(KeyboardInterrupt()))
+    assert cli.main(["toy"]) == 130
+    assert "interrupted; run the same command to continue (its pictures are kept)" in capsys.readouterr().err
 
 
 # --- sweeps ---------------------------------------------------------------------------------------------
@@ -289,10 +315,69 @@ def test_exit_codes_of_run(toy, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["-m", "--multirun"])
 def test_sweep(toy, flag):
-    assert cli.main(["toy", flag, "prompt=a,'b, c'", "steps=1,2", "name=${prompt}"]) == 0
+    assert cli.main(["toy", flag, "prompt=[a,'b, c']", "steps=1,2", "name=x"]) == 0
     assert [(c.prompt, c.steps) for c in toy] == [("a", 1), ("a", 2), ("b, c", 1), ("b, c", 2)]
-    assert toy[-1].out == "runs/toy/b, c"
+    assert toy[0].out == "runs/toy/x/prompt=a+steps=1"
+    assert toy[-1].out.startswith("runs/toy/x/prompt=b_c+steps=2-")
+    assert len({c.out for c in toy}) == 4
     assert [p for p in Path().rglob("*") if p.is_file()] == [Path("multirun/toy/multirun.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("word", "values"),
+    [
+        ("prompt=a [V] face", ["a [V] face"]),
+        ("prompt=a face, on the beach", ["a face, on the beach"]),
+        ("prompt=[V]", ["[V]"]),
+        ("prompt=[V] and [V]", ["[V] and [V]"]),
+        ("prompt=['a','b']", ["a", "b"]),
+        ("prompt=[a [V] face,it's ${x}]", ["a [V] face", "it's ${x}"]),
+        ("prompt=choice(a,b)", ["choice(a,b)"]),
+        ("hypernet=[default,null]", ["default", None]),
+        ("hypernet=['null',x]", ["null", "x"]),
+        ("image=[a (1).jpg,b.jpg]", [Path("a (1).jpg"), Path("b.jpg")]),
+        ("steps=1,2", [1, 2]),
+        ("steps=[1,2]", [1, 2]),
+        ("steps=range(1,4)", [1, 2, 3]),
+        ("prompts=[a,b]", [["a", "b"]]),
+        ("prompts=[[a,b],[c]]", [["a", "b"], ["c"]]),
+        ("prompts=[a [V] face,b]", [["a [V] face", "b"]]),
+        ("seeds=[1,2],[3]", [[1, 2], [3]]),
+        ("engine.path=['a,b',c]", ["a,b", "c"]),
+        ("labels.sex=[a,b]", ["a", "b"]),
+    ],
+)
+def test_what_words_mean_in_a_sweep(toy, word, values):
+    assert cli.main(["toy", "-m", word]) == 0
+    key = word.partition("=")[0]
+    found = toy
+    for part in key.split("."):
+        found = [c[part] if isinstance(c, dict) else getattr(c, part) for c in found]
+    assert found == values
+    assert len({c.out for c in toy}) == len(values)
+
+
+def test_a_sweep_of_out_or_name_is_in_out_already(toy):
+    assert cli.main(["toy", "-m", "name=[a,b]"]) == 0
+    assert cli.main(["toy", "-m", "out=[x,y]", "steps=1,2"]) == 0
+    assert cli.main(["toy", "-m", "out=z", "name=[a,b]"]) == 0
+    assert [c.out for c in toy] == [
+        *("runs/toy/a", "runs/toy/b"),
+        *("x/steps=1", "x/steps=2", "y/steps=1", "y/steps=2"),
+        *("z/name=a", "z/name=b"),
+    ]
+
+
+def test_a_sweep_over_a_group(toy):
+    assert cli.main(["toy", "-m", "engine=small,turbo"]) == 0
+    assert [c.out for c in toy] == ["runs/toy/ada/engine=small", "runs/toy/ada/engine=turbo"]
+
+
+def test_long_values_make_different_folders(toy):
+    long = "a face " * 60
+    assert cli.main(["toy", "-m", f"prompt=['{long}1','{long}2','日{long}']"]) == 0
+    assert len({c.out for c in toy}) == 3
+    assert all(len(Path(c.out).name.encode()) < 255 for c in toy)
 
 
 def test_sweep_refuses_in_one_line(toy, capsys):
@@ -369,6 +454,21 @@ def test_errors_of_the_real_program(tmp_path):
         assert len(done.stderr.splitlines()) == 1
         assert said in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    code = "import hyperdb.cli as c; c.overview = lambda: 'Иван \\udceb'; raise SystemExit(c.main(['--help']))"
+    terminal = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path, env=terminal)
+    assert done.returncode == 0
+    assert done.stdout.decode("cp1252").strip() == r"\u0418\u0432\u0430\u043d \udceb"
+
+
+def test_out_is_looked_at_before_the_work(toy, capsys):
+    Path("file").touch()
+    assert cli.main(["toy", "out=file/x"]) == 2
+    assert capsys.readouterr().err == "hyperdb: error: out=file/x: file is a file; choose another folder\n"
+    assert toy == []
 
 
 def test_version(tmp_path):

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from hyperdb.data import NOT_CONTENT
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.digest import digest_vae
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import hash_files, load_json, load_tensors, save_tensors
+from hyperdb.runtime.files import hash_files, load_json, load_tensors, load_text, save_tensors
+from hyperdb.runtime.recipe import AROUND
 from hyperdb.runtime.seed import derive
 
 
@@ -188,7 +188,7 @@ def _rendered(path: Path, choice: _Choice, split: str | None, size: int | None) 
             images[done : done + len(inside)] = load_tensors(shard)[0]["image"][inside].permute(0, 3, 1, 2)
         begin, done = begin + len(seeds), done + len(inside)
     chosen = {name: value[rows] for name, value in merged.items()}
-    whole = {k: v for k, v in index["config"].items() if k not in NOT_CONTENT}
+    whole = {k: v for k, v in index["config"].items() if k not in AROUND}
     digest = hashlib.sha256(hash_files(shards[:1]).encode() + json.dumps(whole, sort_keys=True).encode())
     words = [captions[i] for i in rows.tolist()]
     return People(images, chosen.pop("seed"), words, chosen, names, digest.hexdigest()[:16])
@@ -197,7 +197,7 @@ def _rendered(path: Path, choice: _Choice, split: str | None, size: int | None) 
 def _aligned(path: Path, choice: _Choice, split: str | None, size: int | None) -> People:
     from PIL import Image
 
-    every = [json.loads(line) for line in (path / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    every = [json.loads(line) for line in load_text(path / "manifest.jsonl").splitlines()]
     # of all splits, and of the pictures too, by their length: other crops can have the same manifest
     lengths = [(path / r["file"]).stat().st_size for r in every]
     digest = hashlib.sha256(f"{hash_files([path / 'manifest.jsonl'])} {lengths}".encode()).hexdigest()[:16]

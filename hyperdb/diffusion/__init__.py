@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hyperdb.diffusion.guidance import Guidance, without_subject
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
     from hyperdb.diffusion.base import Base
@@ -41,9 +42,9 @@ class DiffusionConfig:
     anybody to the person (`hyperdb.diffusion.guidance`); null guides the personalised network towards both at once.
     """
 
-    path: str = "package:embedded/base"
-    config: str | None = None
-    hypernet: str | None = None
+    path: FilePath = "package:embedded/base"
+    config: FilePath | None = None
+    hypernet: FilePath | None = None
     variant: str | None = None
     revision: str | None = None
     rare_token: str = "sks"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 
 
 @dataclass
@@ -19,7 +20,7 @@ class EncoderConfig:
     size: int | None = 64
     patch: int | None = None
     depth: int | None = None
-    weights: str | None = None
+    weights: FilePath | None = None
     pretrained: bool = False
     frozen: bool = False
 

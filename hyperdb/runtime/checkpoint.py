@@ -14,6 +14,7 @@ import torch
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.runtime.optim import EMA
+from hyperdb.runtime.recipe import differences
 
 
 def save(path: Path, step: int, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[str, Any]) -> None:
@@ -31,7 +32,7 @@ def save(path: Path, step: int, optimizer: torch.optim.Optimizer, ema: EMA, conf
 def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[str, Any]) -> int:
     """Restore a training in place; return how many steps are done (0 if there is no checkpoint).
 
-    Raises `UserError` when the checkpoint was written under another configuration.
+    Raises `UserError` when the checkpoint was written under a `config` (`hyperdb.runtime.recipe`) of other values.
     """
     if not path.is_file():
         return 0
@@ -39,9 +40,7 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[st
     needed = {f"{kind}.{i}" for kind in ("param", "average") for i in range(len(ema.params))}
     if not {"config", "step"} <= metadata.keys() or not needed <= tensors.keys():
         raise UserError(f"{path} is not a checkpoint of this training; delete it or use another name")
-    then, now = json.loads(metadata["config"]), json.loads(json.dumps(config, sort_keys=True, default=str))
-    changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-    if changed:
+    if changed := differences(json.loads(metadata["config"]), config):
         raise UserError(
             f"{path} was made with other values of {', '.join(changed)}; "
             "use the same configuration, another name, or delete that folder"

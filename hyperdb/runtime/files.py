@@ -1,4 +1,4 @@
-"""Reading and writing files: atomic writes, safetensors and JSON only, clear errors for foreign files."""
+"""Reading and writing files: atomic writes, UTF-8 text, safetensors and JSON only, clear errors for foreign files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +19,56 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it becomes `path` only if the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(fd)
-    temporary = Path(name)
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong on the disk while `path` is written into one `UserError` that names it."""
+    from safetensors import SafetensorError
+
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it becomes `path` only if the block ends well.
+
+    Raises `UserError` when the disk is full, read-only or otherwise unwilling.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
+        os.close(fd)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def save_text(path: str | Path, text: str) -> Path:
+    """Write a text file as UTF-8, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def load_text(path: str | Path) -> str:
+    """Read a UTF-8 text file, with or without a byte-order mark. Raises `UserError` naming it and the encoding."""
+    path = Path(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path} is not UTF-8 text (line {line} has the byte 0x{error.object[error.start]:02x}); save it as UTF-8, "
+            "from Latin-1 by `iconv -f LATIN1 -t UTF-8`"
+        ) from error
 
 
 def save_json(path: str | Path, value: Any) -> Path:
@@ -39,20 +76,28 @@ def save_json(path: str | Path, value: Any) -> Path:
     text = json.dumps(value, indent=1, allow_nan=False, default=str)
     # a line break is never inside a string
     text = re.sub(r"\[\n\s*([-+.\deE,\s]+?)\n\s*\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-    with atomic(path) as temporary:
-        temporary.write_text(text + "\n")
-    return Path(path)
+    return save_text(path, text + "\n")
 
 
 def load_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or broken one raises `UserError` naming it."""
-    path = Path(path)
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        return json.loads(load_text(path))
     except ValueError as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is not valid JSON ({error}); delete it or restore it") from error
+
+
+def save_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
+    """Write records as JSON lines, atomically. Names of files whose bytes are not UTF-8 come back from `json.loads`."""
+    return save_text(path, "".join(_line(record) + "\n" for record in records))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, ensure_ascii=False)
+    # what is no character (a byte that is not UTF-8) or ends a line for some readers is written as an escape
+    return text if text.isprintable() else json.dumps(record)
 
 
 def save_tensors(
@@ -107,5 +152,9 @@ def hash_files(paths: list[Path] | Path) -> str:
         names = [p.name for p in paths]
     digest = hashlib.sha256()
     for name, path in zip(names, paths, strict=True):
-        digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        try:
+            content = hashlib.sha256(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        digest.update(name.encode(errors="surrogateescape") + b"\0" + content.digest())
     return digest.hexdigest()[:16]

@@ -23,9 +23,9 @@ class Journal:
     def __init__(self, path: Path, total: int, start: int = 0, name: str = "", every: int = 50) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read(path) if r["step"] <= start] if path.exists() and start else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         self.every, self.total = every, total
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, smoothing=0.05)
         self._smooth: float | None = None
         self._began = time.monotonic()
@@ -61,7 +61,7 @@ class Journal:
 def read(path: Path) -> list[dict[str, Any]]:
     """Read a journal's records; a half-written last line is ignored."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -6,15 +6,18 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from hyperdb.runtime.paths import FilePath
 from hyperdb.stages.personalize import Config as PersonalizeConfig
+
+WRITES = ("rendered.png", "astronaut.png")
 
 
 @dataclass
 class Config(PersonalizeConfig):
     """`person`: a seed of the validation or test split; the photo is scikit-image's astronaut (NASA, public domain)."""
 
-    image: str = "none"
-    out: str = "runs/demo/default"
+    image: FilePath = "none"
+    out: FilePath = "runs/demo/default"
     person: int = 1_100_003
 
 
@@ -25,11 +28,12 @@ def run(config: Config) -> Path:
     from hyperdb.faces.image import save_png
     from hyperdb.heads import Identity, View, render, split_of
     from hyperdb.runtime.errors import UserError
+    from hyperdb.runtime.output import claim
     from hyperdb.stages import personalize
 
     if split_of(config.person) == "train":
         raise UserError(f"person={config.person} belongs to the training split; take one from 1100000 to 1199999")
-    out = Path(config.out)
+    out = claim(config.out, WRITES, {"person": config.person})
     pictures = {"rendered": render(Identity(config.person), View(), size=256), "astronaut": astronaut()}
     for name, pixels in pictures.items():
         print(f"--- {name}")

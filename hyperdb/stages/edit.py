@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 from hyperdb.stages.weights import ATTRIBUTES, DIRECTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hyperdb.formats.native import Personalization
+
+
+WRITES = ("adapter.safetensors",)
 
 
 @dataclass
@@ -34,16 +38,16 @@ class Config:
     `experiments/embedded/weights`: smile does nothing, and nobody gets younger.
     """
 
-    adapter: list[str] = "???"  # type: ignore[assignment]  # required: files of `hyperdb personalize`, or their folders
+    adapter: list[FilePath] = "???"  # type: ignore[assignment]  # required: files of `hyperdb personalize`, or their folders
     shares: list[float] = field(default_factory=list)
     sex: float = 0.0
     age: float = 0.0
     skin: float = 0.0
     hair: float = 0.0
     smile: float = 0.0
-    directions: str = "package:embedded/directions.safetensors"
+    directions: FilePath = "package:embedded/directions.safetensors"
     name: str = "default"
-    out: str = "runs/edit/default"
+    out: FilePath = "runs/edit/default"
 
     def __post_init__(self) -> None:
         if not self.adapter:
@@ -59,9 +63,14 @@ class Config:
 
 def run(config: Config) -> Path:
     """Write `out/adapter.safetensors` and return `out`."""
+    from hyperdb.diffusion import resolve
     from hyperdb.formats.native import Personalization, find_adapter
+    from hyperdb.runtime.files import hash_files
+    from hyperdb.runtime.output import claim
+    from hyperdb.runtime.recipe import recipe
 
-    people = [Personalization.load(find_adapter(path)) for path in config.adapter]
+    files = [find_adapter(path) for path in config.adapter]
+    people = [Personalization.load(file) for file in files]
     person = mix(people, config.shares or [1 / len(people)] * len(people))
     shifts = {name: getattr(config, name) for name in ATTRIBUTES if getattr(config, name)}
     if shifts:
@@ -74,7 +83,10 @@ def run(config: Config) -> Path:
         if not numbers.isfinite().all():
             raise UserError(f"a shift of {max(map(abs, shifts.values())):g} is too large")
         person = dataclasses.replace(person, tokens=person.lidb.unpack(numbers))
-    path = person.save(Path(config.out) / "adapter.safetensors")
+    contents = {"adapter": [hash_files([file]) for file in files]}
+    if shifts:
+        contents["directions"] = [hash_files([resolve(config.directions)])]
+    path = person.save(claim(config.out, WRITES, {**recipe(config), **contents}) / "adapter.safetensors")
     print(f"adapter in {path}")
     print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
     return Path(config.out)

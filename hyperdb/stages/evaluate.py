@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 from hyperdb.stages.finetune import FitConfig
 from hyperdb.stages.personalize import Config as PersonalizeConfig
 
@@ -43,6 +46,10 @@ PAIRS = (
 FURTHER = ("cosine_dlib", "rank1", "rank1_styled", "style_accuracy")  # figures compared in pairs, beside the cosine
 
 
+WRITES = ("rows/*.safetensors", "prior.safetensors")
+KEPT = "the pictures of finished rows are kept"
+
+
 @dataclass
 class Config(PersonalizeConfig):
     """`data`: rendered people; `photos` of a person from number `reference` on are given, the next `views` judge.
@@ -58,8 +65,8 @@ class Config(PersonalizeConfig):
     `recognisers` judge the likeness; the first one's figures have no suffix.
     """
 
-    image: str = "none"
-    data: str = "data/heads_test"
+    image: FilePath = "none"
+    data: FilePath = "data/heads_test"
     split: str = "test"
     people: int = 25
     images: int = 4
@@ -72,7 +79,7 @@ class Config(PersonalizeConfig):
     seeds: int = 1
     no_hyper_rate: float | None = None  # of the row no_hyper_40; null: the fine-tuning's own
     converged: FitConfig = field(default_factory=lambda: FitConfig(steps=200, rate=3e-2))  # of the row lidb_fit
-    results: str = "results.json"
+    results: FilePath = "results.json"
     batch: int = 5  # people fine-tuned in one pass
 
     def __post_init__(self) -> None:
@@ -108,6 +115,7 @@ def run(config: Config) -> Path:
     from hyperdb.faces.image import grid, save_png
     from hyperdb.heads import PLACE_PHRASES
     from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
+    from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.stages.finetune import load_prior
     from hyperdb.stages.personalize import Personalizer
@@ -128,12 +136,15 @@ def run(config: Config) -> Path:
     if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
         raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
     styled = styled_views(people, rows, words)
-    out = Path(config.out)
     best = torch.cat([others, *(styled[word][:, :1] for word in words)], 1)  #      [I, images + styled, 3, H, W]
     model = Personalizer(config)
     if model.hypernet is None:
         raise UserError("evaluate needs a hypernetwork; set hypernet=FOLDER")
 
+    whole = _made_from(config, model, people)
+    made_from = json.dumps(whole, sort_keys=True, default=str)
+    out = claim(config.out, WRITES, whole)
+    target = results_file(config, made_from)
     judges_of = Judges(config)  # before the long part: what is missing is said now
     fits = {"finetune": config.finetune, "no_hyper_40": config.finetune, "lidb_fit": config.converged}
     if config.no_hyper_rate is not None:
@@ -142,7 +153,6 @@ def run(config: Config) -> Path:
         model.prior = load_prior(model.base, config.prior, out / "prior.safetensors")
 
     # --- pictures of every row
-    made_from = _made_from(config, model, people)
     drawn: dict[str, list[Tensor]] = {}
     costs: dict[str, dict[str, float]] = {}
     repeats = {row: 1 if row in PICTURES else config.seeds for row in config.rows}
@@ -192,12 +202,11 @@ def run(config: Config) -> Path:
         "data": people.digest,
         "recognisers": config.recognisers,
         "fits": {name: asdict(fit) for name, fit in fits.items()},
+        "made_from": _short(made_from),
         **provenance(),
         "persons": people.seed[torch.stack([r[0] for r in rows])].tolist(),
         "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [S, I]
     }
-    target = Path(config.results)
-    target = target if target.is_absolute() else out / target
     save_json(target, result)
     few = min(len(rows), 12)
     pixels = list(reference[:few]) + [x for row in config.rows for x in drawn[row][0][:few, 0]]
@@ -245,19 +254,44 @@ def styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[s
 
 def _hypernet_digest(model: Personalizer) -> str:
     """Return 16 hex digits over the hypernetwork's weights."""
-    import hashlib
-
     assert model.hypernet is not None
     weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.state_dict().values()))
     return weights.hexdigest()[:16]
 
 
-def _made_from(config: Config, model: Personalizer, people: People) -> str:
-    import json
+def _made_from(config: Config, model: Personalizer, people: People) -> dict[str, Any]:
+    """Return all that decides a row."""
+    from hyperdb.runtime.recipe import recipe
 
-    other = ("out", "results", "rows", "seeds", "recognisers", "name")  # change no picture
-    what = {k: v for k, v in asdict(config).items() if k not in other}
-    return json.dumps([what, model.base.digest, _hypernet_digest(model), people.digest], sort_keys=True, default=str)
+    what = {k: v for k, v in recipe(config).items() if k not in ("rows", "seeds", "recognisers")}
+    return {**what, "base": model.base.digest, "hypernet": _hypernet_digest(model), "data": people.digest}
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def results_file(config: Config, made_from: str) -> Path:
+    """Return where the results go. Raises `UserError` if others stand there, or some that this run would drop."""
+    from hyperdb.faces.image import read_text
+    from hyperdb.runtime.files import load_json
+    from hyperdb.runtime.output import check
+
+    target = Path(config.out) / config.results
+    check(target.parent)
+    sheet = target.with_name("people.png")
+    then = load_json(target) if target.exists() else {}
+    known = isinstance(then, dict) and (not then or then.get("made_from") == _short(made_from))
+    lost = [x for key, now in (("rows", config.rows), ("recognisers", config.recognisers)) for x in then.get(key, [])
+            if x not in now] if known else []  # fmt: skip
+    lost += [f"{then['seeds']} seeds"] if known and then.get("seeds", 0) > config.seeds else []
+    if not known or lost or (sheet.exists() and read_text(sheet).get("software") != "hyperdb"):
+        what = f"figures that would be lost ({', '.join(lost)})" if lost else "something else"
+        raise UserError(
+            f"{target}, or people.png beside it, is there and holds {what}; "
+            "choose another file with results=FILE, another name=NAME, or delete it"
+        )
+    return target
 
 
 def _pictures(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
     from hyperdb.formats.native import Personalization
 
 FORMATS = ("kohya", "diffusers", "peft", "native")
+PEFT_FILES = ("model.safetensors", "config.json")
 DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 SD15_LAYOUT = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
 
@@ -22,12 +25,12 @@ SD15_LAYOUT = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
 class Config:
     """`strength` is baked in; `dtype` is fp32 or fp16, or int8 in the native format."""
 
-    adapter: str = "???"  # a file of `hyperdb personalize`, or its folder
+    adapter: FilePath = "???"  # a file of `hyperdb personalize`, or its folder
     format: str = "kohya"
     strength: float = 1.0
     dtype: str = "fp16"
     name: str = "default"
-    out: str = "runs/export/default"
+    out: FilePath = "runs/export/default"
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -36,6 +39,8 @@ class Config:
             raise UserError(f"dtype={self.dtype!r}: expected one of {', '.join(DTYPES)}")
         if self.dtype == "int8" and self.format != "native":
             raise UserError(f"dtype=int8: other tools read no such {self.format} file; use format=native, or fp16")
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            raise UserError(f"name={self.name!r}: expected a name, not a path; the folder is out=FOLDER")
         if not math.isfinite(self.strength):
             raise UserError(f"strength={self.strength}: expected a finite number")
 
@@ -47,11 +52,19 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.base import scale
     from hyperdb.formats import lora
     from hyperdb.formats.native import Personalization, find_adapter
-    from hyperdb.runtime.files import atomic, hash_files
+    from hyperdb.runtime.files import hash_files, save_text
+    from hyperdb.runtime.output import claim, is_free
+    from hyperdb.runtime.recipe import recipe
 
     file = find_adapter(config.adapter)
     person = Personalization.load(file)
-    out, dtype = Path(config.out), getattr(torch, DTYPES[config.dtype])
+    made_from = {**recipe(config), "name": config.name, "adapter": hash_files([file])}
+    names = [f"{part}/adapter_{what}" for part in ("unet", "text_encoder") for what in PEFT_FILES]
+    names = names if config.format == "peft" else [f"{glob.escape(config.name)}.safetensors"]
+    # several adapters may stand in one folder, as tools keep them: the second card is called after its own
+    card = "README.md" if is_free(config.out, "README.md", made_from) else f"{config.name}.md"
+    names.append(glob.escape(card))
+    out, dtype = claim(config.out, names, made_from), getattr(torch, DTYPES[config.dtype])
     words = f"{person.rare_token} {person.class_word}"
     target = out if config.format == "peft" else out / f"{config.name}.safetensors"
     if config.format == "native":
@@ -72,8 +85,7 @@ def run(config: Config) -> Path:
                 "ss_v2": "False",
             }
         lora.write(target, scale(person.factors(), config.strength), config.format, metadata, dtype)
-    with atomic(out / "README.md") as temporary:
-        temporary.write_text(_card(config, person, words))
+    save_text(out / card, _card(config, person, words))
     print(f"{config.format} adapter in {target}; the words that call the person: {words!r}")
     return out
 

@@ -4,7 +4,8 @@
 
 Writes `00000.png` ..., `grid.png` (the first 64) and `manifest.json` into `out`. Picture i is a function of
 seed + i, whatever the batch. Every PNG says what made it, so running the command again draws only what is
-missing or was made otherwise.
+missing. Nothing else is replaced: where other pictures are, the numbers begin after them, and grid and manifest
+are called after the first one's (`grid-00008.png`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hyperdb.diffusion import PLACEHOLDER, DiffusionConfig
 from hyperdb.diffusion.guidance import Guidance
 from hyperdb.runtime.errors import NonFiniteError, UserError
+from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 # spell many a word that it knows well.
 SMALL_VOCABULARY = 10_000
 IN_GRID = 64
+KEPT = "finished pictures are kept"
 
 
 @dataclass
@@ -38,7 +41,7 @@ class Config:
     """What to draw and of whom; `[V]` in prompts stands for the person."""
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    adapter: str | None = None  # a file of `hyperdb personalize` or its folder; null: the base alone
+    adapter: FilePath | None = None  # a file of `hyperdb personalize` or its folder; null: the base alone
     prompt: str = "a photo of a [V] face"
     negative_prompt: str = ""
     num_images: int = 8
@@ -50,7 +53,7 @@ class Config:
     seed: int = 0  # picture i has seed + i
     batch: int = 8  # pictures drawn at once; changes the memory needed, not the pictures
     name: str = "default"
-    out: str = "runs/generate/default"
+    out: FilePath = "runs/generate/default"
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
     def __post_init__(self) -> None:
@@ -198,6 +201,50 @@ def _is_made(path: Path, text: dict[str, str]) -> bool:
     return True
 
 
+def _numbers(out: Path) -> dict[int, Path]:
+    """Return the pictures of a folder that are called by a number."""
+    return {int(path.stem): path for path in out.glob("*.png") if re.fullmatch(r"\d{5,}", path.stem)}
+
+
+def _about(out: Path, first: int) -> tuple[Path, Path]:
+    """Return where grid and manifest of the pictures from number `first` on stand."""
+    which = f"-{first:05d}" if first else ""
+    return out / f"grid{which}.png", out / f"manifest{which}.json"
+
+
+def first_number(out: Path, recipe: dict[str, Any], texts: list[dict[str, str]]) -> int:
+    """Return the number that the first picture gets: all from there on are free, or this run's own.
+
+    `texts` are what the pictures say. Nothing that says something else is ever replaced.
+    """
+    from hyperdb.faces.image import read_text
+    from hyperdb.runtime.files import load_json
+    from hyperdb.runtime.recipe import plain
+
+    said = {number: read_text(path) for number, path in _numbers(out).items()}
+
+    def is_mine(first: int) -> bool:
+        picture, manifest = _about(out, first)
+        if picture.exists() and read_text(picture) != texts[0]:
+            return False
+        try:
+            listed = load_json(manifest) if manifest.exists() else recipe
+        except UserError:
+            return False
+        return isinstance(listed, dict) and plain(recipe).items() <= listed.items()
+
+    index = {frozenset(text.items()): i for i, text in enumerate(texts)}
+    known = {number: index.get(frozenset(text.items())) for number, text in said.items()}
+    begun = {number - i for number, i in known.items() if i is not None and number > i}
+    for first in (0, *sorted(begun)):
+        if is_mine(first) and all(known.get(first + i, i) == i for i in range(len(texts))):
+            return first
+    beyond = max(said, default=-1) + 1
+    while not is_mine(beyond):
+        beyond += 1
+    return beyond
+
+
 def _draw(config: Config, base: Base, seeds: list[int], steps: int, guidance: Guidance) -> NDArray[np.uint8]:
     """Return pictures [B, H, W, 3], one a seed."""
     from hyperdb.diffusion.sample import sample, start_noise
@@ -227,11 +274,10 @@ def run(config: Config) -> Path:
 
     from hyperdb.faces.image import grid, read_image, save_png
     from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.output import check
     from hyperdb.runtime.provenance import provenance
 
-    out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={config.out} is a file; choose another folder")
+    out = check(config.out)
     base, adapter = _load(config)
     steps = base.config.steps if config.steps is None else config.steps
     guidance = _guide(config)
@@ -242,7 +288,9 @@ def run(config: Config) -> Path:
     recipe = _recipe(config, base, adapter, steps, guidance)
     seeds = [config.seed + i for i in range(config.num_images)]
     texts = [_text(recipe, seed=seed) for seed in seeds]
-    paths = [out / f"{i:05d}.png" for i in range(config.num_images)]
+    first = first_number(out, recipe, texts)
+    paths = [out / f"{first + i:05d}.png" for i in range(config.num_images)]
+    grid_path, manifest_path = _about(out, first)
     missing = [i for i, path in enumerate(paths) if not _is_made(path, texts[i])]
     batches = [missing[i : i + config.batch] for i in range(0, len(missing), config.batch)]
     with tqdm(total=len(batches) * steps, desc="generate", unit="step", delay=2, dynamic_ncols=True) as bar:
@@ -253,7 +301,7 @@ def run(config: Config) -> Path:
         counter = base.unet.register_forward_hook(count)
         for batch in batches:
             pictures = _draw(config, base, [seeds[i] for i in batch], steps, guidance)
-            (out / "manifest.json").unlink(missing_ok=True)  # it would speak of other pictures
+            manifest_path.unlink(missing_ok=True)  # it would speak of other pictures
             for i, picture in zip(batch, pictures, strict=True):
                 save_png(paths[i], picture, texts[i])
         counter.remove()
@@ -261,10 +309,10 @@ def run(config: Config) -> Path:
     # --- look at it, list it
     shown = [read_image(path) for path in paths[:IN_GRID]]
     columns = min(8, math.ceil(math.sqrt(len(shown))))
-    save_png(out / "grid.png", grid(shown, columns), _text(recipe, seed=config.seed))
+    save_png(grid_path, grid(shown, columns), _text(recipe, seed=config.seed))
     files = [{"file": path.name, "seed": seed} for path, seed in zip(paths, seeds, strict=True)]
     save_json(
-        out / "manifest.json",
+        manifest_path,
         {
             **recipe,
             "adapter": None if adapter is None else str(adapter),
@@ -272,9 +320,9 @@ def run(config: Config) -> Path:
             "provenance": provenance(),
         },
     )
-    older = sum(bool(re.fullmatch(r"\d{5}", p.stem)) for p in out.glob("*.png")) - len(paths)
+    others = len(_numbers(out)) - len(paths)
     kept = f" ({len(paths) - len(missing)} were there)" if len(missing) < len(paths) else ""
-    print(f"{len(paths)} pictures in {out}{kept}; side by side in {out / 'grid.png'}")
-    if older:
-        print(f"{out} also holds {older} pictures of an earlier run; manifest.json lists this one's")
+    print(f"{len(paths)} pictures in {out}{kept}; side by side in {grid_path}")
+    if others:
+        print(f"{out} also holds {others} other pictures; {manifest_path.name} lists this run's")
     return out

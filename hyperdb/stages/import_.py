@@ -13,18 +13,21 @@ from pathlib import Path
 from hyperdb.adapters import LiDBConfig
 from hyperdb.diffusion import PLACEHOLDER, DiffusionConfig
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
+
+WRITES = ("adapter.safetensors",)
 
 
 @dataclass
 class Config:
     """`path`: a safetensors file, or a folder of diffusers or PEFT; `words`: its trigger phrase."""
 
-    path: str = "???"
+    path: FilePath = "???"
     words: str | None = None  # that call the person; null: those that the file states, else diffusion's own
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     lidb: LiDBConfig = field(default_factory=LiDBConfig)  # of the empty LiDB part
     name: str = "default"
-    out: str = "runs/import/default"
+    out: FilePath = "runs/import/default"
 
     def __post_init__(self) -> None:
         if self.words is not None and (not self.words.strip() or PLACEHOLDER in self.words):
@@ -48,8 +51,12 @@ def run(config: Config) -> Path:
     from hyperdb.diffusion.targets import base_hash, find_sites
     from hyperdb.formats import lora
     from hyperdb.formats.native import Personalization
+    from hyperdb.runtime.files import hash_files
+    from hyperdb.runtime.output import claim
+    from hyperdb.runtime.recipe import recipe
 
-    given = lora.read(Path(config.path).expanduser())  # what is wrong with the file is said before the base is loaded
+    source = Path(config.path).expanduser()
+    given = lora.read(source)  # what is wrong with the file is said before the base is loaded
     settings = config.diffusion
     base = Base.load(settings)
     layout = Layout.of(base.targets())
@@ -63,11 +70,13 @@ def run(config: Config) -> Path:
     )
     made_for = given.metadata.get("hyperdb.base") or base_hash(base.targets())
     person = Personalization(layout, tokens, config.lidb, made_for, rare, noun, relaxed)
-    path = person.save(Path(config.out) / "adapter.safetensors")
+    content = hash_files(source if source.is_dir() else [source])
+    out = claim(config.out, WRITES, {**recipe(config), "path": content, "base": base.digest})
+    path = person.save(out / "adapter.safetensors")
     beyond = len(relaxed.keys() - set(layout.names))
     besides = f" and {beyond} other layers" if beyond else ""
     print(f"rank {rank_of(relaxed)}, {len(relaxed) - beyond} of {len(layout)} layers{besides}: {path}")
     if not phrase.strip():
         print("the file states no trigger phrase: write its words in the prompt, or import it again with words='...'")
     print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
-    return Path(config.out)
+    return out

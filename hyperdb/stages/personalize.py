@@ -5,16 +5,20 @@ The hypernetwork predicts LiDB weights; 40 iterations of rank-relaxed fine-tunin
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import LiDBConfig, LoRAConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.stages.finetune import FitConfig, PriorConfig
+from hyperdb.runtime.paths import FilePath, expand
+from hyperdb.stages.finetune import FitConfig, Prior, PriorConfig
+from hyperdb.words import entries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
     Picture = str | Path | np.ndarray
 
+WRITES = ("lidb.safetensors", "adapter.safetensors", "preview.png", "report.json", "prior.safetensors")
+
 
 @dataclass
 class Config:
@@ -36,10 +42,10 @@ class Config:
     sees all of them, `finetune.steps` iterations a photo. Without a hypernetwork the fast fine-tuning runs alone.
     """
 
-    image: str = "???"
+    image: FilePath = "???"
     name: str = "default"
-    out: str = "runs/personalize/default"
-    hypernet: str | None = "default"
+    out: FilePath = "runs/personalize/default"
+    hypernet: FilePath | None = "default"
     face: int | None = None  # which face, 1 is the largest; null: the largest, with a notice
     align: bool = True  # false: the picture is already an aligned crop
     preview: bool = True
@@ -98,23 +104,29 @@ class Personalizer:
 
     def __init__(self, config: Config) -> None:
         from hyperdb.adapters.layout import Layout
-        from hyperdb.diffusion import resolve
         from hyperdb.diffusion.targets import base_hash
-        from hyperdb.stages.finetune import load_prior
 
         self.config = config
-        folder = hypernet_folder(config.hypernet, config.diffusion)
+        self.folder = folder = hypernet_folder(config.hypernet, config.diffusion)
         self.base: Base = config.diffusion.load()
         self.layout = Layout.of(self.base.targets())
         self.base_hash = base_hash(self.base.targets())
         self.hypernet = load_hypernet(folder, self.base, self.layout) if folder is not None else None
         self.lidb = self.hypernet.lidb if self.hypernet is not None else config.lidb.build(self.layout)
         self.lidb.to(self.base.device)
-        self.prior = None
-        if config.finetune.prior_weight > 0:
-            known = folder or (resolve(config.diffusion.hypernet) if config.diffusion.hypernet else None)
-            shipped = known / "prior.safetensors" if known is not None else None
-            self.prior = load_prior(self.base, config.prior, Path(config.out) / "prior.safetensors", shipped)
+
+    @cached_property
+    def prior(self) -> Prior | None:
+        """What the fast fine-tuning keeps as it is; made on first use, as it may be drawn and written to `out`."""
+        from hyperdb.diffusion import resolve
+        from hyperdb.stages.finetune import load_prior
+
+        config = self.config
+        if config.finetune.prior_weight <= 0:
+            return None
+        known = self.folder or (resolve(config.diffusion.hypernet) if config.diffusion.hypernet else None)
+        shipped = known / "prior.safetensors" if known is not None else None
+        return load_prior(self.base, config.prior, Path(config.out) / "prior.safetensors", shipped)
 
     def crop(self, image: str | Path | np.ndarray) -> np.ndarray:
         """Read, detect, align and crop one face: `[size, size, 3]` uint8. Raises `UserError` naming the file."""
@@ -196,12 +208,15 @@ def _images(crops: np.ndarray) -> Tensor:
 
 def photos(image: str) -> list[str]:
     """Split `[a.jpg,b.jpg]` into its photos; a file that is called so is itself."""
-    if image.startswith("[") and image.endswith("]") and not Path(image).exists():
-        found = [one.strip() for one in image[1:-1].split(",")]
-        if not all(found):
-            raise UserError(f"image={image!r}: expected a photo, or photos of one person as [a.jpg,b.jpg]")
-        return found
-    return [image]
+    if Path(image).exists():
+        return [image]
+    try:
+        listed = entries(image)
+    except UserError as error:
+        raise UserError(f"image={error}: expected a photo, or photos of one person as [a.jpg,b.jpg]") from error
+    if listed is not None and not listed:
+        raise UserError("image=[]: expected a photo, or photos of one person as [a.jpg,b.jpg]")
+    return [expand(one.text) for one in listed] if listed is not None else [image]
 
 
 def crop_face(image: str | Path | np.ndarray, config: Config) -> np.ndarray:
@@ -224,8 +239,10 @@ def run(config: Config) -> Path:
     import numpy as np
     from tqdm import tqdm
 
-    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import recipe
 
     clock, seconds = time.perf_counter(), {}
 
@@ -238,6 +255,9 @@ def run(config: Config) -> Path:
     crops = np.stack([crop_face(one, config) for one in photos(config.image)])
     lap("crop")
     model = Personalizer(config)
+    weights = None if model.folder is None else hash_files([model.folder / "hypernet.safetensors"])
+    contents = {"base": model.base.digest, "hypernet": weights, "photos": hashlib.sha256(crops.tobytes()).hexdigest()}
+    out = claim(config.out, WRITES, {**recipe(config), **contents})
     lap("load")
     tokens = model.predict(crops)
     lap("predict")
@@ -249,7 +269,6 @@ def run(config: Config) -> Path:
 
         relaxed = model.finetune(crops, tokens, progress)
     lap("finetune")
-    out = Path(config.out)
     predicted, finished = model.wrap(tokens), model.wrap(tokens, relaxed)
     predicted.save_lidb(out / "lidb.safetensors")
     finished.save(out / "adapter.safetensors")

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING
 from hyperdb.adapters import LiDBConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 from hyperdb.stages.finetune import FitConfig, PriorConfig
 
 if TYPE_CHECKING:
     from hyperdb.data.people import People
+
+
+WRITES = ("fits-*.safetensors", "statistics.safetensors", "index.json", "prior.safetensors")
+KEPT = "finished shards are kept"
 
 
 @dataclass
@@ -41,9 +46,9 @@ class Config:
     lidb: LiDBConfig = field(default_factory=LiDBConfig)
     fit: StoreFitConfig = field(default_factory=StoreFitConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
-    data: str = "data/heads"
+    data: FilePath = "data/heads"
     name: str = "default"
-    out: str = "runs/precompute/default"
+    out: FilePath = "runs/precompute/default"
     split: str | None = None
     by: str = "image"
     identities: int | None = 256  # null: all there are
@@ -83,7 +88,9 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.layout import Layout
     from hyperdb.data import weights
     from hyperdb.data.people import latent_moments, load_people
+    from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import recipe
     from hyperdb.stages.finetune import fit, load_prior
 
     base = config.diffusion.load()
@@ -97,14 +104,16 @@ def run(config: Config) -> Path:
         rows = torch.tensor([r for r in reference_rows(people, config.fit.views) if r], dtype=torch.long)  # [I, K]
     if len(rows) == 0:
         raise UserError(f"{config.data} holds no photos of these people")
-    out = Path(config.out)
-    recipe = {
+    origin = {
         **weights.made_from(base, people),
         "by": config.by,
         "fit": asdict(config.fit),
         "prior": asdict(config.prior) if config.fit.prior_weight > 0 else None,
         "lidb": asdict(config.lidb),
     }
+    settings = recipe(config)
+    del settings["identities"]  # more of them go on where fewer were
+    out = claim(config.out, WRITES, {**settings, "made_from": origin})
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.fit.prior_weight > 0 else None
     keys = people.keys(config.by, rows[:, 0])
     moments = latent_moments(base, people, Path(config.data), rows.flatten()).unflatten(0, rows.shape)
@@ -112,13 +121,13 @@ def run(config: Config) -> Path:
     losses: list[float] = []
     with tqdm(total=len(rows), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
         for number, (mine, theirs) in enumerate(shards):
-            key = weights.store_key(**recipe, keys=theirs.tolist())
+            key = weights.store_key(**origin, keys=theirs.tolist())
             if not weights.shard_is_done(out, number, key):
                 losses.clear()
                 params = fit(base, lidb, mine, config.fit, None, prior, lambda _, x: losses.append(x))
                 weights.save_shard(out, number, params["tokens"].cpu(), theirs, key)
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(theirs))
-    weights.finish(out, len(shards), lidb, {**recipe, **provenance()})
+    weights.finish(out, len(shards), lidb, {**origin, **provenance()})
     print(f"{len(rows)} fits of {lidb.numbers} numbers each, one a{'n' * (config.by == 'image')} {config.by}, in {out}")
     return out

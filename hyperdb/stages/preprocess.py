@@ -16,19 +16,23 @@ import mimetypes
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import atomic
+from hyperdb.runtime.files import load_text, save_lines
+from hyperdb.runtime.output import claim, release
+from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.recipe import recipe
 from hyperdb.runtime.seed import derive
 
 KINDS = ("folder", "celeba_hq", "sfhq")
 # Pictures, or files with pictures in them, that are not read; beside what `mimetypes` calls image or video.
 UNREAD = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"}  # of cameras
 UNREAD |= {".exr", ".hdr", ".jxl", ".jxr", ".svg", ".xcf", ".pdf", ".ps", ".eps", ".mpg", ".mpeg"}
+WRITES = ("faces/*.png", "manifest.jsonl", "rejected.jsonl")
+KEPT = "finished faces are kept"
 IDENTITIES = "identity_CelebA.txt"
 MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"
 
@@ -41,11 +45,11 @@ class Config:
     `limit` the number of pictures taken (a choice by `seed`); `seed` also decides the split.
     """
 
-    source: str = ""
-    out: str = "data/faces"
+    source: FilePath = ""
+    out: FilePath = "data/faces"
     size: int = 512
     crop: float = 1.0
-    identity_file: str | None = None
+    identity_file: FilePath | None = None
     kind: str = "folder"
     limit: int | None = None
     seed: int = 0
@@ -146,7 +150,7 @@ def _read_columns(path: Path, count: int) -> list[list[str]]:
     if not path.is_file():
         raise UserError(f"no such file: {path}; check identity_file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(load_text(path).splitlines(), 1):
         row = line.rsplit(maxsplit=count - 1)
         if row and len(row) != count:
             raise UserError(f"{path}, line {number}: expected {count} columns, found '{line}'")
@@ -283,12 +287,6 @@ def _make_face(config: Config, picture: Path, file: Path) -> dict[str, Any]:
     return found
 
 
-def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with atomic(path) as temporary:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        temporary.write_text("".join(lines), encoding="utf-8")
-
-
 def _summary(records: list[dict[str, Any]], rejected: list[dict[str, str]], several: int) -> str:
     splits = Counter(record["split"] for record in records)
     people = len({record["identity"] for record in records})
@@ -317,7 +315,9 @@ def run(config: Config) -> Path:
     if hint:
         print(hint)
     names = _file_names(pictures)
-    out = Path(config.out)
+    # the same faces, be they more, or called after other people
+    made_from = {key: value for key, value in recipe(config).items() if key not in ("limit", "kind")}
+    out = claim(config.out, WRITES, {**made_from, "source": str(Path(config.source).resolve())})
     records: list[dict[str, Any]] = []
     rejected = [{"source": p.as_posix(), "reason": reason} for p, reason in sorted(left_out.items())]
     several = 0
@@ -343,9 +343,10 @@ def run(config: Config) -> Path:
             }
         )
     if not records:
+        release(out)
         first = rejected[len(left_out)]["reason"]
         raise UserError(f"none of {len(pictures)} pictures could be used; the first: {first}")
-    _write_lines(out / "rejected.jsonl", rejected)
-    _write_lines(out / "manifest.jsonl", records)
+    save_lines(out / "rejected.jsonl", rejected)
+    save_lines(out / "manifest.jsonl", records)
     print(_summary(records, rejected, several))
     return out / "manifest.jsonl"

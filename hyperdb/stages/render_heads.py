@@ -17,7 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperdb.data import NOT_CONTENT
+from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.recipe import recipe
+
+WRITES = ("shard-*.safetensors", "index.json")
+KEPT = "finished shards are kept"
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Config:
     styles. `first` is the offset inside the split, `shard` the number of people a file.
     """
 
-    out: str = "data/heads"
+    out: FilePath = "data/heads"
     split: str = "train"
     identities: int = 4000
     views: int = 6
@@ -51,8 +55,7 @@ def heads_hash() -> str:
 
 
 def _made_from(config: Config) -> dict[str, Any]:
-    content = {key: value for key, value in asdict(config).items() if key not in NOT_CONTENT}
-    return {**content, "heads_sha256": heads_hash()}
+    return {**recipe(config), "heads_sha256": heads_hash()}
 
 
 def _check(config: Config) -> None:
@@ -157,6 +160,7 @@ def _render_shard(task: tuple[Config, int, dict[str, Any]]) -> int:
     from safetensors.numpy import save_file
 
     from hyperdb.heads import SPLITS
+    from hyperdb.runtime.files import atomic
 
     config, number, made_from = task
     cv2.setNumThreads(1)
@@ -177,12 +181,8 @@ def _render_shard(task: tuple[Config, int, dict[str, Any]]) -> int:
         "made_from": json.dumps(made_from),
     }
     path = Path(config.out) / f"shard-{number:05d}.safetensors"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return stop - start
 
 
@@ -197,12 +197,12 @@ def run(config: Config) -> Path:
     from tqdm import tqdm
 
     from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.output import claim
 
     _check(config)
-    folder = Path(config.out)
-    folder.mkdir(parents=True, exist_ok=True)
     made_from = _made_from(config)
-    _refuse_other(folder, made_from)
+    _refuse_other(Path(config.out), made_from)
+    folder = claim(config.out, WRITES, made_from)
     shards = -(-config.identities // config.shard)
     paths = [folder / f"shard-{number:05d}.safetensors" for number in range(shards)]
     missing = [number for number, path in enumerate(paths) if _header(path) is None]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.hypernet import EncoderConfig
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hyperdb.hypernet.encoder import Encoder
+
+
+WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "reconstructions.png", "vae/*")
+KEPT = "its last checkpoint is kept"
 
 
 @dataclass
@@ -25,10 +30,10 @@ class Config:
     > 0 pictures are also compared by the features of `encoder`, a network of `hyperdb train_encoder`.
     """
 
-    data: str = "data/heads"
-    init: str | None = None
+    data: FilePath = "data/heads"
+    init: FilePath | None = None
     name: str = "default"
-    out: str = "runs/train_autoencoder/default"
+    out: FilePath = "runs/train_autoencoder/default"
     channels: list[int] = field(default_factory=lambda: [32, 64, 128])
     latent_channels: int = 4
     steps: int = 2000
@@ -95,12 +100,15 @@ def run(config: Config) -> Path:
     from diffusers import AutoencoderKL
 
     from hyperdb.data.people import load_people
+    from hyperdb.diffusion import resolve
     from hyperdb.diffusion.base import pick_device
     from hyperdb.hypernet.encoder import Encoder
-    from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.files import hash_files, save_json, writing
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.output import claim
     from hyperdb.runtime.precision import autocast
+    from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import derive, generator
 
     # --- data, model
@@ -187,7 +195,10 @@ def run(config: Config) -> Path:
     optimizer, ema = adamw(params, config.rate, 1e-3), EMA(params, config.ema)
     schedule = Schedule(config.steps, warmup=100)
     begun_from = hash_files(sorted(Path(config.init).glob("*.safetensors"))) if config.init is not None else None
-    whole = {**asdict(config), "made_from": [people.digest, begun_from]}
+    whole = {**recipe(config), "made_from": [people.digest, begun_from]}
+    if encoder is not None:
+        whole["features"] = hash_files([resolve(str(config.encoder.weights))])
+    claim(out, WRITES, whole)
     train("autoencoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure, write
@@ -200,7 +211,8 @@ def run(config: Config) -> Path:
     if not config.decoder_only:
         vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
     psnr = (-10 * torch.log10(((x - y) / 2).square().mean())).item()
-    vae.to("cpu").save_pretrained(out / "vae")
+    with writing(out / "vae"):
+        vae.to("cpu").save_pretrained(out / "vae")
     save_json(out / "vae" / "made_from.json", {"data": people.digest})
     save_json(
         out / "report.json",
@@ -222,5 +234,8 @@ def _picture(path: Path, x: Tensor, y: Tensor) -> None:
     import torch
     from torchvision.utils import save_image
 
+    from hyperdb.runtime.files import writing
+
     rows = [t for k in range(0, 48, 16) for t in (x[k : k + 16], y[k : k + 16])]
-    save_image(torch.cat(rows) / 2 + 0.5, path, nrow=16)
+    with writing(path):
+        save_image(torch.cat(rows) / 2 + 0.5, path, nrow=16)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from hyperdb.runtime.optim import EMA
 
 
+WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "samples-*.png", "base/*", "base/*/*")
+KEPT = "its last checkpoint is kept"
+
+
 @dataclass
 class Config:
     """`init`: a base folder to go on from (a further segment of training); `vae`: an autoencoder's folder.
@@ -24,11 +29,11 @@ class Config:
     Without `vae`, that of `init`, or of `hyperdb train_autoencoder`'s default run.
     """
 
-    data: str = "data/heads"
-    vae: str | None = None
-    init: str | None = None
+    data: FilePath = "data/heads"
+    vae: FilePath | None = None
+    init: FilePath | None = None
     name: str = "default"
-    out: str = "runs/train_base/default"
+    out: FilePath = "runs/train_base/default"
     channels: list[int] = field(default_factory=lambda: [64, 128, 192])
     heads: list[int] = field(default_factory=lambda: [1, 4, 4])  # a level; one head of 64 at 16 x 16 is fast
     text_width: int = 128
@@ -159,7 +164,7 @@ def save_base(base: Base, out: Path) -> None:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from hyperdb.runtime.files import load_json, save_json
+    from hyperdb.runtime.files import load_json, save_json, writing
 
     scheduler = DDIMScheduler.from_config(base.schedule.config)
     half = {n: copy.deepcopy(getattr(base, n)).half().cpu() for n in ("unet", "text_encoder", "vae")}
@@ -172,7 +177,8 @@ def save_base(base: Base, out: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(out, safe_serialization=True)
+    with writing(out):
+        pipeline.save_pretrained(out, safe_serialization=True)
     # without a dtype asked for, transformers takes the config's and diffusers float32: make them the same
     text_config = out / "text_encoder" / "config.json"
     save_json(text_config, {**load_json(text_config), "dtype": "float32"})
@@ -192,6 +198,8 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.output import claim
+    from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import generator
 
     # --- data, model
@@ -250,7 +258,8 @@ def run(config: Config) -> Path:
     around = hash_files(sorted(Path(wanted).glob("*.safetensors"))) if wanted is not None else None
     if config.init is not None and vae is not None:  # without `init` the base's digest is of the whole folder
         around = digest_vae(vae)
-    whole = {**asdict(config), "made_from": [people.digest, base.digest, around], "noise": dict(base.schedule.config)}
+    whole = {**recipe(config), "made_from": [people.digest, base.digest, around], "noise": dict(base.schedule.config)}
+    claim(out, WRITES, whole)
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
         saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),
@@ -277,10 +286,12 @@ def _preview(base: Base, ema: EMA, path: Path) -> None:
 
     from hyperdb.diffusion.sample import sample, start_noise
     from hyperdb.heads.captions import STYLE_PROMPTS, prompt
+    from hyperdb.runtime.files import writing
 
     prompts = [prompt(style) for style in STYLE_PROMPTS for _ in range(8)]
     ema.swap()
     latents = sample(base, prompts, start_noise(base, list(range(8)) * (len(prompts) // 8)))
     images = base.decode(latents)
     ema.swap()
-    save_image(images.float() / 255, path, nrow=8)
+    with writing(path):
+        save_image(images.float() / 255, path, nrow=8)

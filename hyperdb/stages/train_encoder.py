@@ -7,11 +7,12 @@ cannot be downloaded; SD1.5 uses a pretrained ViT-H (paper section 4.2).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.hypernet import EncoderConfig
+from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 STATISTICS_PHOTOS = 2048  # that batch normalisation's means and variances are taken from
 
 
+WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "encoder.safetensors", "portraits.safetensors")
+KEPT = "its last checkpoint is kept"
+
+
 @dataclass
 class Config:
     """Mean squared error of the portrait `[3, portrait, portrait]` drawn linearly from the encoder's mean feature.
@@ -29,9 +34,9 @@ class Config:
     `held_out` people are kept aside to measure on; `jitter` is the spread of the photos' gain a colour channel.
     """
 
-    data: str = "data/heads"
+    data: FilePath = "data/heads"
     name: str = "default"
-    out: str = "runs/train_encoder/default"
+    out: FilePath = "runs/train_encoder/default"
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     portrait: int = 32  # pixels
     jitter: float = 0.03
@@ -53,13 +58,16 @@ def run(config: Config) -> Path:
     from torch.optim.swa_utils import update_bn
 
     from hyperdb.data.people import load_people
+    from hyperdb.diffusion import resolve
     from hyperdb.diffusion.base import pick_device
     from hyperdb.hypernet.encoder import Encoder
     from hyperdb.runtime.errors import UserError
-    from hyperdb.runtime.files import save_json, save_tensors
+    from hyperdb.runtime.files import hash_files, save_json, save_tensors
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.output import claim
     from hyperdb.runtime.precision import autocast
+    from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import derive, generator
 
     # --- data: rendered people's photos and portraits
@@ -69,7 +77,10 @@ def run(config: Config) -> Path:
     photos = [rows for rows in people.photos if len(rows)]
     if len(photos) <= config.held_out:
         raise UserError(f"{config.data} has {len(photos)} people with a photo; render more or lower held_out")
-    out = Path(config.out)
+    weights = resolve(config.encoder.weights) if config.encoder.weights is not None else None
+    begun_from = hash_files([weights]) if weights is not None and weights.is_file() else None
+    whole = {**recipe(config), "made_from": people.digest, "begun_from": begun_from}
+    out = claim(config.out, WRITES, whole)
     portraits = _portraits(people, config.portrait, out / "portraits.safetensors", config.workers).flatten(1).float()
     portraits = (portraits - portraits.mean(0)) / (portraits - portraits.mean(0)).std()
     seen, held = torch.cat(photos[: -config.held_out]), torch.cat(photos[-config.held_out :])
@@ -107,7 +118,6 @@ def run(config: Config) -> Path:
 
     optimizer, ema = adamw(params, config.rate, 0.05), EMA(params, 0.995)
     schedule = Schedule(config.steps, warmup=100)
-    whole = {**asdict(config), "made_from": people.digest}
     train("encoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure on held-out people, write

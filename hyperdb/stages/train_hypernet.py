@@ -13,6 +13,7 @@ from hyperdb.adapters import LiDBConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 from hyperdb.stages.finetune import PriorConfig
 
 if TYPE_CHECKING:
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from hyperdb.runtime.journal import Journal
 
 FEATURE_PHOTOS = 2048  # that the encoder's features are standardised by
+
+
+WRITES = (
+    *("checkpoint.safetensors", "journal.jsonl", "report.json", "hypernet.safetensors", "prior.safetensors"),
+    "previews/*.png",
+)
+KEPT = "its last checkpoint is kept"
 
 
 @dataclass
@@ -45,14 +53,14 @@ class Config:
     lidb: LiDBConfig = field(default_factory=LiDBConfig)
     model: HypernetConfig = field(default_factory=HypernetConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
-    data: str = "data/heads"
-    validation: str | None = "data/heads_validation"
-    weights: str | None = "runs/precompute/default"
-    validation_weights: str | None = None
+    data: FilePath = "data/heads"
+    validation: FilePath | None = "data/heads_validation"
+    weights: FilePath | None = "runs/precompute/default"
+    validation_weights: FilePath | None = None
     people: int | None = None
-    init: str | None = None  # a hypernetwork file to go on from
+    init: FilePath | None = None  # a hypernetwork file to go on from
     name: str = "default"
-    out: str = "runs/train_hypernet/default"
+    out: FilePath = "runs/train_hypernet/default"
     alpha: float = 1.0
     beta: float = 0.1
     fit_share: float = 0.25  # share of a batch drawn from the people who have a fit
@@ -134,7 +142,9 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import hash_files, load_json, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw
+    from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import derive, generator
     from hyperdb.stages.finetune import load_prior
 
@@ -152,7 +162,13 @@ def run(config: Config) -> Path:
         raise UserError(f"{config.weights} was made with lidb {asdict(store.lidb.config)}; set the same or refit")
     lidb = store.lidb if store is not None else config.lidb.build(layout)
     lidb = lidb.to(base.device)
-    out = Path(config.out)
+    origin = {"base": base.digest, "data": people.digest, "weights": store.digest if store else ""}
+    # `init` brings its own encoder
+    for part, file in (("init", config.init), ("encoder", None if config.init else config.model.encoder.weights)):
+        if file is not None and resolve(file).is_file():  # else whoever reads it says so
+            origin[part] = hash_files([resolve(file)])
+    whole = {**recipe(config), "made_from": origin}
+    out = claim(config.out, WRITES, whole)
     moments = latent_moments(base, people, Path(config.data))
     turned = latent_moments(base, people, Path(config.data), mirrored=True) if config.flips else None
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
@@ -299,12 +315,6 @@ def run(config: Config) -> Path:
         if config.tracker:
             accelerator.log(scores, step=done)
 
-    origin = {"base": base.digest, "data": people.digest, "weights": store.digest if store else ""}
-    # `init` brings its own encoder
-    for part, file in (("init", config.init), ("encoder", None if config.init else config.model.encoder.weights)):
-        if file is not None:
-            origin[part] = hash_files([resolve(file)])
-    whole = {**asdict(config), "made_from": origin}
     schedule = Schedule(config.steps, config.warmup, config.decay)
     train(
         "hypernetwork", out, whole, schedule, optimizer, ema, backward, after, config.save_every,

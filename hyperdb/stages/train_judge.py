@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hyperdb.diffusion import DiffusionConfig
+from hyperdb.runtime.paths import FilePath
+
+WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "judge.safetensors")
+KEPT = "its last checkpoint is kept"
 
 
 @dataclass
@@ -13,10 +17,10 @@ class Config:
     """Half of the pictures go through the autoencoder, as every generated picture has."""
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    data: str = "data/heads"
+    data: FilePath = "data/heads"
     held_out: int = 200  # people kept aside to measure on
     name: str = "default"
-    out: str = "runs/train_judge/default"
+    out: FilePath = "runs/train_judge/default"
     steps: int = 600
     batch: int = 64
     rate: float = 2e-3
@@ -35,8 +39,10 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.output import claim
     from hyperdb.runtime.precision import autocast
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import derive, generator
 
     # --- data
@@ -71,7 +77,8 @@ def run(config: Config) -> Path:
     params = list(judge.parameters())
     optimizer, ema = adamw(params, config.rate, 0.02), EMA(params, 0.99)
     schedule = Schedule(config.steps, warmup=50)
-    whole = {**asdict(config), "made_from": [people.digest, base.digest]}
+    whole = {**recipe(config), "made_from": [people.digest, base.digest]}
+    claim(out, WRITES, whole)
     train("judge", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
 
     # --- measure on unseen people, write

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,12 @@ WAYS = 7  # adapters on the way from one person to another
 KNOWN = 8  # people that each new one is compared with
 
 
+WRITES = (
+    *("results.json", "directions.safetensors", "attributes.png", "sampled.png", "between.png"),
+    "sampled/*/lidb.safetensors",
+)
+
+
 @dataclass
 class Config:
     """The hypernetwork predicts adapters of `people` of `data`, and of `edited` of `unseen`, who are changed.
@@ -39,10 +46,10 @@ class Config:
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    hypernet: str = "default"
-    data: str = "data/heads"
-    unseen: str = "data/heads_validation"
-    weights: str | None = None
+    hypernet: FilePath = "default"
+    data: FilePath = "data/heads"
+    unseen: FilePath = "data/heads_validation"
+    weights: FilePath | None = None
     people: int = 1000
     components: int = 100
     edited: int = 12  # unseen people, whose attributes are shifted
@@ -50,7 +57,7 @@ class Config:
     sampled: int = 24  # new people
     images: int = 4  # pictures a person and adapter
     name: str = "default"
-    out: str = "runs/weights/default"
+    out: FilePath = "runs/weights/default"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -161,8 +168,10 @@ def run(config: Config) -> Path:
     from hyperdb.data.people import load_people
     from hyperdb.data.weights import load_store, made_from
     from hyperdb.diffusion.targets import base_hash
-    from hyperdb.runtime.files import save_json, save_tensors
+    from hyperdb.runtime.files import hash_files, save_json, save_tensors
+    from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import recipe
     from hyperdb.stages.personalize import hypernet_folder, load_hypernet
 
     # --- adapters of many people, and of unseen ones
@@ -172,6 +181,13 @@ def run(config: Config) -> Path:
     model = load_hypernet(folder, base, Layout.of(base.targets()))
     people = load_people(config.data, config.people, size=config.diffusion.size)
     unseen = load_people(config.unseen, config.edited, "validation", config.diffusion.size)
+
+    store = None
+    if config.weights is not None:
+        store = load_store(config.weights, model.lidb.layout, **made_from(base, people))
+    contents = {"base": base.digest, "hypernet": hash_files([folder / "hypernet.safetensors"])}
+    contents |= {"data": people.digest, "unseen": unseen.digest, "weights": store.digest if store is not None else ""}
+    out = claim(config.out, WRITES, {**recipe(config), **contents})
 
     @torch.no_grad()
     def predict(people: People) -> Tensor:
@@ -184,10 +200,9 @@ def run(config: Config) -> Path:
 
     own = predict(unseen)
     first = torch.stack([r[0] for r in people.photos])  # the photo that each adapter is of
-    if config.weights is None:
+    if store is None:
         numbers = predict(people)
     else:
-        store = load_store(config.weights, model.lidb.layout, **made_from(base, people))
         if asdict(store.lidb.config) != asdict(model.lidb.config):
             raise UserError(f"{config.weights} has lidb {asdict(store.lidb.config)}, the hypernetwork has other")
         fits = store.rows_of(people.keys(store.by, first))
@@ -197,7 +212,7 @@ def run(config: Config) -> Path:
     space = Space(numbers, config.components)
     adapters = len(own) * (2 + len(ATTRIBUTES) * len(config.shifts)) + WAYS * (len(own) // 2)
     adapters += config.sampled + min(KNOWN * config.sampled, len(numbers))
-    bar, out = tqdm(total=adapters, unit="adapter", dynamic_ncols=True), Path(config.out)
+    bar = tqdm(total=adapters, unit="adapter", dynamic_ncols=True)
     studio = _Studio(base, model.lidb, config.images, bar)
 
     # --- a direction of each attribute in the space, and a reader of pictures that never saw an adapter

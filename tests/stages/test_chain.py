@@ -274,6 +274,28 @@ def test_training_refuses_what_it_cannot_use(made, judged, tiny_base, tmp_path):
         configuration.run("train_hypernet", [*words, *here, f"diffusion.path={other}"])
 
 
+def test_what_is_around_a_training_may_change_when_it_goes_on(made, tmp_path, capsys):
+    def train(*more):
+        words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", f"out={tmp_path / 'run'}"]
+        return configuration.run("train_hypernet", [*words, "steps=2", *more])
+
+    train("save_every=1")
+    moved = shutil.move(tmp_path / "run", tmp_path / "moved")
+    (moved / "hypernet.safetensors").unlink()
+    stamp = (moved / "checkpoint.safetensors").stat().st_mtime_ns
+    data = shutil.copytree(made["data"], tmp_path / "data")
+    again = ["save_every=7", "validate_every=3", "name=other", "tracker=tensorboard", f"out={moved}", f"data={data}"]
+    assert (train(*again, "diffusion.device=cpu", "diffusion.attention=eager") / "hypernet.safetensors").is_file()
+    assert (moved / "checkpoint.safetensors").stat().st_mtime_ns == stamp  # no step was left to do
+    for other in ("rate=1", "seed=1", "diffusion.guidance=2"):
+        with pytest.raises(UserError, match=f"with other {other.partition('=')[0]}"):
+            train(*again, other)
+    (moved / ".hyperdb.json").unlink()  # as runs of an earlier version: the checkpoint says what it is of
+    with pytest.raises(UserError, match="other values of rate"):
+        train(*again, "rate=1")
+    train(*again)
+
+
 def test_a_hypernetwork_file_can_be_trained_on(made, tmp_path):
     file = made["hyper"] / "hypernet.safetensors"
     words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=1", f"init={file}"]
@@ -330,8 +352,10 @@ def test_a_list_of_photos_is_told_from_a_file_of_that_name(in_tmp):
     (in_tmp / "[a,b]").touch()
     assert photos("[1].jpg") == ["[1].jpg"]
     assert photos("[a,b]") == ["[a,b]"]
-    with pytest.raises(UserError, match="photos of one person"):
-        photos("[a.jpg,]")
+    assert photos("['a, b.jpg', Bob's (1).jpg]") == ["a, b.jpg", "Bob's (1).jpg"]
+    for bad in ("[a.jpg,]", "[]"):
+        with pytest.raises(UserError, match="photos of one person"):
+            photos(bad)
 
 
 def test_a_hypernetwork_of_another_base_warns(made, photo, tiny_base, tmp_path):
@@ -366,6 +390,47 @@ def test_personalize_writes_everything(made, photo, tmp_path):
     assert not predicted.relaxed
     assert finished.relaxed
     assert torch.equal(predicted.tokens, finished.tokens)
+
+
+def test_nothing_of_another_person_is_replaced(made, photo, tmp_path):
+    from hyperdb.faces.image import read_image
+
+    out = tmp_path / "out"
+    hyper = f"hypernet={made['hyper']}"
+    _personalize(made, photo, out, hyper, "preview=false")
+    before = (out / "adapter.safetensors").read_bytes()
+    other = save_png(tmp_path / "other.png", 255 - read_image(photo))
+    for image, more, named in ((other, (), "photos"), (photo, ("finetune.rate=1e-2",), r"finetune\.rate")):
+        with pytest.raises(UserError, match=f"with other {named}, which would be lost.*name=NAME"):
+            _personalize(made, image, out, hyper, "preview=false", *more)
+    assert (out / "adapter.safetensors").read_bytes() == before
+    copy = save_png(tmp_path / "copy.png", read_image(photo))  # the same person, the same adapter, with a preview
+    _personalize(made, copy, out, hyper, "preview=true", "name=b")
+    assert (out / "preview.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["preview.png", "report.json", "adapter.safetensors"])
+def test_files_that_are_somebodys_are_kept(made, photo, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"replaced: {name}; choose another folder with out=FOLDER"):
+        _personalize(made, photo, tmp_path / "out", "hypernet=null")
+    assert (tmp_path / "out" / name).read_text() == "mine"
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_a_sweep_keeps_every_person(made, photo, tmp_path, monkeypatch):
+    from hyperdb import cli
+    from hyperdb.faces.image import read_image
+
+    monkeypatch.chdir(tmp_path)
+    save_png(tmp_path / "two.png", 255 - read_image(photo))
+    words = [made["base"], *TINY, "hypernet=null", "align=false", "finetune.steps=1", "preview=false", "out=~/people"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["personalize", "-m", *words, "image=['me (1).png',~/two.png]"]) == 0
+    found = sorted((tmp_path / "people").glob("*/adapter.safetensors"))
+    assert len(found) == 2
+    assert found[0].read_bytes() != found[1].read_bytes()
 
 
 def test_without_a_hypernetwork_the_fine_tuning_runs_alone(made, photo, tmp_path):
@@ -449,6 +514,13 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     for name, figures in again["values"].items():
         assert figures["cosine"] == result["values"][name]["cosine"][:1]
     assert all((tmp_path / "rows" / n).stat().st_mtime_ns == t for n, t in kept.items() if n != "mean.safetensors")
+    for other, named in (("rows=[floor]", "would be lost"), ("images=3", "with other images")):
+        with pytest.raises(UserError, match=named):
+            configuration.run("evaluate", [*words, other])
+    (tmp_path / "mine.json").write_text('{"results": 1}')
+    with pytest.raises(UserError, match=r"mine\.json.*results=FILE"):
+        configuration.run("evaluate", [*words, "results=mine.json"])
+    assert json.loads((tmp_path / "results.json").read_text()) == again
 
 
 def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):

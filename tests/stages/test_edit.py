@@ -35,8 +35,9 @@ def two(tmp_path):
 
 
 def edit(tmp_path, *words):
-    configuration.run("edit", [*words, f"out={tmp_path / 'out'}"])
-    return Personalization.load(tmp_path / "out" / "adapter.safetensors")
+    out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+    configuration.run("edit", [*words, f"out={out}"])
+    return Personalization.load(out / "adapter.safetensors")
 
 
 def test_shares_weigh_the_numbers_and_the_relaxed_residuals(two, tmp_path):

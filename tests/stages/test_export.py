@@ -46,6 +46,28 @@ def test_out_and_back(person, tiny_base, tmp_path, format, capsys):
     assert f"{len(person.layout)} of {len(person.layout)} layers" in capsys.readouterr().out
 
 
+def test_adapters_share_a_folder_and_keep_to_themselves(person, tmp_path):
+    out = tmp_path / "loras"
+    out.mkdir()
+    for name in ("README.md", "bob.safetensors"):
+        (out / name).write_text("mine")
+    words = [f"adapter={tmp_path / 'ada'}", f"out={out}"]
+    for _ in "ab":
+        config.run("export", [*words, "name=ada [1]"])
+    config.run("export", [*words, "name=eve", "strength=0.5"])
+    with pytest.raises(UserError, match=r"replaced: bob\.safetensors"):
+        config.run("export", [*words, "name=bob"])
+    with pytest.raises(UserError, match=r"eve\.md of a run with other strength"):
+        config.run("export", [*words, "name=eve"])
+    with pytest.raises(UserError, match="not a path"):
+        config.run("export", [*words, "name=/x"])
+    assert {p.name for p in out.iterdir()} == {
+        *("README.md", "bob.safetensors", ".hyperdb.json"),
+        *("ada [1].safetensors", "ada [1].md", "eve.safetensors", "eve.md"),
+    }
+    assert (out / "README.md").read_text() == (out / "bob.safetensors").read_text() == "mine"
+
+
 def test_native_again_with_another_strength(person, tmp_path):
     words = [f"adapter={tmp_path / 'ada'}", "format=native", "strength=2", "dtype=fp32", f"out={tmp_path / 'out'}"]
     twice = Personalization.load(config.run("export", words) / "default.safetensors").factors()

@@ -19,7 +19,7 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.targets import base_hash
-from hyperdb.faces.image import read_image, read_text
+from hyperdb.faces.image import read_image, read_text, save_png
 from hyperdb.formats.native import Personalization, find_adapter
 from hyperdb.runtime.errors import NonFiniteError, UserError
 from hyperdb.runtime.files import load_json, save_json
@@ -150,10 +150,37 @@ def test_running_again_draws_only_what_is_missing(
     drawn.clear()
     run(replace(config, num_images=4))
     assert drawn == [3]
-    run(replace(config, num_images=2, guidance=1.0))
+    first = {p.name: p.read_bytes() for p in out.iterdir()}
+    for _ in "ab":  # another request gets numbers of its own, and keeps them
+        run(replace(config, num_images=2, guidance=1.0))
+        assert drawn == [3, 0, 1]
+    assert "also holds 4 other pictures" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name in first} == first
+    added = {p.name for p in out.iterdir()} - first.keys()
+    assert added == {"00004.png", "00005.png", "grid-00004.png", "manifest-00004.json"}
+    listed = json.loads((out / "manifest-00004.json").read_text())
+    assert listed["pictures"] == [{"file": "00004.png", "seed": 0}, {"file": "00005.png", "seed": 1}]
+    run(replace(config, num_images=2, seed=2))  # the last two of the first request
     assert drawn == [3, 0, 1]
-    assert "also holds 2 pictures of an earlier run" in capsys.readouterr().out
-    assert len(json.loads((out / "manifest.json").read_text())["pictures"]) == 2
+
+
+@pytest.mark.parametrize("names", ["00000.png 00001.png grid.png", "grid.png", "manifest.json", "00001.png"])
+def test_pictures_of_somebody_else_are_never_replaced(config: Config, names: str) -> None:
+    out, own = Path(config.out), names.split()
+    out.mkdir()
+    for name in own:
+        if name.endswith("png"):
+            save_png(out / name, np.full((40, 40, 3), 7, np.uint8))
+        else:
+            (out / name).write_text("{}")
+    before = {name: (out / name).read_bytes() for name in own}
+    for _ in "ab":
+        run(config)
+        assert {name: (out / name).read_bytes() for name in own} == before
+    drawn = [p for p in out.glob("0*.png") if read_text(p)]
+    assert len(drawn) == 3
+    (manifest,) = out.glob("manifest-*.json")
+    assert [p["file"] for p in json.loads(manifest.read_text())["pictures"]] == sorted(p.name for p in drawn)
 
 
 @pytest.mark.parametrize(

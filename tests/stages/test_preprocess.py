@@ -1,6 +1,7 @@
 """Folders of photos become aligned faces and a manifest."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from hyperdb.data.people import load_people
 from hyperdb.faces.image import read_image
 from hyperdb.runtime.errors import UserError
 from hyperdb.stages.preprocess import Config, run, split_of
@@ -69,8 +71,41 @@ def test_resume_keeps_what_is_there(tmp_path, photo):
     kept = tmp_path / "out/faces/a.png"
     assert kept.stat().st_mtime_ns == times[kept]
     assert gone.is_file()
-    run(Config(**config | {"crop": 0.8}))  # another crop is another file
-    assert kept.stat().st_mtime_ns != times[kept]
+    for other in ({"crop": 0.8}, {"source": str(tmp_path)}):
+        with pytest.raises(UserError, match=f"with other {next(iter(other))}.*out=FOLDER"):
+            run(Config(**config | other))
+    assert kept.stat().st_mtime_ns == times[kept]
+
+
+def test_files_that_are_somebodys_are_kept(tmp_path, photo):
+    config = make(tmp_path, photo, ["a.png"])
+    own = tmp_path / "out" / "faces" / "a.png"
+    own.parent.mkdir(parents=True)
+    photo.save(own)
+    before = own.read_bytes()
+    with pytest.raises(UserError, match=r"faces/a\.png"):
+        run(Config(**config))
+    assert own.read_bytes() == before
+
+
+def test_a_name_whose_bytes_are_not_utf8(tmp_path, photo):
+    config = make(tmp_path, photo, [os.fsdecode(b"Zo\xeb.jpg"), "Zoë.png"])
+    manifest = run(Config(**config))
+    records = lines(manifest)
+    assert sorted(r["source"] for r in records) == sorted([os.fsdecode(b"Zo\xeb.jpg"), "Zoë.png"])
+    assert all((tmp_path / "in" / r["source"]).is_file() and (tmp_path / "out" / r["file"]).is_file() for r in records)
+    assert "Zoë" in manifest.read_text(encoding="utf-8")
+    assert len(load_people(tmp_path / "out", split=None)) == 2
+    assert run(Config(**config)) == manifest
+
+
+def test_an_identity_list_in_latin1_names_file_line_and_encoding(tmp_path, photo):
+    config = make(tmp_path, photo, ["a.png"])
+    (tmp_path / "list.txt").write_bytes("a.png ada\nb.png Zoë\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"list\.txt is not UTF-8 text .line 2 has the byte 0xeb"):
+        run(Config(**config, identity_file=str(tmp_path / "list.txt")))
+    (tmp_path / "list.txt").write_bytes("a.png Zoë\n".encode("utf-8-sig"))
+    assert lines(run(Config(**config, identity_file=str(tmp_path / "list.txt"))))[0]["identity"] == "Zoë"
 
 
 def test_an_interrupted_face_is_made_again(tmp_path, photo):

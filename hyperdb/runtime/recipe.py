@@ -1,0 +1,68 @@
+"""Which settings decide a result: one rule for going on with a training and for what a run may replace."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hyperdb.runtime.paths import is_path
+
+# Where a run is, how it is called, watched, shown, saved and computed: none of these changes what comes out. Neither
+# does a path, a variant or a revision, for what it leads to counts by its content.
+AROUND = frozenset(
+    {
+        "attention",
+        "checkpointing",
+        "device",
+        "dry_run",
+        "name",
+        "out",
+        "preview",
+        "save_every",
+        "revision",
+        "tracker",
+        "validate_every",
+        "validation_people",
+        "variant",
+        "workers",
+    }
+)
+
+
+def recipe(config: Any) -> dict[str, Any]:
+    """Return the settings of a configuration that decide its result, nested as they are.
+
+    Paths are left out: the caller adds digests of what they lead to.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in AROUND or is_path(hints[field.name]):
+            continue
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        found[field.name] = recipe(value) if nested else value
+    return found
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the dotted names of what counts now and was otherwise then; both are compared as JSON has them."""
+    return sorted(_differ(plain(then), plain(now)))
+
+
+def plain(value: Any) -> Any:
+    """Return a value as it comes back from JSON."""
+    return json.loads(json.dumps(value, sort_keys=True, default=str))
+
+
+def _differ(then: Any, now: Any, prefix: str = "") -> Iterator[str]:
+    for key in now:
+        here, there = now[key], then.get(key)  # a setting that there was not was not set
+        if isinstance(here, dict) and isinstance(there, dict):
+            yield from _differ(there, here, f"{prefix}{key}.")
+        elif here != there:
+            yield prefix + key
+

@@ -1,0 +1,49 @@
+"""One grammar for every list that is written as a word."""
+
+from __future__ import annotations
+
+import pytest
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.words import entries
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("[a,b]", ["a", "b"]),
+        ("[ a , b ]", ["a", "b"]),
+        ("[]", []),
+        ("[ ]", []),
+        ("['']", [""]),
+        ("[a cartoon of a [V] face,an oil painting of a [V] face]",
+         ["a cartoon of a [V] face", "an oil painting of a [V] face"]),
+        ("['a [V] face, on the beach', b]", ["a [V] face, on the beach", "b"]),
+        ('["it\'s a, b",c]', ["it's a, b", "c"]),
+        ("[a,my run (1)]", ["a", "my run (1)"]),
+        ("[photo (Ada, 2020).jpg,b.jpg]", ["photo (Ada, 2020).jpg", "b.jpg"]),
+        ("[Bob's run,b]", ["Bob's run", "b"]),
+        ("['tis a face,b]", ["'tis a face", "b"]),
+        ("['the dog's, here', b]", ["the dog's, here", "b"]),
+        (r"['it\'s, so', b]", ["it's, so", "b"]),
+        (r"['C:\\',C:\x]", ["C:\\", "C:\\x"]),
+        ("[a :( face,b]", ["a :( face", "b"]),
+        ("[a [b,c]", ["a [b", "c"]),
+        ("[V]", ["V"]),
+        ("[[a,b],[c]]", ["[a,b]", "[c]"]),
+        ("[日本, très]", ["日本", "très"]),
+    ],
+)  # fmt: skip
+def test_lists(word, expected):
+    assert [one.text for one in entries(word)] == expected
+
+
+@pytest.mark.parametrize("word", ["", "a,b", "[V] face of [V]", "[a", "a]", "[", "[2020] photos", "[a],[b]"])
+def test_other_text_is_no_list(word):
+    assert entries(word) is None
+
+
+@pytest.mark.parametrize("word", ["[a,]", "[,a]", "[a,,b]", "[,]"])
+def test_an_empty_entry_is_refused(word):
+    with pytest.raises(UserError, match="empty entry"):
+        entries(word)
