@@ -109,6 +109,7 @@ class Personalizer:
     def __init__(self, config: Config) -> None:
         from hyperdb.adapters.layout import Layout
         from hyperdb.diffusion import resolve
+        from hyperdb.diffusion.base import Base
         from hyperdb.diffusion.targets import base_hash
         from hyperdb.formats.native import Personalization, find_adapter
         from hyperdb.stages.finetune import load_prior
@@ -119,7 +120,8 @@ class Personalizer:
             config = replace(config, diffusion=replace(config.diffusion, **words))
         self.config = config
         folder = hypernet_folder(config.hypernet, config.diffusion)
-        self.base: Base = config.diffusion.load()
+        # the start's words for a person, of an imported LoRA say, may be any
+        self.base: Base = config.diffusion.load() if self.start is None else Base.load(config.diffusion)
         self.layout = Layout.of(self.base.targets())
         self.base_hash = base_hash(self.base.targets())
         self.hypernet = load_hypernet(folder, self.base, self.layout) if folder is not None else None

@@ -124,7 +124,8 @@ def test_a_hybrid_call_leaves_nothing_behind(base: Base, pipeline: HybridPipelin
     with pytest.raises(UserError, match="subject_guidance=inf"):
         theirs(base, pipeline, 3.0, float("inf"))
     assert torch.equal(before, theirs(base, pipeline, 3.0, None))
-    assert not pipeline.unet._forward_hooks and not pipeline.unet._forward_pre_hooks
+    assert not pipeline.unet._forward_hooks
+    assert not pipeline.unet._forward_pre_hooks
 
 
 def test_needs_a_person(tiny_base: Path) -> None:
