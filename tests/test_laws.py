@@ -11,6 +11,7 @@ from hyperdb.adapters import LiDBConfig, LoRAConfig
 from hyperdb.adapters.base import Adapter, Factors, delta, select
 from hyperdb.adapters.inject import Injection, merge, unmerge
 from hyperdb.adapters.layout import Layout
+from hyperdb.runtime.errors import UserError
 
 ADAPTERS = {
     "lidb": LiDBConfig(a=6, b=4),
@@ -114,6 +115,24 @@ def test_batch_of_identities_is_a_loop_over_them(
         for i in range(identities):
             with injection.using(select(factors, i), 0.7):
                 close(together[block, i], model(x[block, i]))
+
+
+@pytest.mark.parametrize("plain", [1, 2])
+@pytest.mark.parametrize("identities", [1, 3])
+def test_plain_blocks_are_left_alone(
+    adapter: Adapter, model: Model, dtype: torch.dtype, identities: int, plain: int
+) -> None:
+    factors = adapter.factors(trained(adapter, identities, dtype))
+    injection = Injection(modules_of(model))
+    x = rows(plain + 2, identities, 2, 7, 9, dtype=dtype)
+    bare = model(x[:plain].flatten(0, 2))
+    with injection.using(factors, 0.7, repeat=2):
+        adapted = model(x[plain:].flatten(0, 2))
+    with injection.using(factors, 0.7, repeat=2, plain=plain):
+        together = model(x.flatten(0, 2))
+    close(together, torch.cat([bare, adapted]))
+    with injection.using(factors, 0.7, repeat=2, plain=plain), pytest.raises(UserError, match="cannot be divided"):
+        model(rows(identities * (plain + 2) + 1, 9, dtype=dtype))
 
 
 def test_merge_equals_hook_and_unmerge_restores(adapter: Adapter, model: Model, dtype: torch.dtype) -> None:

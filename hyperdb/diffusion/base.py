@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hyperdb.diffusion import STABLE_DIFFUSION, DiffusionConfig, resolve
 from hyperdb.diffusion.digest import digest_base
-from hyperdb.diffusion.targets import find_targets
+from hyperdb.diffusion.targets import find_sites, find_targets
 from hyperdb.runtime.errors import NonFiniteError, UserError
 from hyperdb.runtime.files import load_shapes
 from hyperdb.runtime.precision import autocast
@@ -298,6 +298,14 @@ class Base:
     def targets(self) -> dict[str, nn.Linear]:
         """Return the linear layers that adapters act on (paper section 4.1)."""
         return find_targets(self.unet, self.text_encoder)
+
+    def sites(self, names: Collection[str]) -> dict[str, nn.Module]:
+        """Return `targets`, and of the other layers those named: an imported LoRA may adapt any."""
+        found: dict[str, nn.Module] = dict(self.targets())
+        if further := set(names) - found.keys():
+            everything = find_sites(self.unet, self.text_encoder)
+            found |= {name: module for name, module in everything.items() if name in further}
+        return found
 
     def autocast(self) -> Any:
         """Return the context in which UNet and text encoder run."""

@@ -62,10 +62,11 @@ class Guidance:
 # --- the prompt of b ---------------------------------------------------------------------------------
 
 # After these a name begins a phrase ("a photo of [V]"), and before these it ends one ("[V] in the snow").
-_LINKS = frozenset(
-    ["of", "with", "and", "or", "as", "by", "in", "on", "at", "like", "from", "to", "for", "near", "beside", "behind", "between", "before", "under", "over", "into", "onto", "through", "is", "was", "are", "who", "that", "while"]
+_LINK = re.compile(
+    "of|with|and|or|as|by|in|on|at|like|from|to|for|near|beside|behind|between|before|under|over|into|onto|through|is|"
+    "was|are|who|that|while"
 )
-_DETERMINERS = frozenset(["a", "an", "the", "this", "that", "my", "your", "his", "her", "our", "their", "one"])
+_DETERMINER = re.compile("an?|the|this|that|my|your|his|her|our|their|one")
 
 
 def without_subject(prompt: str, names: Sequence[str], noun: str) -> str:
@@ -74,15 +75,16 @@ def without_subject(prompt: str, names: Sequence[str], noun: str) -> str:
     `names` are the words for the person. Before a noun they are dropped, as a noun themselves replaced by `noun`;
     an article that then stands before another sound is corrected.
     """
-    word = "|".join(re.escape(name) for name in names)
+    word = "|".join(re.escape(name) for name in names if name)
     pattern = re.compile(rf"(?P<before>(?:\S+\s+)?)(?<!\w)(?:{word})(?!\w)(?P<after>\s*)(?=(?P<next>['’\w-]*))", re.I)
 
     def spoken(match: re.Match[str]) -> str:
         before, after, following = match["before"], match["after"], match["next"].lower()
         last = before.strip().lower()
-        named = last not in _DETERMINERS
-        if not following or following[0] in "'’-" or following in _LINKS or (named and following.endswith("ing")):
-            opens = not last or last in _LINKS or not last[-1].isalnum()
+        named = not _DETERMINER.fullmatch(last)
+        ends = not following or following[0] in "'’-" or _LINK.fullmatch(following)
+        if ends or (named and following.endswith("ing")):
+            opens = not last or _LINK.fullmatch(last) or not last[-1].isalnum()
             start = _article(noun) + " " if opens and named else ""
             text = start + noun + after
         else:

@@ -83,6 +83,9 @@ class Config(PersonalizeConfig):
     batch: int = 5  # people fine-tuned in one pass
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start is not None:
+            raise UserError("start belongs to personalize; the rows of an evaluation say where each begins")
         if self.split not in ("test", "validation"):
             raise UserError(f"split={self.split!r}: expected test or validation")
         for row in self.rows:

@@ -158,7 +158,7 @@ def fit(
     params: dict[str, Tensor] = dict(leaves)
     optimizer = adamw(leaves.values(), config.rate)
     schedule = Schedule(config.steps, config.warmup, config.decay)
-    injection = Injection(base.targets())
+    injection = Injection(base.sites(frozen or ()))
     instance = base.tokenize([base.config.instance_prompt])
     guarded = config.prior_weight > 0
     if guarded and prior is None:

@@ -40,7 +40,7 @@ def draw(
     `factors` have an identity axis of `people` (or 1, or are None: the base alone). `batch` pictures are drawn at once:
     64 of 64 px, 4 of 512 px.
     """
-    injection, guide = Injection(base.targets()), base.config.guide(factors is not None)
+    injection, guide = Injection(base.sites(factors or ())), base.config.guide(factors is not None)
     noise = start_noise(base, seeds)
     group = max(1, (batch or together(base.config.size)) // len(prompts))
     found = []

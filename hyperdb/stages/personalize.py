@@ -39,13 +39,15 @@ class Config:
     """`image`: a photo in any common format; `hypernet`: a trained one's folder, `default` (the base's own) or null.
 
     Several photos of one person are written `[a.jpg,b.jpg]`: their predictions are averaged, and the fine-tuning
-    sees all of them, `finetune.steps` iterations a photo. Without a hypernetwork the fast fine-tuning runs alone.
+    sees all of them, `finetune.steps` iterations a photo. Without a hypernetwork the fast fine-tuning runs alone, or
+    begins at another adapter, `start`: an average of people made by `hyperdb edit`, or an earlier fit.
     """
 
     image: FilePath = "???"
     name: str = "default"
     out: FilePath = "runs/personalize/default"
     hypernet: FilePath | None = "default"
+    start: FilePath | None = None  # an adapter's file or folder to begin at, instead of the hypernetwork's prediction
     face: int | None = None  # which face, 1 is the largest; null: the largest, with a notice
     align: bool = True  # false: the picture is already an aligned crop
     preview: bool = True
@@ -66,6 +68,14 @@ class Config:
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
     seed: int = 0
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            if self.hypernet not in (None, "default"):
+                raise UserError(
+                    f"start={self.start} takes the place of the prediction of hypernet={self.hypernet}; leave out one"
+                )
+            self.hypernet = None
 
 
 def hypernet_folder(hypernet: str | None, diffusion: DiffusionConfig) -> Path | None:
@@ -104,15 +114,30 @@ class Personalizer:
 
     def __init__(self, config: Config) -> None:
         from hyperdb.adapters.layout import Layout
+        from hyperdb.diffusion.base import Base
         from hyperdb.diffusion.targets import base_hash
+        from hyperdb.formats.native import Personalization, find_adapter
 
+        self.start = Personalization.load(find_adapter(config.start)) if config.start is not None else None
+        if self.start is not None:
+            words = {key: getattr(self.start, key) for key in ("rare_token", "class_word")}
+            config = replace(config, diffusion=replace(config.diffusion, **words))
         self.config = config
         self.folder = folder = hypernet_folder(config.hypernet, config.diffusion)
-        self.base: Base = config.diffusion.load()
+        # the start's words for a person, of an imported LoRA say, may be any
+        self.base: Base = config.diffusion.load() if self.start is None else Base.load(config.diffusion)
         self.layout = Layout.of(self.base.targets())
         self.base_hash = base_hash(self.base.targets())
         self.hypernet = load_hypernet(folder, self.base, self.layout) if folder is not None else None
         self.lidb = self.hypernet.lidb if self.hypernet is not None else config.lidb.build(self.layout)
+        if self.start is not None:
+            self.layout.require(self.start.layout, self.start.source)
+            if self.start.base not in ("", self.base_hash):
+                warnings.warn(
+                    f"{self.start.source} was made for base {self.start.base}, this is {self.base_hash}: expect less "
+                    "likeness", stacklevel=2,
+                )  # fmt: skip
+            self.lidb = self.start.config.build(self.layout)
         self.lidb.to(self.base.device)
 
     @cached_property
@@ -135,10 +160,12 @@ class Personalizer:
     def predict(self, crops: np.ndarray) -> Tensor:
         """Return tokens `[1, N, D]`, the mean over one person's crops `[V, size, size, 3]` or of the only one.
 
-        Without a hypernetwork the empty template.
+        Without a hypernetwork those of the start, or the empty template.
         """
         import torch
 
+        if self.start is not None:
+            return self.start.tokens[None].to(self.base.device)
         if self.hypernet is None:
             return self.lidb.init(1)["tokens"]
         with torch.no_grad(), self.base.autocast():
@@ -151,23 +178,27 @@ class Personalizer:
     def finetune(self, crops: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Train the relaxed factors on top of the predicted ones (paper section 4.3), on crops as in `predict`.
 
-        Takes the iterations of `tuning`.
+        Takes the iterations of `tuning`. With a start it is the whole of that which lies under them.
         """
         from hyperdb.stages.finetune import fit
 
         lora = self.config.relaxed.build(self.layout)
         moments = self.base.moments(_images(crops))[None]  #                        [1, V, 2, c, h, w]
-        frozen = {k: (d.detach(), u.detach()) for k, (d, u) in self.lidb.factors({"tokens": tokens}).items()}
+        begun = self.lidb.factors({"tokens": tokens}) if self.start is None else self.start.factors()
+        frozen = {k: (d.detach().to(self.base.device), u.detach().to(self.base.device)) for k, (d, u) in begun.items()}
         return lora.factors(fit(self.base, lora, moments, self.tuning(moments.shape[1]), frozen, self.prior, progress))
 
     def wrap(self, tokens: Tensor, relaxed: dict[str, tuple[Tensor, Tensor]] | None = None) -> Personalization:
-        """Make the file's object of tokens and relaxed factors."""
+        """Make the file's object of tokens and relaxed factors, beside those of the start."""
+        from hyperdb.adapters.base import concatenate
         from hyperdb.formats.native import Personalization
 
         words = self.config.diffusion
+        trained = {k: (d.cpu(), u.cpu()) for k, (d, u) in (relaxed or {}).items()}
+        parts = [part for part in (self.start.relaxed if self.start is not None else {}, trained) if part]
         return Personalization(
             self.layout, tokens[0].cpu(), self.lidb.config, self.base_hash, words.rare_token, words.class_word,
-            {k: (d.cpu(), u.cpu()) for k, (d, u) in (relaxed or {}).items()},
+            concatenate(*parts) if parts else {}, self.start.fingerprint if self.start is not None else "",
         )  # fmt: skip
 
     def personalize(self, image: Picture | list[Picture], finetune: bool = True) -> Personalization:
@@ -182,18 +213,20 @@ class Personalizer:
         return self.wrap(tokens, self.finetune(crops, tokens) if finetune else None)
 
     def pipeline(self) -> Any:
-        """Return the base as a plain diffusers `StableDiffusionPipeline`, float32.
+        """Return the base as diffusers' `StableDiffusionPipeline`, with hybrid guidance on top, float32.
 
         UNet and text encoder are its own copies: an adapter applied to it touches no other pipeline, and no later
         `personalize`.
         """
         import copy
 
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        from diffusers import DDIMScheduler
+
+        from hyperdb.formats.pipeline import HybridPipeline
 
         base = self.base
         text_encoder, unet = (copy.deepcopy(part).float() for part in (base.text_encoder, base.unet))
-        return StableDiffusionPipeline(
+        return HybridPipeline(
             base.vae, text_encoder, base.tokenizer, unet, DDIMScheduler.from_config(base.schedule.config),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
@@ -235,10 +268,14 @@ def crop_face(image: str | Path | np.ndarray, config: Config) -> np.ndarray:
 
 
 def run(config: Config) -> Path:
-    """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`."""
+    """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`.
+
+    With a start there is no prediction to keep as `lidb.safetensors`.
+    """
     import numpy as np
     from tqdm import tqdm
 
+    from hyperdb.formats.native import find_adapter
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
@@ -256,7 +293,9 @@ def run(config: Config) -> Path:
     lap("crop")
     model = Personalizer(config)
     weights = None if model.folder is None else hash_files([model.folder / "hypernet.safetensors"])
-    contents = {"base": model.base.digest, "hypernet": weights, "photos": hashlib.sha256(crops.tobytes()).hexdigest()}
+    begun = None if config.start is None else hash_files([find_adapter(config.start)])
+    contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
+    contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
     out = claim(config.out, WRITES, {**recipe(config), **contents})
     lap("load")
     tokens = model.predict(crops)
@@ -270,10 +309,11 @@ def run(config: Config) -> Path:
         relaxed = model.finetune(crops, tokens, progress)
     lap("finetune")
     predicted, finished = model.wrap(tokens), model.wrap(tokens, relaxed)
-    predicted.save_lidb(out / "lidb.safetensors")
-    finished.save(out / "adapter.safetensors")
-    report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "base": model.base.digest}
-    report["bytes"] = {n: (out / n).stat().st_size for n in ("lidb.safetensors", "adapter.safetensors")}
+    written = [finished.save(out / "adapter.safetensors")]
+    if model.start is None:
+        written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
+    report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
+    report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
     lap("save")
     if config.preview:
         report["face_cosine_to_photo"] = _preview(model, crops, predicted, finished, out / "preview.png")
@@ -299,10 +339,11 @@ def _preview(
     base, seeds = model.base, [0, 1, 2]
     shown = _images(crops)
     photo = shown[0]
+    before = "prediction" if model.start is None else "start"
     instance = [base.config.instance_prompt] * len(seeds)
     rows = {
         "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
-        "prediction": draw(base, predicted.factors(), 1, instance, seeds)[0],
+        before: draw(base, predicted.factors(), 1, instance, seeds)[0],
         "fine-tuned": draw(base, finished.factors(), 1, instance, seeds)[0],
     }
     styles = model.config.preview_styles
@@ -310,8 +351,8 @@ def _preview(
     feature = SFace()
     gallery = galleries(feature, shown[None])
     cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
-    pictures = [photo, *rows["base"][:1], *rows["prediction"][:1], *rows["fine-tuned"], *styled]
-    labels = ["photo", "base", "prediction", *["fine-tuned"] * 3, *styles]
+    pictures = [photo, *rows["base"][:1], *rows[before][:1], *rows["fine-tuned"], *styled]
+    labels = ["photo", "base", before, *["fine-tuned"] * 3, *styles]
     scale = max(1, 192 // photo.shape[-1])
     pixels = [p.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for p in pictures]
     text = {"software": "hyperdb", "synthetic": "all but the first picture", "base": base.digest}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hyperdb import config as configuration
+from hyperdb.adapters.base import delta
 from hyperdb.adapters.inject import Injection
 from hyperdb.data.people import load_people
 from hyperdb.diffusion import DiffusionConfig
@@ -437,6 +439,55 @@ def test_without_a_hypernetwork_the_fine_tuning_runs_alone(made, photo, tmp_path
     _personalize(made, photo, tmp_path / "out", "hypernet=null", "preview=false")
     alone = Personalization.load(tmp_path / "out" / "adapter.safetensors")
     assert all((up == 0).all() for _, up in alone.lidb.factors({"tokens": alone.tokens[None]}).values())
+
+
+def _residual(person):
+    return {name: delta(*pair) for name, pair in person.factors().items()}
+
+
+def test_a_fit_begins_at_any_adapter(made, photo, tmp_path):
+    _personalize(made, photo, tmp_path / "one", "hypernet=null", "preview=false", "finetune.rate=0.01")
+    person = Personalization.load(tmp_path / "one" / "adapter.safetensors")
+    other = replace(person, relaxed={k: (d.flip(1), u) for k, (d, u) in person.relaxed.items()})
+    other.save(tmp_path / "two" / "adapter.safetensors")
+    average = tmp_path / "average"
+    configuration.run("edit", [f"adapter=[{tmp_path / 'one'},{tmp_path / 'two'}]", f"out={average}"])
+    start = Personalization.load(average / "adapter.safetensors")
+    one, two = _residual(person), _residual(other)
+    for name, found in _residual(start).items():
+        assert torch.allclose(found, (one[name] + two[name]) / 2, atol=1e-6)
+
+    # a step too small to be seen leaves it where it began; as a file and in the base's words of the start too
+    out = tmp_path / "begun"
+    words = [f"start={average / 'adapter.safetensors'}", "finetune.rate=1e-9", "diffusion.rare_token=zwx"]
+    _personalize(made, photo, out, *words, "preview_styles=[a pencil sketch of a [V] face]")
+    begun = Personalization.load(out / "adapter.safetensors")
+    assert (begun.rare_token, begun.class_word) == ("sks", "face")
+    for name, found in _residual(begun).items():
+        assert torch.allclose(found, _residual(start)[name], atol=1e-6)
+    assert not (out / "lidb.safetensors").exists()
+    report = json.loads((out / "report.json").read_text())
+    assert report["start"] == str(average / "adapter.safetensors")
+    assert set(report["face_cosine_to_photo"]) == {"base", "start", "fine-tuned"}
+
+    # and it is under the fit, not only in the file: the same fit from nothing is another
+    _personalize(made, photo, tmp_path / "more", f"start={average}", "preview=false", "finetune.rate=0.01")
+    more = Personalization.load(tmp_path / "more" / "adapter.safetensors")
+    trained = {k: delta(*more.relaxed[k]) - delta(*start.relaxed[k]) for k in more.relaxed}
+    assert any(not torch.allclose(trained[k], one[k], atol=1e-5) for k in trained)
+
+
+def test_a_start_that_does_not_go_is_named(made, photo, tmp_path):
+    for words, said in [
+        (["start=none.safetensors"], "none.safetensors"),
+        ([f"start={made['hyper']}", f"hypernet={made['hyper']}"], "leave out one"),
+        (["start=package:embedded/hypernet/hypernet.safetensors"], "start|adapter"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            _personalize(made, photo, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="start belongs to personalize"):
+        configuration.load("evaluate", ["start=x"])
 
 
 def test_a_base_without_hypernetwork_says_so(made, photo, tmp_path):

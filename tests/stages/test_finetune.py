@@ -61,6 +61,27 @@ def test_checkpointing_changes_no_fit(base, lidb, moments):
     assert torch.allclose(plain, saved, atol=1e-5)
 
 
+@pytest.mark.parametrize("noise", [[0.0, 0.65], [0.2, 0.5]])
+def test_only_the_noise_levels_asked_for_are_learned_from(base, lidb, moments, prior, monkeypatch, noise):
+    seen: list[torch.Tensor] = []
+    wanted = loss.target
+    monkeypatch.setattr(loss, "target", lambda s, z, n, t: seen.append(t) or wanted(s, z, n, t))
+    config = FitConfig(steps=20, levels=4, prior_weight=0.1, noise=noise)
+    fit(base, lidb, moments[:1], config, prior=prior)
+    t = torch.stack(seen)
+    low, high = (1000 * x for x in noise)
+    assert low <= t.min() < low + 0.1 * (high - low)
+    assert high - 0.1 * (high - low) < t.max() < high
+    edges = low + (high - low) * torch.arange(5) / 4  # one level of each stratum, rounded down
+    assert ((edges[:4] - 1 < t) & (t <= edges[1:])).all()
+
+
+@pytest.mark.parametrize("noise", [[0.5], [0.5, 0.5], [-0.1, 0.5], [0.0, 1.1], [0.7, 0.2]])
+def test_a_range_of_noise_levels_that_is_none_is_refused(noise):
+    with pytest.raises(UserError, match="noise="):
+        FitConfig(noise=noise)
+
+
 def test_fitting_lowers_the_loss(base, lidb, moments):
     losses: list[float] = []
     fit(base, lidb, moments, FitConfig(steps=30, levels=4, rate=3e-2), progress=lambda _, loss: losses.append(loss))

@@ -220,6 +220,23 @@ def test_adapter_acts_by_its_strength(config: Config, adapter: Path, tmp_path: P
     assert np.abs(full - half).mean() > 0.5
 
 
+def test_hybrid_guidance_leaves_the_base_where_it_is_unadapted(config: Config, adapter: Path, tmp_path: Path) -> None:
+    plain = pictures(run(replace(config, prompt="a photo of a face")))
+    hybrid = replace(config, adapter=str(adapter), prompt="a photo of a [V] face")
+    without = run(replace(hybrid, subject_guidance=0.0, out=str(tmp_path / "without")))
+    assert np.abs(pictures(without) - plain).max() <= 1
+    drawn = [pictures(run(replace(hybrid, subject_guidance=s, out=str(tmp_path / f"{s}")))) for s in (None, 3.0, 5.0)]
+    assert all(np.abs(a - b).mean() > 0.5 for a, b in [(drawn[0], drawn[1]), (drawn[1], drawn[2]), (drawn[0], plain)])
+    assert read_text(tmp_path / "3.0" / "00000.png")["subject_guidance"] == "3.0"
+    settled = replace(hybrid.diffusion, subject_guidance=3.0)
+    again = run(replace(hybrid, diffusion=settled, out=str(tmp_path / "settled")))
+    assert np.array_equal(pictures(again), drawn[1])
+    with warnings.catch_warnings():  # the base alone has no person to be guided to
+        warnings.simplefilter("error")
+        alone = run(replace(config, prompt="a photo of a face", diffusion=settled, out=str(tmp_path / "alone")))
+    assert np.array_equal(pictures(alone), plain)
+
+
 def test_adapter_is_a_folder_or_a_file(config: Config, person: Personalization, tmp_path: Path) -> None:
     file = person.save_lidb(tmp_path / "b" / "lidb.safetensors")
     of_folder = pictures(run(replace(config, adapter=str(file.parent), out=str(tmp_path / "1"))))

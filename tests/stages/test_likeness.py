@@ -1,0 +1,57 @@
+"""Many people drawn at once are the people drawn alone, however they are guided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperdb.adapters import LoRAConfig
+from hyperdb.adapters.base import Factors, select
+from hyperdb.adapters.layout import Layout
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.base import Base
+from hyperdb.stages.likeness import draw
+
+PROMPTS = ["a photo of [V] face", "a pencil sketch of a sks face"]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Base:
+    return DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu", steps=3).load()
+
+
+@pytest.fixture(scope="module")
+def factors(base: Base) -> Factors:
+    lora = LoRAConfig(rank=2).build(Layout.of(base.targets()))
+    g = torch.Generator().manual_seed(0)
+    return lora.factors({k: v + 0.15 * torch.randn(v.shape, generator=g) for k, v in lora.init(3).items()})
+
+
+def drawn(base: Base, factors: Factors | None, people: int, pair: tuple[float, float | None]) -> torch.Tensor:
+    before = base.config
+    base.config = replace(before, guidance=pair[0], subject_guidance=pair[1])
+    try:
+        return draw(base, factors, people, PROMPTS, [0, 1], batch=4).float()  # two people at once
+    finally:
+        base.config = before
+
+
+@pytest.mark.parametrize("pair", [(3.0, None), (3.0, 3.0), (3.0, 4.0), (1.0, 3.0)])
+def test_together_as_alone(base: Base, factors: Factors, pair: tuple[float, float | None]) -> None:
+    together = drawn(base, factors, 3, pair)
+    alone = torch.cat([drawn(base, select(factors, i), 1, pair) for i in range(3)])
+    assert (together - alone).abs().max() <= 1
+    assert (together[0] - together[1]).abs().mean() > 1
+
+
+def test_hybrid_guidance_draws_others_than_ordinary(base: Base, factors: Factors) -> None:
+    ordinary, equal, three = (drawn(base, factors, 3, pair) for pair in [(3.0, None), (3.0, 3.0), (3.0, 4.0)])
+    assert (ordinary - equal).abs().mean() > 0.5
+    assert (equal - three).abs().mean() > 0.5
+
+
+def test_without_a_person_guidance_is_ordinary(base: Base) -> None:
+    assert torch.equal(drawn(base, None, 2, (3.0, None)), drawn(base, None, 2, (3.0, 5.0)))
