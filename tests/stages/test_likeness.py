@@ -13,6 +13,7 @@ from hyperdb.adapters.base import Factors, select
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
+from hyperdb.stages.finetune import FitConfig, fit
 from hyperdb.stages.likeness import draw
 
 PROMPTS = ["a photo of [V] face", "a pencil sketch of a sks face"]
@@ -51,6 +52,22 @@ def test_hybrid_guidance_draws_others_than_ordinary(base: Base, factors: Factors
     ordinary, equal, three = (drawn(base, factors, 3, pair) for pair in [(3.0, None), (3.0, 3.0), (3.0, 4.0)])
     assert (ordinary - equal).abs().mean() > 0.5
     assert (equal - three).abs().mean() > 0.5
+
+
+@pytest.mark.parametrize("pair", [(3.0, None), (3.0, 3.0)])
+def test_layers_beyond_the_targets_count(base: Base, factors: Factors, pair: tuple[float, float | None]) -> None:
+    """As those of an imported LoRA, which a fit may begin at."""
+    g = torch.Generator().manual_seed(1)
+    m, n = base.unet.conv_in.weight.shape[:2]
+    conv = {"unet.conv_in": (0.2 * torch.randn(1, 2, n, 3, 3, generator=g), torch.randn(1, m, 2, generator=g))}
+    more = {**select(factors, 0), **conv}
+    assert (drawn(base, more, 1, pair) - drawn(base, select(factors, 0), 1, pair)).abs().mean() > 1
+    moments = torch.rand(1, 1, 2, *base.latent_shape, generator=g)
+    lora = LoRAConfig(rank=2).build(Layout.of(base.targets()))
+    losses: list[float] = []
+    for under in (select(factors, 0), more):
+        fit(base, lora, moments, FitConfig(steps=1, levels=2), under, progress=lambda _, loss: losses.append(loss))
+    assert losses[0] != losses[1]
 
 
 def test_without_a_person_guidance_is_ordinary(base: Base) -> None:
