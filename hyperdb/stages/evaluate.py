@@ -214,7 +214,7 @@ def run(config: Config) -> Path:
     few = min(len(rows), 12)
     pixels = list(reference[:few]) + [x for row in config.rows for x in drawn[row][0][:few, 0]]
     sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *config.rows])
-    save_png(target.with_name("people.png"), sheet, {"software": "hyperdb", "results": hash_files([target])})
+    save_png(sheet_file(target), sheet, {"software": "hyperdb", "results": hash_files([target])})
     for row, score in result["rows"].items():
         c = score["cosine"]
         print(f"{row:12s} face cosine {c['mean']:.3f} [{c['lo']:.3f}, {c['hi']:.3f}]  rank-1 {score['rank1']:.2f}  "
@@ -274,6 +274,11 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def sheet_file(results: Path) -> Path:
+    """Return where the pictures to results stand: `people.png` beside `results.json`, `NAME.png` beside `NAME.json`."""
+    return results.with_name("people.png" if results.stem == "results" else f"{results.stem}.png")
+
+
 def results_file(config: Config, made_from: str) -> Path:
     """Return where the results go. Raises `UserError` if others stand there, or some that this run would drop."""
     from hyperdb.faces.image import read_text
@@ -282,7 +287,7 @@ def results_file(config: Config, made_from: str) -> Path:
 
     target = Path(config.out) / config.results
     check(target.parent)
-    sheet = target.with_name("people.png")
+    sheet = sheet_file(target)
     then = load_json(target) if target.exists() else {}
     known = isinstance(then, dict) and (not then or then.get("made_from") == _short(made_from))
     lost = [x for key, now in (("rows", config.rows), ("recognisers", config.recognisers)) for x in then.get(key, [])
@@ -291,7 +296,7 @@ def results_file(config: Config, made_from: str) -> Path:
     if not known or lost or (sheet.exists() and read_text(sheet).get("software") != "hyperdb"):
         what = f"figures that would be lost ({', '.join(lost)})" if lost else "something else"
         raise UserError(
-            f"{target}, or people.png beside it, is there and holds {what}; "
+            f"{target}, or {sheet.name} beside it, is there and holds {what}; "
             "choose another file with results=FILE, another name=NAME, or delete it"
         )
     return target

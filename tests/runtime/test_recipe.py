@@ -15,8 +15,9 @@ def test_what_is_around_a_training_does_not_count():
     one = train_hypernet.Config(weights=None)
     more = {"name": "b", "out": "b", "save_every": 7, "validate_every": 7, "validation_people": 3, "dry_run": True}
     more |= {"data": "elsewhere", "validation": None, "init": "x", "weights": "x", "validation_weights": "x"}
-    other = dataclasses.replace(one, **more)
-    other.tracker = "wandb"
+    other = dataclasses.replace(one)
+    for name, value in {**more, "tracker": "wandb"}.items():
+        setattr(other, name, value)
     device = {"device": "cuda", "attention": "eager", "checkpointing": True, "path": "moved"}
     other.diffusion = dataclasses.replace(one.diffusion, **device)
     assert recipe(one) == recipe(other)

@@ -560,18 +560,21 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     assert (tmp_path / "people.png").is_file()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
     (tmp_path / "rows" / "mean.safetensors").unlink()
-    configuration.run("evaluate", [*words, "seeds=1"])  # whose pictures are the first seed's
-    again = json.loads((tmp_path / "results.json").read_text())
+    first = {n: (tmp_path / n).read_bytes() for n in ("results.json", "people.png")}
+    configuration.run("evaluate", [*words, "seeds=1", "results=one.json"])  # whose pictures are the first seed's
+    again = json.loads((tmp_path / "one.json").read_text())
+    assert (tmp_path / "one.png").is_file()
     for name, figures in again["values"].items():
         assert figures["cosine"] == result["values"][name]["cosine"][:1]
     assert all((tmp_path / "rows" / n).stat().st_mtime_ns == t for n, t in kept.items() if n != "mean.safetensors")
-    for other, named in (("rows=[floor]", "would be lost"), ("images=3", "with other images")):
+    lost = {"rows=[floor]": "would be lost .shuffled", "seeds=1": "would be lost .2 seeds", "images=3": "other images"}
+    for other, named in lost.items():
         with pytest.raises(UserError, match=named):
             configuration.run("evaluate", [*words, other])
     (tmp_path / "mine.json").write_text('{"results": 1}')
     with pytest.raises(UserError, match=r"mine\.json.*results=FILE"):
         configuration.run("evaluate", [*words, "results=mine.json"])
-    assert json.loads((tmp_path / "results.json").read_text()) == again
+    assert {n: (tmp_path / n).read_bytes() for n in first} == first
 
 
 def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):
