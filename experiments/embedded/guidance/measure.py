@@ -76,9 +76,12 @@ def sweep() -> list[Setting]:
     found = [Setting("guidance", way, pair) for way in (everywhere, low) for pair in [*two, (3.0, 4.0)]]
 
     middle = {"noise": [0.0, 0.65]}
-    ways = [Way(f"40 of 0-{high}", tuning={"noise": [0.0, high]}) for high in (0.65, 0.5, 0.8)]
-    ways += [
+    ways = [
+        Way("60 of 0-0.65, 3 levels and 1 of the prior", tuning={**middle, "steps": 60, "levels": 3, "prior_rows": 1}),
+        Way("40 of 0-0.65", tuning=middle),
         Way("40 of 0-0.65, rate 0.009", tuning={**middle, "rate": 0.009}),
+        Way("40 of 0-0.5", tuning={"noise": [0.0, 0.5]}),
+        Way("40 of 0-0.8", tuning={"noise": [0.0, 0.8]}),
         Way("60 of 0-0.5", tuning={"noise": [0.0, 0.5], "steps": 60}),
         Way("60 of 0-0.8", tuning={"noise": [0.0, 0.8], "steps": 60}),
         Way("80 of 0-0.65", tuning={**middle, "steps": 80}),
@@ -86,14 +89,15 @@ def sweep() -> list[Setting]:
         Way("40 of 0-0.65, flipped too", tuning=middle, flip=True),
         Way("20 of all", tuning={"noise": [0.0, 1.0], "steps": 20}),
     ]
-    found += [Setting("noise", way, pair) for way in ways[:4] for pair in two]
-    for start in ("average prediction", "none", "average of 8", "average of 64"):
-        other = Way(f"{everywhere.name} from {start}", start, everywhere.tuning)
-        found += [Setting("start", other, pair) for pair in two]
+    found += [Setting("noise", way, (3.0, 3.0)) for way in ways[:2]]
+    starts = ("average prediction", "none", "average of 8", "average of 64")
+    others = [Way(f"{everywhere.name} from {start}", start, everywhere.tuning) for start in starts]
+    found += [Setting("start", way, (3.0, 3.0)) for way in others]
+    found += [Setting("noise", way, (3.0, 3.0)) for way in ways[2:]]
+    found += [Setting("start", way, ORDINARY) for way in others] + [Setting("noise", way, ORDINARY) for way in ways]
     more: list[Guide] = [(2.0, None), (4.0, None), (2.0, 2.0), (4.0, 4.0), (3.0, 2.0), (2.0, 3.0), (3.0, 5.0)]
     found += [Setting("guidance", way, pair) for way in (everywhere, low) for pair in more]
     found += [Setting("guidance", prediction, pair) for pair in [*two, (3.0, 5.0)]]
-    found += [Setting("noise", way, pair) for way in ways[4:] for pair in two]
     return found
 
 
