@@ -30,6 +30,15 @@ def test_the_tables_of_memory_are_the_results_files():
         assert f"| {card} GB | {' | '.join(stages.values())} |" in text
 
 
+def test_the_rows_of_the_study_of_guidance_are_its_results():
+    rows = load_json(ROOT / "experiments" / "embedded" / "guidance" / "results.json")["rows"]
+    figures = ("rank1", "rank1_styled", "style_accuracy", "copy_pose", "copy_background")
+    named = {"40 of all, guidance 3": "ordinary guidance", "40 of 0-0.65, guidance 3 and 3": "the default**"}
+    for name, label in named.items():
+        rest = " | ".join(f"{rows[name][k]['mean']:.2f}" for k in figures)
+        assert f"{label} | {rows[name]['cosine']['mean']:.3f} | {rest} |" in README
+
+
 def test_every_command_named_is_a_stage_with_those_settings():
     lines = re.findall(r"^hyperdb ([a-z_]+)([^\n#]*)", README, flags=re.MULTILINE)
     assert lines
