@@ -56,7 +56,7 @@ def test_a_trigger_phrase_is_text_and_the_pictures_are_those_of_diffusers(base, 
     person = Personalization.load(out / "adapter.safetensors")
     assert (person.rare_token, person.class_word) == ("ohwx", "man")
     assert "other layers" in capsys.readouterr().out
-    words = ["guidance=3", "prompt=a photo of a [V] man", "scheduler=ddim"]
+    words = ["guidance=3", "diffusion.subject_guidance=null", "prompt=a photo of a [V] man", "scheduler=ddim"]
     drawn = generate(tiny_base, tmp_path / "out", out, *words) / "00000.png"
     assert read_text(drawn)["rare_token"] == "ohwx"
     pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
