@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -191,15 +192,18 @@ def quoted(schema: type, word: str) -> str:
 def swept(schema: type, word: str) -> str:
     """Quote the value of `key=value` for a sweep: text is literal there too, and a list of it is several values.
 
-    A list of a setting that is a list of text is several values if all its entries are lists. Other types keep Hydra's
+    A list of a setting that is a list is several values if all its entries are lists. Other types keep Hydra's
     grammar, in which commas separate values, and may be written as a list as well.
     """
     key, _, value = word.partition("=")
     kind, optional = _kind(schema, key)
     listed = _entries(key, value)
-    if listed is None or not (kind in TEXT or kind in SCALARS or _of_text(kind)):
+    if listed is None or not (kind in TEXT or kind in SCALARS or typing.get_origin(kind) is list):
         return quoted(schema, word) if kind in TEXT or _of_text(kind) else word
-    if _of_text(kind):
+    if typing.get_origin(kind) is list and not _of_text(kind):
+        several = len(listed) > 0 and all(not one.quoted and entries(one.text) is not None for one in listed)
+        choices = [one.text for one in listed] if several else [value]
+    elif _of_text(kind):
         several = bool(listed) and all(not one.quoted and entries(one.text) is not None for one in listed)
         choices = [_text_list(key, one.text) for one in listed] if several else [_text_list(key, value)]
     elif len(listed) == 1 and not listed[0].quoted:  # `[V]`
@@ -259,6 +263,9 @@ def check_word(stage: str, schema: type, word: str, sweep: bool = False) -> None
         _type_of(schema, key)
     except KeyError:
         raise UserError(_unknown(stage, schema, key)) from None
+    # names of files may be of any bytes; text goes into headers and tokenizers
+    if re.search(r"[\ud800-\udfff]", value) and not is_path(dict(settings(schema, annotated=True)).get(key)):
+        raise UserError(f"{key} has characters that are not UTF-8 text; type it again")
 
 
 def _unknown(stage: str, schema: type, key: str) -> str:
@@ -314,6 +321,8 @@ def build(stage: str, raw: Any) -> Any:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     try:
+        if not OmegaConf.missing_keys(raw):  # said first
+            _check_values(raw)
         _expand(raw)
         return OmegaConf.to_object(raw)
     except MissingMandatoryValue as error:
@@ -322,6 +331,23 @@ def build(stage: str, raw: Any) -> Any:
         raise UserError(_explain(stage, type(raw), error)) from error
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _check_values(raw: Any) -> None:
+    """Raise `UserError` for what no setting can mean: no path at all, a number that is none, a list in a list."""
+    from omegaconf import ListConfig, OmegaConf
+
+    schema = raw._metadata.object_type
+    for key, hint in settings(schema, annotated=True):
+        value, kind = OmegaConf.select(raw, key), _without_none(hint)[0]
+        listed = isinstance(value, ListConfig)
+        for one in value if listed else [value]:
+            if is_path(hint) and isinstance(one, str) and not one.strip() and getattr(schema, key, None) != one:
+                raise UserError(f"{key} is empty: expected a file or a folder")
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UserError(f"{key}={one}: expected a finite number")
+            if isinstance(one, ListConfig) and (typing.get_args(kind) or (None,))[0] in SCALARS:
+                raise UserError(f"{key}={value}: expected a list of numbers; several lists are a sweep, with -m")
 
 
 def _expand(raw: Any) -> None:

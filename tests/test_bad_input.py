@@ -119,7 +119,8 @@ def test_a_personalisation_that_cannot_be(in_tmp, tiny_base, capsys, words, said
         (["diffusion.device=xpu"], "expected auto, cpu, cuda or mps"),
         (["diffusion.device=cuda:99"], "PyTorch sees no such device here"),
         (["seed=18446744073709551615", "num_images=2"], "seed=18446744073709551615"),
-        (["guidance=1e39"], "NaN or infinite"),
+        (["guidance=1e39"], "NaN, infinite"),
+        (["guidance=1e10"], "larger than any picture"),
         (["diffusion.path=model.ckpt"], "model.ckpt is a pickle"),
         (["diffusion.path=runwayml/stable-diffusion-v1-5"], "set diffusion.path=stable-diffusion-v1-5/"),
     ],
@@ -166,3 +167,27 @@ def test_a_foreign_weight_store(in_tmp, tiny_base, rendered, capsys):
 def test_settings(in_tmp, capsys, words, said):
     _says(capsys, words, said)
     assert list(in_tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["export", "adapter=a", "name=Zo\udceb"], "name has characters that are not UTF-8"),
+        (["personalize", "image=a.png", "diffusion.rare_token=\udceb"], "diffusion.rare_token has characters"),
+        (["edit", "-m", "adapter=a", "name=['\udceb','b']"], "name has characters"),
+        (["edit", "adapter=a", "out=Zo\udceb"], "is not UTF-8"),
+        (["personalize", "image="], "image is empty"),
+        (["personalize", "image=a.png", "start="], "start is empty"),
+        (["edit", "adapter=[a,'']"], "adapter is empty"),
+        (["personalize", "image=a.png", "finetune.rate=nan"], "finetune.rate=nan: expected a finite number"),
+        (["edit", "adapter=[a,b]", "shares=[inf,0]"], "shares=inf: expected a finite number"),
+        (["edit", "adapter=[a,b]", "shares=[[0.5,0.5],[0.3,0.7]]"], "expected a list of numbers"),
+        (["edit", "adapter=a,b", "age=1"], "several are written as a list, [a,b]"),
+        (["export", "adapter=a", "name="], "expected the name of a file"),
+        (["export", "adapter=a", "name=."], "expected the name of a file"),
+        (["export", "adapter=a", "name=b/"], "expected the name of a file"),
+    ],
+)
+def test_values_that_mean_nothing(in_tmp, capsys, words, said):
+    _says(capsys, words, said)
+    assert not [path for path in in_tmp.rglob("*") if path.is_file() and path.name != "multirun.yaml"]

@@ -343,6 +343,8 @@ def test_sweep(toy, flag):
         ("prompts=[[a,b],[c]]", [["a", "b"], ["c"]]),
         ("prompts=[a [V] face,b]", [["a [V] face", "b"]]),
         ("seeds=[1,2],[3]", [[1, 2], [3]]),
+        ("seeds=[[1,2],[3]]", [[1, 2], [3]]),
+        ("seeds=[1,2]", [[1, 2]]),
         ("engine.path=['a,b',c]", ["a,b", "c"]),
         ("labels.sex=[a,b]", ["a", "b"]),
     ],

@@ -18,6 +18,7 @@ from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.guidance import Guidance
 from hyperdb.runtime.errors import NonFiniteError, UserError
 
+TOO_LARGE = 1e6  # latents have a deviation of about 1
 SCHEDULERS = {
     "ddim": DDIMScheduler,
     "dpm": DPMSolverMultistepScheduler,
@@ -52,7 +53,7 @@ def sample(
 
     The network sees the blocks of rows of `Guidance(guidance, subject_guidance)`, unconditional ones first: an
     injection is set with its `adapted` as `repeat` and its `plain`. With `gradient` the last step can be
-    differentiated, as in Xu et al. 2023 (ReFL). Raises `NonFiniteError` rather than return NaN.
+    differentiated, as in Xu et al. 2023 (ReFL). Raises `NonFiniteError` rather than return what is no picture.
     """
     if scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
@@ -77,10 +78,10 @@ def sample(
         with torch.set_grad_enabled(last), base.autocast():
             out = base.unet(x, t, base.text_encoder(ids)[0] if last else context).sample.float()
         z = solver.step(guide.combine(out), t, z, return_dict=False)[0]
-    if not z.isfinite().all():
+    if not (z.abs() < TOO_LARGE).all():
         raise NonFiniteError(
-            f"what was drawn is NaN or infinite after {steps} steps at guidance={guide.text}: lower the adapter's "
-            "strength or the guidance, or use diffusion.dtype=fp32; if nothing helps, "
-            f"{base.config.path} is damaged"
+            f"what was drawn is NaN, infinite or larger than any picture after {steps} steps at "
+            f"guidance={guide.text}: lower the adapter's strength or the guidance, or use diffusion.dtype=fp32; if "
+            f"nothing helps, {base.config.path} is damaged"
         )
     return z

@@ -294,7 +294,8 @@ def find_adapter(path: str) -> Path:
     if given.is_file():
         return given
     if not given.is_dir():
-        raise UserError(f"no adapter at {path}; `hyperdb personalize` makes one")
+        several = "; several are written as a list, [a,b]" if "," in path else ""
+        raise UserError(f"no adapter at {path}; `hyperdb personalize` makes one{several}")
     for name in ADAPTERS:
         if (given / name).is_file():
             return given / name

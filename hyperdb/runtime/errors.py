@@ -10,4 +10,4 @@ class UserError(ValueError):
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """A loss, a latent or a picture became NaN or infinite; the message says which and what to lower."""
+    """A loss, a latent or a picture became NaN, infinite or too large; the message says which and what to lower."""

@@ -37,6 +37,10 @@ def check(out: str | Path, writes: Iterable[str] = ()) -> Path:
     """
     if not str(out).strip() or "\0" in str(out):
         raise UserError(f"out={str(out)!r} is no name of a folder; give another: out=FOLDER")
+    try:
+        os.fsencode(out).decode()
+    except UnicodeError as error:  # safetensors would not open what is written there
+        raise UserError(f"out={str(out)!r} is not UTF-8; give another: out=FOLDER") from error
     folder = Path(out)
     try:
         there = folder

@@ -39,7 +39,8 @@ def run(config: Config) -> Path:
         print(f"--- {name}")
         photo = save_png(out / f"{name}.png", pixels)
         personalize.run(dataclasses.replace(config, image=str(photo), out=str(out / name)))
-    print("\nThe pictures:")
-    for name in pictures:
-        print(f"  {out / name / 'preview.png'}")
+    if config.preview:
+        print("\nThe pictures:")
+        for name in pictures:
+            print(f"  {out / name / 'preview.png'}")
     return out

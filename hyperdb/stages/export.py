@@ -41,6 +41,8 @@ class Config:
             raise UserError(f"dtype=int8: other tools read no such {self.format} file; use format=native, or fp16")
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             raise UserError(f"name={self.name!r}: expected a name, not a path; the folder is out=FOLDER")
+        if not Path(self.name).name.strip(". ") or self.name.endswith("/"):
+            raise UserError(f"name={self.name!r}: expected the name of a file, without .safetensors")
         if not math.isfinite(self.strength):
             raise UserError(f"strength={self.strength}: expected a finite number")
 

@@ -374,6 +374,8 @@ def test_demo_draws_both_people(made, tmp_path, capsys):
     for name in ("rendered", "astronaut"):
         assert (tmp_path / name / "preview.png").is_file()
         assert str(tmp_path / name / "preview.png") in said
+    configuration.run("demo", [*words, "preview=false", "preview_styles=[]", f"out={tmp_path / 'none'}"])
+    assert "preview.png" not in capsys.readouterr().out  # there is none to look at
 
 
 def _personalize(made, photo, out, *more):
