@@ -89,7 +89,7 @@ def test_what_cannot_be_is_refused_and_writes_nothing(two, tmp_path):
         (["adapter=[]"], "name an adapter"),
         ([f"adapter=[{files[0]},{files[1]}]", "shares=[1.0]"], "need as many"),
         ([f"adapter=[{files[0]},{files[1]}]", "shares=[0.5,0.4]"], "sum to 1"),
-        ([f"adapter=[{files[0]},{files[1]}]", "shares=[nan,1.0]"], "sum to 1"),
+        ([f"adapter=[{files[0]},{files[1]}]", "shares=[nan,1.0]"], "finite number"),
         ([f"adapter={files[0]}", "age=inf"], "finite"),
         ([f"adapter={files[0]}", "age=1e39", f"directions={far}"], "too large"),
         ([f"adapter=[{files[0]},{other}]"], "do not mix"),
