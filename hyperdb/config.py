@@ -200,12 +200,10 @@ def swept(schema: type, word: str) -> str:
     listed = _entries(key, value)
     if listed is None or not (kind in TEXT or kind in SCALARS or typing.get_origin(kind) is list):
         return quoted(schema, word) if kind in TEXT or _of_text(kind) else word
-    if typing.get_origin(kind) is list and not _of_text(kind):
-        several = len(listed) > 0 and all(not one.quoted and entries(one.text) is not None for one in listed)
-        choices = [one.text for one in listed] if several else [value]
-    elif _of_text(kind):
+    if typing.get_origin(kind) is list:
         several = bool(listed) and all(not one.quoted and entries(one.text) is not None for one in listed)
-        choices = [_text_list(key, one.text) for one in listed] if several else [_text_list(key, value)]
+        lists = [one.text for one in listed] if several else [value]
+        choices = [_text_list(key, one) for one in lists] if _of_text(kind) else lists
     elif len(listed) == 1 and not listed[0].quoted:  # `[V]`
         choices = [literal(value) if kind in TEXT else listed[0].text]
     else:

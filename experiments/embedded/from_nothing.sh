@@ -2,8 +2,10 @@
 # Everything that makes the shipped models, from no data at all: people, autoencoder, image encoder, base, hypernetwork,
 # judge of styles. Run it from the root of the checkout; what is done already is kept, so a run that was stopped goes on.
 #
-#   bash experiments/embedded/from_nothing.sh cpu [PART ...]    about 12 hours on 2 cores
-#   bash experiments/embedded/from_nothing.sh gpu [PART ...]    about 25 minutes on an H100 or H200 with 16 cores
+#   bash experiments/embedded/from_nothing.sh cpu [PART ...]
+#   bash experiments/embedded/from_nothing.sh gpu [PART ...]
+#
+# What parts of it took on an H200 with 16 cores is in experiments/embedded/base128; it has not been run to its end.
 #
 # Parts, in their order: few people autoencoder encoder sharp base hypernet judge. All of them by default. The results lie in
 # runs/from_nothing; a length can be set from outside, such as BASE_STEPS=4000.

@@ -5,7 +5,6 @@ The configuration lives here and imports no torch; `load` reads the model.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,11 +69,9 @@ class DiffusionConfig:
             raise UserError(f"diffusion.rare_token={self.rare_token!r}: expected a word of the base's vocabulary")
         if not 0.3 <= self.crop <= 2:
             raise UserError(f"diffusion.crop={self.crop}: expected 0.3 to 2 (1 is the FFHQ crop)")
-        if not math.isfinite(self.guidance):
-            raise UserError(f"diffusion.guidance={self.guidance}: expected a finite number")
         if self.steps < 1:
             raise UserError(f"diffusion.steps={self.steps}: expected at least 1")
-        self.guide()
+        self.guide()  # which checks both numbers
 
     def prompt(self, text: str) -> str:
         """Return `text` with `[V]` replaced by the rare token."""

@@ -18,6 +18,17 @@ def emulated(device: torch.device | str, dtype: torch.dtype) -> bool:
     return dtype is torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bf16()
 
 
+def attention(fused: bool) -> Any:
+    """Return the context in which PyTorch's attention may be fused, or is not.
+
+    The backward pass of the fused one is slow in bf16 on a CPU at small sizes.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    every = list(SDPBackend.__members__.values())[1:]  # the first stands for an error
+    return sdpa_kernel(every if fused else [SDPBackend.MATH])
+
+
 def autocast(device: torch.device | str, dtype: torch.dtype) -> Any:
     """Return the context in which matrix products and convolutions run in `dtype`.
 

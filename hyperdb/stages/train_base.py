@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
@@ -111,6 +111,11 @@ def noise_schedule() -> DDPMScheduler:
     )
 
 
+def _running(device: str) -> dict[str, Any]:
+    """Return the settings of a base to be trained on a device; see `DiffusionConfig.attention`."""
+    return {"device": device, "attention": "eager" if device == "cpu" else "sdpa"}
+
+
 def new_base(config: Config, vae: AutoencoderKL, words: list[str], device: str = "cpu") -> Base:
     """Return an untrained base around an autoencoder, whose vocabulary is `words`, in float32 on `device`."""
     import torch
@@ -150,8 +155,7 @@ def new_base(config: Config, vae: AutoencoderKL, words: list[str], device: str =
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    attention = "eager" if device == "cpu" else "sdpa"
-    settings = DiffusionConfig(size=vae.config.sample_size, device=device, attention=attention)
+    settings = DiffusionConfig(size=vae.config.sample_size, **_running(device))
     for model in (unet, text_encoder, vae):
         model.to(device)
     return Base(settings, unet, text_encoder, vae, tokenizer, noise_schedule(), digest="")
@@ -214,9 +218,8 @@ def run(config: Config) -> Path:
         base = new_base(config, vae, vocabulary(), device)
         base.digest = hash_files(Path(str(wanted)))
     else:
-        attention = "eager" if device == "cpu" else "sdpa"
         # trained in float32; the matrix products alone in bf16
-        base = DiffusionConfig(path=config.init, device=device, attention=attention, dtype="fp32").load()
+        base = DiffusionConfig(path=config.init, dtype="fp32", **_running(device)).load()
         base.config.dtype = "bf16"
         if vae is not None:
             if len(vae.config.block_out_channels) != len(base.vae.config.block_out_channels):

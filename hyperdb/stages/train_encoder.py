@@ -54,7 +54,6 @@ def run(config: Config) -> Path:
     """Write the encoder's weights to `out/encoder.safetensors`."""
     import torch
     import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.optim.swa_utils import update_bn
 
     from hyperdb.data.people import load_people
@@ -66,7 +65,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.output import claim
-    from hyperdb.runtime.precision import autocast
+    from hyperdb.runtime.precision import attention, autocast
     from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import derive, generator
 
@@ -86,8 +85,6 @@ def run(config: Config) -> Path:
     seen, held = torch.cat(photos[: -config.held_out]), torch.cat(photos[-config.held_out :])
     device = pick_device(config.device)
     portraits, pictures = portraits.to(device), people.images.to(device)
-    # the fused attention's backward is slow in bf16 on a CPU
-    kernels = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())[1:]
 
     # --- model
     torch.manual_seed(derive(config.seed, "encoder weights"))  # the only way to seed timm's initialisation
@@ -97,7 +94,7 @@ def run(config: Config) -> Path:
     encoder.net.train()
 
     def drawn(images: Tensor) -> Tensor:
-        with autocast(device, torch.bfloat16), sdpa_kernel(kernels):
+        with autocast(device, torch.bfloat16), attention(fused=device.type != "cpu"):
             return draw(encoder(images)[:, 0]).float()
 
     # --- train

@@ -129,7 +129,6 @@ def run(config: Config) -> Path:
     """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
     import torch
     from accelerate import Accelerator
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from hyperdb.adapters.inject import Injection
     from hyperdb.adapters.layout import Layout
@@ -143,6 +142,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw
     from hyperdb.runtime.output import claim
+    from hyperdb.runtime.precision import attention
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import derive, generator
@@ -222,7 +222,7 @@ def run(config: Config) -> Path:
     ema = EMA([*outside, *inside], config.ema)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     # see `DiffusionConfig.attention`: the fused backward is slow in bf16 on a CPU
-    kernels = [SDPBackend.MATH] if config.diffusion.attention == "eager" else list(SDPBackend.__members__.values())[1:]
+    fused = config.diffusion.attention != "eager"
     injection = Injection(base.targets())
     ids = base.tokenize(_prompts(people, config.diffusion)) if config.target_style == "any" else None
     instance, nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
@@ -265,7 +265,7 @@ def run(config: Config) -> Path:
             kept = prior.draw(len(mixed), config.seed, step)
             each = [x[mixed].unflatten(0, (people_now, -1)) for x in kept]
             *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))
-        with base.autocast(), sdpa_kernel(kernels):
+        with base.autocast(), attention(fused):
             predicted = wrapped(images)  #                                          [I, N, D]
         # each term goes back as far as the tokens, the first while its factors are in use; then all through the network
         tokens = predicted.detach().requires_grad_()
@@ -284,7 +284,7 @@ def run(config: Config) -> Path:
             some = slice(config.identity_people)
             noise = torch.randn((len(who[some]), *base.latent_shape), generator=g)
             guide, own = config.diffusion.guide(), lidb.factors({"tokens": tokens[some]})
-            with injection.using(own, repeat=guide.adapted, plain=guide.plain), sdpa_kernel(kernels):
+            with injection.using(own, repeat=guide.adapted, plain=guide.plain), attention(fused):
                 shown_all = [people.images[photos[i]] for i in who[some].tolist()]
                 shown_all = [x.flip(-1) if turn else x for x, turn in zip(shown_all, mirror[some], strict=True)]
                 distance = identity_loss(base, model, noise, shown_all, config.identity_steps)
