@@ -60,7 +60,7 @@ def test_photos(in_tmp, tiny_base, capsys, name):
 
 
 def _of_another_layout(path):
-    layout = Layout((Layer("tall", 40, 12), Layer("flat", 9, 30)))
+    layout = Layout((Layer("tall", (40, 12)), Layer("flat", (9, 30))))
     lidb = LiDBConfig(a=10, b=5).build(layout)
     Personalization(layout, torch.zeros(*lidb.mask.shape), lidb.config).save(path)
 

@@ -1,75 +1,108 @@
-"""The laws every additive adapter obeys, over adapters, dtypes and identity batches, on non-square layers."""
+"""The laws that every adapter obeys, over adapters, dtypes and identity batches, on sites of every kind."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hyperdb.adapters import LiDBConfig, LoRAConfig
-from hyperdb.adapters.base import Adapter, Factors, delta, select
+from hyperdb.adapters import (
+    KINDS,
+    AdapterConfig,
+    DoRAConfig,
+    FullConfig,
+    LiDBConfig,
+    LoRAConfig,
+    SVDiffConfig,
+    TokenConfig,
+)
+from hyperdb.adapters.base import Adapter, LowRank, both, select
 from hyperdb.adapters.inject import Injection, merge, unmerge
 from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.site import Site
 from hyperdb.runtime.errors import UserError
 
-ADAPTERS = {
+CONFIGS: dict[str, AdapterConfig] = {
     "lidb": LiDBConfig(a=6, b=4),
     "lidb-rank2": LiDBConfig(a=6, b=4, rank=2, seed=3),
     "lidb-wider-than-layers": LiDBConfig(),
     "lora": LoRAConfig(rank=3),
+    "full": FullConfig(),
+    "svdiff": SVDiffConfig(),
+    "dora": DoRAConfig(rank=2),
+    "token": TokenConfig(row=3, start=5),
 }
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 
 class Model(nn.Module):
-    """Two non-square linear layers with a nonlinearity between."""
+    """Non-square layers of every kind: ids `[B, 8]` -> `[B, 8, 3]`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide, self.narrow = nn.Linear(9, 14), nn.Linear(14, 5, bias=False)
+        self.words = nn.Embedding(11, 6)
+        self.norm, self.wide, self.plain = nn.LayerNorm(6), nn.Linear(6, 14), nn.Linear(14, 10, bias=False)
+        self.conv, self.group = nn.Conv2d(10, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.narrow = nn.Linear(4, 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.narrow(torch.tanh(self.wide(x)))
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.plain(torch.tanh(self.wide(self.norm(self.words(ids)))))  #        [B, 8, 10]
+        x = self.group(self.conv(x.mT.unflatten(2, (2, 4))))  #                       [B, 4, 2, 4]
+        return self.narrow(torch.tanh(x).flatten(2).mT)
 
 
-def modules_of(model: Model) -> dict[str, nn.Module]:
-    return {"wide": model.wide, "narrow": model.narrow}
+@dataclass
+class Case:
+    """An adapter over the sites of a model that it can change."""
+
+    config: AdapterConfig
+    model: Model
+    dtype: torch.dtype
+    sites: dict[str, Site] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        every = [(name, m) for name, m in self.model.named_children()]
+        every += [(f"{n}.bias", m) for n, m in every if getattr(m, "bias", None) is not None]
+        sites = {name: Site(name, m) for name, m in every}
+        self.sites = {name: site for name, site in sites.items() if site.kind in self.config.kinds}
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.config.build(Layout.listing(self.sites)).to(dtype=self.dtype)
+
+    def trained(self, identities: int) -> dict[str, torch.Tensor]:
+        """Return parameters that stand for different changes of size about 1."""
+        g = torch.Generator().manual_seed(1)
+        start = self.adapter.init(identities, self.sites)
+        return {k: (v + 0.3 * torch.randn(v.shape, generator=g)).to(self.dtype) for k, v in start.items()}
+
+    def changes(self, identities: int) -> Mapping[str, Any]:
+        return self.adapter.changes(self.trained(identities))
 
 
-@pytest.fixture(params=ADAPTERS)
-def config(request: pytest.FixtureRequest) -> LiDBConfig | LoRAConfig:
-    return ADAPTERS[request.param]
+@pytest.fixture(params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> AdapterConfig:
+    return CONFIGS[request.param]
 
 
 @pytest.fixture(params=TOLERANCE, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture
-def model(dtype: torch.dtype) -> Model:
+def case(request: pytest.FixtureRequest, config: AdapterConfig) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Model().to(dtype).requires_grad_(False)
+        model = Model().to(request.param).requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if name.startswith(("norm", "group")):  # as after a training, neither ones nor zeros
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+    return Case(config, model, request.param)
 
 
-@pytest.fixture
-def adapter(config: LiDBConfig | LoRAConfig, model: Model, dtype: torch.dtype) -> Adapter:
-    return config.build(Layout.of(modules_of(model))).to(dtype=dtype)
-
-
-def trained(adapter: Adapter, identities: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Parameters that stand for different residuals of size about 1."""
-    g = torch.Generator().manual_seed(1)
-    return {
-        k: (v + 0.3 * torch.randn(v.shape, generator=g)).to(dtype)
-        for k, v in adapter.init(identities).items()
-    }
-
-
-def rows(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 11, (*shape, 8), generator=torch.Generator().manual_seed(2))
 
 
 def close(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -77,126 +110,144 @@ def close(x: torch.Tensor, y: torch.Tensor) -> None:
     torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
-def test_residual_is_zero_at_init_and_everyone_starts_alike(adapter: Adapter) -> None:
-    params = adapter.init(3)
+def test_every_kind_has_its_laws() -> None:
+    assert {type(config) for config in CONFIGS.values()} == set(KINDS.values())
+
+
+def test_nothing_changes_at_init_and_everyone_starts_alike(case: Case) -> None:
+    params = case.adapter.init(3, case.sites)
+    assert params
     assert all(x.dtype == torch.float32 and torch.equal(x, x[:1].expand_as(x)) for x in params.values())
-    for layer, (down, up) in zip(adapter.layout.layers, adapter.factors(params).values(), strict=True):
-        assert delta(down, up).shape == (3, layer.out, layer.in_)
-        assert not delta(down, up).any()
-        assert down.any(), "both factors zero is a saddle: no gradient would ever flow"
+    changes = case.adapter.changes(params)
+    assert list(changes) == list(case.sites)
+    for name, site in case.sites.items():
+        change = changes[name].dense(site.weight())
+        assert change.shape == (3, *site.shape)
+        assert change.abs().max() < 1e-6
+    with Injection(case.sites).using(changes):
+        changed = case.model(ids(6))
+    close(changed, case.model(ids(6)))
 
 
 @pytest.mark.parametrize("identities", [1, 2, 3])
-def test_hook_adds_x_delta_transposed(
-    adapter: Adapter, model: Model, dtype: torch.dtype, identities: int
-) -> None:
-    factors = adapter.factors(trained(adapter, identities, dtype))
-    x = rows(6, 7, 9, dtype=dtype)
-    plain = model.wide(x)
-    injection = Injection(modules_of(model))
-    with injection.using(factors):
-        adapted = model.wide(x)
-    dense = delta(*factors["wide"]).repeat_interleave(6 // identities, dim=0)
-    close(adapted, plain + x @ dense.mT)
-    close(model.wide(x), plain)
+def test_hooking_adds_what_the_dense_change_makes_of_the_input(case: Case, identities: int) -> None:
+    changes = case.changes(identities)
+    for name, site in case.sites.items():
+        with Injection({name: site}).using({name: changes[name]}):
+            hooked = case.model(ids(identities))
+        frozen = site.parameter.clone()
+        for i, dense in enumerate(changes[name].dense(site.weight())):
+            site.parameter.copy_(frozen + dense)
+            close(hooked[i], case.model(ids(identities))[i])
+            site.parameter.copy_(frozen)
+        assert not torch.allclose(hooked, case.model(ids(identities)), atol=1e-4), name
 
 
 @pytest.mark.parametrize("identities", [2, 3])
 @pytest.mark.parametrize("repeat", [1, 2])
-def test_batch_of_identities_is_a_loop_over_them(
-    adapter: Adapter, model: Model, dtype: torch.dtype, identities: int, repeat: int
-) -> None:
-    factors = adapter.factors(trained(adapter, identities, dtype))
-    injection = Injection(modules_of(model))
-    x = rows(repeat, identities, 2, 7, 9, dtype=dtype)
-    with injection.using(factors, 0.7, repeat):
-        together = model(x.flatten(0, 2)).reshape(repeat, identities, 2, 7, 5)
+def test_batch_of_identities_is_a_loop_over_them(case: Case, identities: int, repeat: int) -> None:
+    changes = case.changes(identities)
+    injection = Injection(case.sites)
+    x = ids(repeat, identities, 2)
+    with injection.using(changes, 0.7, repeat):
+        together = case.model(x.flatten(0, 2)).unflatten(0, (repeat, identities, 2))
     for block in range(repeat):
         for i in range(identities):
-            with injection.using(select(factors, i), 0.7):
-                close(together[block, i], model(x[block, i]))
+            with injection.using(select(changes, i), 0.7):
+                close(together[block, i], case.model(x[block, i]))
 
 
 @pytest.mark.parametrize("plain", [1, 2])
 @pytest.mark.parametrize("identities", [1, 3])
-def test_plain_blocks_are_left_alone(
-    adapter: Adapter, model: Model, dtype: torch.dtype, identities: int, plain: int
-) -> None:
-    factors = adapter.factors(trained(adapter, identities, dtype))
-    injection = Injection(modules_of(model))
-    x = rows(plain + 2, identities, 2, 7, 9, dtype=dtype)
-    bare = model(x[:plain].flatten(0, 2))
-    with injection.using(factors, 0.7, repeat=2):
-        adapted = model(x[plain:].flatten(0, 2))
-    with injection.using(factors, 0.7, repeat=2, plain=plain):
-        together = model(x.flatten(0, 2))
+def test_plain_blocks_are_left_alone(case: Case, identities: int, plain: int) -> None:
+    changes = case.changes(identities)
+    injection = Injection(case.sites)
+    x = ids(plain + 2, identities, 2)
+    bare = case.model(x[:plain].flatten(0, 2))
+    with injection.using(changes, 0.7, repeat=2):
+        adapted = case.model(x[plain:].flatten(0, 2))
+    with injection.using(changes, 0.7, repeat=2, plain=plain):
+        together = case.model(x.flatten(0, 2))
     close(together, torch.cat([bare, adapted]))
-    with injection.using(factors, 0.7, repeat=2, plain=plain), pytest.raises(UserError, match="cannot be divided"):
-        model(rows(identities * (plain + 2) + 1, 9, dtype=dtype))
+    with injection.using(changes, 0.7, repeat=2, plain=plain), pytest.raises(UserError, match="cannot be divided"):
+        case.model(ids(identities * (plain + 2) + 1))
 
 
-def test_merge_equals_hook_and_unmerge_restores(adapter: Adapter, model: Model, dtype: torch.dtype) -> None:
-    factors = select(adapter.factors(trained(adapter, 2, dtype)), 1)
-    modules, x = modules_of(model), rows(4, 9, dtype=dtype)
-    before = model(x)
-    injection = Injection(modules)
-    with injection.using(factors, 0.5):
-        hooked = model(x)
+def test_merging_is_hooking(case: Case) -> None:
+    changes = select(case.changes(2), 1)
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    injection = Injection(case.sites)
+    with injection.using(changes, 0.5):
+        hooked = case.model(ids(4))
     injection.remove()
-    merge(modules, factors, 0.5)
-    close(model(x), hooked)
-    unmerge(modules, factors, 0.5)
-    close(model(x), before)
+    merge(case.sites, changes, 0.5)
+    close(case.model(ids(4)), hooked)
+    if all(isinstance(change, LowRank) for change in changes.values()):
+        unmerge(case.sites, changes, 0.5)
+        for name, value in case.model.state_dict().items():
+            close(value, before[name])
 
 
-def _gradients(adapter: Adapter, model: Model, dtype: torch.dtype, remember: bool) -> dict[str, torch.Tensor]:
-    params = {k: v.requires_grad_() for k, v in trained(adapter, 2, dtype).items()}
-    x = rows(4, 9, dtype=dtype).requires_grad_()
-    injection = Injection(modules_of(model))
-    with injection.using(adapter.factors(params)):
-        y = model(x) if remember else checkpoint(model, x, use_reentrant=False)
+def test_both_is_the_sum(case: Case) -> None:
+    first, second = (select(case.changes(2), i) for i in (0, 1))
+    for name, site in case.sites.items():
+        total = both(first, second)[name].dense(site.weight())
+        close(total, first[name].dense(site.weight()) + second[name].dense(site.weight()))
+        with Injection({name: site}).using({name: both(first, second)[name]}):
+            together = case.model(ids(2))
+        frozen = site.parameter.clone()
+        site.parameter.add_(total[0])
+        close(together, case.model(ids(2)))
+        site.parameter.copy_(frozen)
+
+
+def _gradients(case: Case, remember: bool) -> dict[str, torch.Tensor | None]:
+    params = {k: v.requires_grad_() for k, v in case.trained(2).items()}
+    injection, x = Injection(case.sites), ids(4)
+    x[:, 0] = 3  # the word that a token adapter changes
+    with injection.using(case.adapter.changes(params)):
+        y = case.model(x) if remember else checkpoint(case.model, x, use_reentrant=False)
         y.square().sum().backward()
     injection.remove()
-    assert x.grad is not None
-    return {"x": x.grad, **{k: v.grad for k, v in params.items()}}
+    return {k: v.grad for k, v in params.items()}
 
 
-def test_gradient_reaches_the_trainables_and_the_input_only(
-    adapter: Adapter, model: Model, dtype: torch.dtype
-) -> None:
-    gradients = _gradients(adapter, model, dtype, remember=True)
-    assert all(g is not None and g.flatten(1).any(dim=1).all() for g in gradients.values())
-    assert all(p.grad is None for p in model.parameters())
+def test_gradient_reaches_the_trainables_only(case: Case) -> None:
+    for name, gradient in _gradients(case, remember=True).items():
+        assert gradient is not None, name
+        assert gradient.flatten(1).any(dim=1).all(), name
+    assert all(p.grad is None for p in case.model.parameters())
 
 
-def test_gradient_checkpointing_changes_nothing(adapter: Adapter, model: Model, dtype: torch.dtype) -> None:
-    plain, checkpointed = (_gradients(adapter, model, dtype, remember) for remember in (True, False))
+def test_gradient_checkpointing_changes_nothing(case: Case) -> None:
+    plain, checkpointed = (_gradients(case, remember) for remember in (True, False))
     for name, gradient in plain.items():
         close(checkpointed[name], gradient)
 
 
-def test_gradient_at_init_reaches_the_output_side(adapter: Adapter, model: Model, dtype: torch.dtype) -> None:
-    params = {k: v.to(dtype).requires_grad_() for k, v in adapter.init(2).items()}
-    injection = Injection(modules_of(model))
-    with injection.using(adapter.factors(params)):
-        model(rows(4, 9, dtype=dtype)).square().sum().backward()
-    gradients = [v.grad for v in params.values() if v.grad is not None]
-    assert any(g.any() for g in gradients)
+def test_something_can_be_learned_from_the_start(case: Case) -> None:
+    params = {k: v.to(case.dtype).requires_grad_() for k, v in case.adapter.init(2, case.sites).items()}
+    x = ids(4)
+    x[:, 0] = 3
+    with Injection(case.sites).using(case.adapter.changes(params)):
+        case.model(x).square().sum().backward()
+    assert any(v.grad is not None and v.grad.any() for v in params.values())
 
 
-def test_global_random_state_is_untouched(config: LiDBConfig | LoRAConfig, model: Model) -> None:
+def test_global_random_state_is_untouched(case: Case) -> None:
     state = torch.get_rng_state()
-    adapter = config.build(Layout.of(modules_of(model)))
-    adapter.factors(adapter.init(2))
+    case.adapter.changes(case.adapter.init(2, case.sites))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_reload_gives_the_same(config: LiDBConfig | LoRAConfig, dtype: torch.dtype) -> None:
-    def make() -> Factors:
-        layout = Layout.of(modules_of(Model()))
-        adapter = config.build(layout).to(dtype=dtype)
-        return adapter.factors(adapter.init(1))
+def test_reload_gives_the_same(case: Case) -> None:
+    def make() -> list[torch.Tensor]:
+        changes = case.adapter.changes(case.adapter.init(1, case.sites))
+        return [changes[name].dense(site.weight()) for name, site in case.sites.items()]
 
-    for (down, up), (again_down, again_up) in zip(make().values(), make().values(), strict=True):
-        assert torch.equal(down, again_down)
-        assert torch.equal(up, again_up)
+    for once, again in zip(make(), make(), strict=True):
+        assert torch.equal(once, again)
+
+
+def test_a_learning_rate_for_every_parameter(case: Case) -> None:
+    assert all(0 < case.adapter.rate(name) <= 1 for name in case.adapter.init(1, case.sites))

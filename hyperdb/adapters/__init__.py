@@ -1,61 +1,29 @@
-"""What a personalisation is: low-rank residuals of linear layers, with a leading identity axis.
+"""What a personalisation is: changes of a frozen network's weights, with a leading identity axis. Knows no base model.
 
-Knows no diffusion model. Configurations live here and import no torch; `build` loads the class it configures.
+One file a kind, its configuration first; none imports torch before it is used. A new kind is such a file, its line in
+`KINDS` and its yaml in conf/adapter.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from hyperdb.adapters.base import AdapterConfig
+from hyperdb.adapters.dora import DoRAConfig
+from hyperdb.adapters.full import FullConfig
+from hyperdb.adapters.lidb import LiDBConfig
+from hyperdb.adapters.lora import LoRAConfig
+from hyperdb.adapters.svdiff import SVDiffConfig
+from hyperdb.adapters.token import TokenConfig
 
-from hyperdb.runtime.errors import UserError
+KINDS: dict[str, type[AdapterConfig]] = {
+    "dora": DoRAConfig,
+    "full": FullConfig,
+    "lidb": LiDBConfig,
+    "lora": LoRAConfig,
+    "svdiff": SVDiffConfig,
+    "token": TokenConfig,
+}
+"""{the name of a kind in files: its configuration}."""
 
-if TYPE_CHECKING:
-    from hyperdb.adapters.layout import Layout
-    from hyperdb.adapters.lidb import LiDB
-    from hyperdb.adapters.lora import LoRA
-
-
-def _check(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UserError(f"{name}={value!r}: expected a whole number from {low} to {high}")
-
-
-@dataclass
-class LiDBConfig:
-    """Lightweight DreamBooth: `rank * (a + b)` numbers a layer in bases from `seed` (paper: 100, 50, 1)."""
-
-    a: int = 100
-    b: int = 50
-    rank: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check("a", self.a, 1, 4096)
-        _check("b", self.b, 1, 4096)
-        _check("rank", self.rank, 1, 256)
-        _check("seed", self.seed, 0, 2**63 - 1)
-
-    def build(self, layout: Layout) -> LiDB:
-        """Return the adapter over `layout`."""
-        from hyperdb.adapters.lidb import LiDB
-
-        return LiDB(layout, self.a, self.b, self.rank, self.seed)
-
-
-@dataclass
-class LoRAConfig:
-    """Plain low-rank residual, `rank * (m + n)` numbers a layer; zero at the start."""
-
-    rank: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check("rank", self.rank, 1, 4096)
-        _check("seed", self.seed, 0, 2**63 - 1)
-
-    def build(self, layout: Layout) -> LoRA:
-        """Return the adapter over `layout`."""
-        from hyperdb.adapters.lora import LoRA
-
-        return LoRA(layout, self.rank, self.seed)
+__all__ = [
+    "KINDS", "AdapterConfig", "DoRAConfig", "FullConfig", "LiDBConfig", "LoRAConfig", "SVDiffConfig", "TokenConfig",
+]  # fmt: skip

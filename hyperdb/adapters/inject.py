@@ -1,4 +1,4 @@
-"""Apply residuals to linear layers and convolutions of any model: by hooks that read a context, or by merging."""
+"""Apply changes to the modules of any model: by hooks that read a context, or by merging."""
 
 from __future__ import annotations
 
@@ -10,111 +10,83 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperdb.adapters.base import Factors, delta
+from hyperdb.adapters.base import Change, Changes, LowRank, identities_of
+from hyperdb.adapters.site import Site
 from hyperdb.runtime.errors import UserError
 
 
-def _divide(x: Tensor, repeat: int, identities: int, name: str) -> None:
-    if x.shape[0] % (repeat * identities):
-        raise UserError(f"{name}: {x.shape[0]} rows cannot be divided among {identities} identities x {repeat} blocks")
+def _sites(modules: Mapping[str, Any]) -> dict[str, Site]:
+    return {name: m if isinstance(m, Site) else Site(name, m) for name, m in modules.items()}
 
 
-def _residual(x: Tensor, down: Tensor, up: Tensor, repeat: int, name: str) -> Tensor:
-    """Return `x @ dW^T`, each row of `x: [B, ..., n]` under its own identity."""
-    down, up = down.to(x), up.to(x)
-    if down.shape[0] == 1:
-        return x @ down[0].mT @ up[0].mT  #                                    [B, ..., n] -> [B, ..., m]
-    identities = down.shape[0]
-    _divide(x, repeat, identities, name)
-    rows = x.reshape(repeat, identities, -1, x.shape[-1])  #                      [repeat, I, S * ..., n]
-    return (rows @ down.mT @ up.mT).reshape(*x.shape[:-1], up.shape[1])  #        [B, ..., m]
+def _checked(sites: Mapping[str, Site], changes: Mapping[str, Any]) -> dict[str, Change]:
+    """Return the changes, plain pairs as low-rank ones; refuse unknown sites and wrong shapes."""
+    ready: dict[str, Change] = {}
+    for name, change in changes.items():
+        if name not in sites:
+            raise UserError(f"the model has no {'convolution' if change[0].ndim == 5 else 'linear layer'} {name}")
+        ready[name] = LowRank(*change) if type(change) is tuple else change
+        ready[name].check(sites[name])
+    return ready
 
 
-def _conv_residual(x: Tensor, down: Tensor, up: Tensor, conv: nn.Conv2d, repeat: int, name: str) -> Tensor:
-    """Return what a convolution by `dW` gives, each row of `x: [B, c, H, W]` under its own identity."""
-    down, up = down.to(x), up.to(x)[..., None, None]
-    how: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-    identities = down.shape[0]
-    if identities == 1:
-        return torch.conv2d(torch.conv2d(x, down[0], **how), up[0])
-    _divide(x, repeat, identities, name)
-    rows = x.unflatten(0, (repeat, identities, -1)).transpose(1, 2)  #            [repeat, S, I, c, H, W]
-    shape = rows.shape[:3]
-    y = torch.conv2d(rows.flatten(2, 3).flatten(0, 1), down.flatten(0, 1), **how, groups=identities)
-    y = torch.conv2d(y, up.flatten(0, 1), groups=identities)  #                   [repeat * S, I * m, H', W']
-    return y.unflatten(1, (identities, -1)).unflatten(0, shape[:2]).transpose(1, 2).flatten(0, 2)
+def merge(modules: Mapping[str, Any], changes: Changes, strength: float = 1.0) -> None:
+    """Add the changes of one identity to the weights in place, in float32 or wider, rounded once.
 
-
-def _check(modules: Mapping[str, nn.Module], factors: Factors) -> int:
-    """Return the number of identities; refuse unknown layers, wrong shapes and mixed identities."""
-    counts = set()
-    for name, (down, up) in factors.items():
-        module = modules.get(name)
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
-            m, n = module.out_channels, [module.in_channels, *module.kernel_size]
-        elif isinstance(module, nn.Linear):
-            m, n = module.out_features, [module.in_features]
-        else:
-            raise UserError(f"the model has no {'convolution' if down.ndim == 5 else 'linear layer'} {name}")
-        if list(down.shape[2:]) != n or up.shape != (down.shape[0], m, down.shape[1]):
-            inputs = ", ".join(map(str, n))
-            raise UserError(
-                f"{name} takes down [I, r, {inputs}] and up [I, {m}, r], not {list(down.shape)} and {list(up.shape)}"
-            )
-        counts.add(down.shape[0])
-    if len(counts) > 1:
-        raise UserError(f"layers disagree on the number of identities: {sorted(counts)}")
-    return max(counts, default=1)
-
-
-def merge(modules: Mapping[str, nn.Module], factors: Factors, strength: float = 1.0) -> None:
-    """Add the residual of one identity to the weights in place, in float32 or wider, rounded once."""
-    if _check(modules, factors) != 1:
+    Raises `NotMergeableError` for a change that no weight can stand for.
+    """
+    sites = _sites({name: module for name, module in modules.items() if name in changes})
+    ready = _checked(sites, changes)
+    if identities_of(ready) != 1:
         raise UserError("only one identity can be merged into a model; select one first")
     with torch.no_grad():
-        for name, (down, up) in factors.items():
-            weight: Any = modules[name].weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            residual = delta(down.to(weight.device, wide), up.to(weight.device, wide))[0]  # as the weight
-            weight.copy_(weight.to(wide) + strength * residual)
+        for name, change in ready.items():
+            wide = sites[name].weight()
+            sites[name].parameter.copy_(wide + strength * change.dense(wide)[0])
 
 
-def unmerge(modules: Mapping[str, nn.Module], factors: Factors, strength: float = 1.0) -> None:
-    """Undo `merge` with the same arguments, up to the rounding of the weights' dtype."""
-    merge(modules, factors, -strength)
+def unmerge(modules: Mapping[str, Any], changes: Changes, strength: float = 1.0) -> None:
+    """Undo `merge` of changes that do not depend on the weight, up to the rounding of the weights' dtype."""
+    merge(modules, changes, -strength)
 
 
 class Injection:
-    """Forward hooks on `modules` (`nn.Linear` or `nn.Conv2d`) that add the residual of the factors set at the time.
+    """Forward hooks on `modules`, or on `Site`s, that add the changes set at the time.
 
     With one identity every row of a batch gets it. With I identities a batch is `repeat` blocks of equal size
     (classifier-free guidance: 2), each identity-major: rows `i*S .. (i+1)*S` of a block are identity `i`'s. Before
     these may stand `plain` more blocks of that size, which get nothing (hybrid guidance); `plain` may be set alone.
-    Works in the input's dtype and device, also under autocast; gradient flows into factors and input.
+    Works in the input's dtype and device, also under autocast; gradient flows into changes and input.
 
-    Under gradient checkpointing the forward runs again during backward: keep the factors set until backward
+    Under gradient checkpointing the forward runs again during backward: keep the changes set until backward
     has ended (call `backward` inside `using`).
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = dict(modules)
-        self._factors: Factors = {}
-        self._strength, self._repeat, self.plain = 1.0, 1, 0
+    def __init__(self, modules: Mapping[str, Any]) -> None:
+        self.sites = _sites(modules)
+        self._changes: dict[str, Change] = {}
+        self._strength, self._repeat, self._identities, self.plain = 1.0, 1, 1, 0
         self._handles = [
-            m.register_forward_hook(partial(self._hook, name)) for name, m in self.modules.items()
+            site.module.register_forward_hook(partial(self._hook, name)) for name, site in self.sites.items()
         ]
 
-    def _hook(
-        self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
-        if name not in self._factors:
+    def _hook(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        change = self._changes.get(name)
+        if change is None:
             return None
-        down, up = self._factors[name]
+        site = self.sites[name]
 
-        def change(rows: Tensor) -> Tensor:
-            if isinstance(module, nn.Conv2d):
-                return _conv_residual(rows, down, up, module, self._repeat, name)
-            return _residual(rows, down, up, self._repeat, name)
+        def residual(x: Tensor, y: Tensor) -> Tensor:
+            if self._identities == 1:
+                return change(x[None, None], y[None, None], site)[0, 0]
+            if x.shape[0] % (self._repeat * self._identities):
+                raise UserError(
+                    f"{name}: {x.shape[0]} rows cannot be divided among {self._identities} identities x "
+                    f"{self._repeat} blocks"
+                )
+            apart = (self._repeat, self._identities, -1)
+            y = y.unflatten(0, apart)
+            return change(x.unflatten(0, apart), y, site).expand_as(y).flatten(0, 2)
 
         if self.plain:
             blocks, rows = self.plain + self._repeat, len(output)
@@ -122,15 +94,17 @@ class Injection:
                 raise UserError(f"{name}: {rows} rows cannot be divided into {blocks} blocks")
             begin = rows // blocks * self.plain
             # the layer has just made its output: nobody else holds it
-            output[begin:].add_(change(inputs[0][begin:]), alpha=self._strength)
+            output[begin:].add_(residual(inputs[0][begin:], output[begin:]), alpha=self._strength)
             return output
-        residual = change(inputs[0])
-        return output + (residual if self._strength == 1 else self._strength * residual)
+        added = residual(inputs[0], output)
+        return output + (added if self._strength == 1 else self._strength * added)
 
-    def set(self, factors: Factors, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> None:
-        """Use `factors` from now on. Raises `UserError` for layers that do not exist or do not fit."""
-        _check(self.modules, factors)
-        self._factors, self._strength, self._repeat, self.plain = dict(factors), strength, repeat, plain
+    def set(self, changes: Changes, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> None:
+        """Use `changes` from now on. Raises `UserError` for sites that do not exist or changes that do not fit."""
+        ready = _checked(self.sites, changes)
+        identities = identities_of(ready)
+        self._changes, self._identities = ready, identities
+        self._strength, self._repeat, self.plain = strength, repeat, plain
 
     def clear(self) -> None:
         """Add nothing from now on; the hooks stay."""
@@ -144,11 +118,12 @@ class Injection:
         self._handles = []
 
     @contextmanager
-    def using(self, factors: Factors, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> Iterator[None]:
-        """Use `factors` within a block, then what was in use before."""
-        before = self._factors, self._strength, self._repeat, self.plain
-        self.set(factors, strength, repeat, plain)
+    def using(self, changes: Changes, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> Iterator[None]:
+        """Use `changes` within a block, then what was in use before."""
+        before = self._changes, self._strength, self._repeat, self.plain
+        self.set(changes, strength, repeat, plain)
         try:
             yield
         finally:
-            self._factors, self._strength, self._repeat, self.plain = before
+            self._changes, self._strength, self._repeat, self.plain = before
+            self._identities = identities_of(self._changes)

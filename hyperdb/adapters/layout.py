@@ -1,4 +1,4 @@
-"""The one ordered list of adapted layers: saved in every artefact, compared on load."""
+"""The one ordered list of adapted sites: saved in every artefact, compared on load."""
 
 from __future__ import annotations
 
@@ -8,26 +8,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
-
-from torch import nn
+from math import prod
+from typing import TYPE_CHECKING
 
 from hyperdb.runtime.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hyperdb.adapters.site import Site
+
 MAX_LAYERS, MAX_WIDTH = 10_000, 999_999
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
-_ENTRY = re.compile(r"([\w.-]{1,200}) ([1-9][0-9]{0,5}) ([1-9][0-9]{0,5})", re.ASCII)
+_ENTRY = re.compile(r"([\w.-]{1,200})((?: [1-9][0-9]{0,5}){1,4})", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of weight `[out, in_]`."""
+    """A site by its name and the shape of its weight: `(out, in)` of a linear layer, `(out, c, h, w)` of a convolution."""
 
     name: str
-    out: int
-    in_: int
+    shape: tuple[int, ...]
+
+    @property
+    def out(self) -> int:
+        """Outputs."""
+        return self.shape[0]
+
+    @property
+    def in_(self) -> int:
+        """Inputs of one output, of a convolution c * h * w; 1 of a vector."""
+        return prod(self.shape[1:])
 
     def __str__(self) -> str:
-        return f"{self.name} {self.out} {self.in_}"
+        return " ".join(map(str, (self.name, *self.shape)))
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Layout:
                 raise UserError(
                     f"layer name {layer.name[:80]!r}: only letters, digits and . _ - (at most 200)"
                 )
-            if not (1 <= layer.out <= MAX_WIDTH and 1 <= layer.in_ <= MAX_WIDTH):
+            if not (1 <= len(layer.shape) <= 4 and all(1 <= side <= MAX_WIDTH for side in layer.shape)):
                 raise UserError(f"layer {layer}: sizes must lie in 1 to {MAX_WIDTH}")
             if layer.name in seen:
                 raise UserError(f"layer {layer.name} stands twice in the layout")
@@ -65,7 +79,7 @@ class Layout:
         return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
 
     def to_text(self) -> str:
-        """Return `name out in;name out in`: nothing in it grows when written as JSON."""
+        """Return `name out in;name out in ...`: nothing in it grows when written as JSON."""
         return ";".join(map(str, self.layers))
 
     @classmethod
@@ -76,17 +90,24 @@ class Layout:
         for entry, match in zip(entries, matches, strict=True):
             if match is None:
                 raise UserError(f"layout entry {entry[:80]!r} is not 'name out in'")
-        return cls(tuple(Layer(m[1], int(m[2]), int(m[3])) for m in matches if m is not None))
+        return cls(tuple(Layer(m[1], tuple(map(int, m[2].split()))) for m in matches if m is not None))
 
     @classmethod
     def of(cls, modules: Mapping[str, nn.Module]) -> Layout:
-        """List `modules` in the order given; each must be an `nn.Linear` (also on the meta device)."""
+        """List linear layers in the order given: what LiDB adapts (also on the meta device)."""
+        from torch import nn
+
         layers = []
         for name, module in modules.items():
             if not isinstance(module, nn.Linear):
                 raise UserError(f"layer {name} is a {type(module).__name__}; only nn.Linear can be adapted")
-            layers.append(Layer(name, module.out_features, module.in_features))
+            layers.append(Layer(name, (module.out_features, module.in_features)))
         return cls(tuple(layers))
+
+    @classmethod
+    def listing(cls, sites: Mapping[str, Site]) -> Layout:
+        """List sites of any kind in the order given."""
+        return cls(tuple(Layer(name, site.shape) for name, site in sites.items()))
 
     def require(self, other: Layout, what: str) -> None:
         """Raise `UserError` naming the first difference unless `other`, that of `what`, equals this."""

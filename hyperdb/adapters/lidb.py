@@ -7,24 +7,52 @@ the largest layer. Layers narrower than a or b use min(a, n), min(b, m); `mask` 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from hyperdb.adapters import LiDBConfig
-from hyperdb.adapters.base import Factors
-from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.base import AdapterConfig, Factors, LowRank, whole_number
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.seed import generator
-from hyperdb.types import Tokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.adapters.site import Site
+    from hyperdb.types import Tokens
 
 ALGORITHM = "qr-uniform-1"
 MAX_BASES, MAX_TOKENS = 10**9, 10**8  # numbers, against hostile files; SD1.5: 26.7 million and 28,800
 
 
+@dataclass
+class LiDBConfig(AdapterConfig):
+    """Lightweight DreamBooth: `rank * (a + b)` numbers a layer in bases from `seed` (paper: 100, 50, 1)."""
+
+    a: int = 100
+    b: int = 50
+    rank: int = 1
+    seed: int = 0
+    kinds = ("linear",)
+
+    def __post_init__(self) -> None:
+        whole_number("a", self.a, 1, 4096)
+        whole_number("b", self.b, 1, 4096)
+        whole_number("rank", self.rank, 1, 256)
+        whole_number("seed", self.seed, 0, 2**63 - 1)
+
+    def build(self, layout: Layout) -> LiDB:
+        """Return the adapter over `layout`."""
+        return LiDB(layout, self.a, self.b, self.rank, self.seed)
+
+
 def _draw(rows: int, columns: int, seed: int, *keys: str) -> Tensor:
     """Return 24-bit integers from a private stream, the same on every platform."""
+    import torch
+
     stream = generator(seed, ALGORITHM, *keys, rows, columns)
     return torch.randint(2**24, (rows, columns), generator=stream, dtype=torch.int32)
 
@@ -35,6 +63,8 @@ def _centre(draws: Tensor) -> Tensor:
 
 def _orthonormal(draws: Tensor) -> Tensor:
     """Return the orthonormal columns of the QR decomposition whose R has a positive diagonal, in float32."""
+    import torch
+
     q, r = torch.linalg.qr(_centre(draws))
     return (q * torch.where(r.diagonal() < 0, -1.0, 1.0)).float()
 
@@ -46,6 +76,8 @@ class LiDB:
     """
 
     def __init__(self, layout: Layout, a: int = 100, b: int = 50, rank: int = 1, seed: int = 0) -> None:
+        import torch
+
         self.config = LiDBConfig(a, b, rank, seed)
         self.layout, self.rank = layout, rank
         self.sizes = [(min(a, layer.in_), min(b, layer.out)) for layer in layout.layers]
@@ -68,6 +100,8 @@ class LiDB:
     @cached_property
     def template(self) -> Tensor:
         """Where everyone starts, `[N, D]`: columns of A of unit norm, B zero."""
+        import torch
+
         A = torch.zeros(len(self.layout), self.max_a, self.rank)
         for i, (layer, (a, _)) in enumerate(zip(self.layout.layers, self.sizes, strict=True)):
             column = _centre(_draw(a, self.rank, self.config.seed, layer.name, "template"))
@@ -95,6 +129,8 @@ class LiDB:
     @cached_property
     def _groups(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
         """Bases stacked by shape, a list a side: (token indices [g], bases [g, n, a] or [g, m, b])."""
+        import torch
+
         sides = []
         for side in (0, 1):
             by_shape: dict[torch.Size, list[int]] = {}
@@ -127,6 +163,8 @@ class LiDB:
 
     def join(self, A: Tensor, B: Tensor) -> Tensor:
         """Return tokens `[..., N, D]` of `A [..., N, a, r]` and `B [..., N, r, b]`."""
+        import torch
+
         return torch.cat([A.flatten(-2), B.flatten(-2)], dim=-1)
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,13 +182,19 @@ class LiDB:
         tokens[..., self.mask] = numbers
         return tokens
 
-    def init(self, identities: int) -> dict[str, Tensor]:
+    def rate(self, name: str) -> float:
+        """Return what the learning rate of a parameter is multiplied by."""
+        return 1.0
+
+    def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
         """Return `{'tokens': [I, N, D]}`, float32: the template for everyone."""
         return {"tokens": self.template.repeat(identities, 1, 1)}
 
     # Eq. 1: x dW = x A_aux A_train B_train B_aux
     def factors(self, params: dict[str, Tokens]) -> Factors:
         """Return `down = (A_aux A_train)^T: [I, r, n]` and `up = (B_train B_aux)^T: [I, m, r]` a layer."""
+        import torch
+
         A, B = self.split(params["tokens"].to(self.dtype))  #                  [I, N, a, r], [I, N, r, b]
         downs: dict[int, Tensor] = {}
         ups: dict[int, Tensor] = {}
@@ -162,4 +206,6 @@ class LiDB:
             b = B_aux.shape[-1]
             group = torch.einsum("gmb,igrb->gimr", B_aux, B.index_select(1, indices)[..., :b])
             ups.update(zip(indices.tolist(), group.unbind(), strict=True))
-        return {name: (downs[i], ups[i]) for i, name in enumerate(self.layout.names)}
+        return {name: LowRank(downs[i], ups[i]) for i, name in enumerate(self.layout.names)}
+
+    changes = factors

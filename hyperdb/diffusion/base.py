@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hyperdb.diffusion import STABLE_DIFFUSION, DiffusionConfig, resolve
 from hyperdb.diffusion.digest import digest_base
-from hyperdb.diffusion.targets import find_sites, find_targets
+from hyperdb.diffusion.targets import find_set, find_targets
 from hyperdb.runtime.errors import NonFiniteError, UserError
 from hyperdb.runtime.files import load_shapes
 from hyperdb.runtime.precision import autocast
@@ -300,12 +300,16 @@ class Base:
         return find_targets(self.unet, self.text_encoder)
 
     def sites(self, names: Collection[str]) -> dict[str, nn.Module]:
-        """Return `targets`, and of the other layers those named: an imported LoRA may adapt any."""
+        """Return `targets`, and of the other places those named: an adapter or an imported LoRA may change any."""
         found: dict[str, nn.Module] = dict(self.targets())
         if further := set(names) - found.keys():
-            everything = find_sites(self.unet, self.text_encoder)
+            everything = self.places("everything")
             found |= {name: module for name, module in everything.items() if name in further}
         return found
+
+    def places(self, which: str) -> dict[str, nn.Module]:
+        """Return a set of places that adapters change, by its name (`hyperdb.diffusion.targets.SETS`)."""
+        return find_set(which, self.unet, self.text_encoder)
 
     def autocast(self) -> Any:
         """Return the context in which UNet and text encoder run."""

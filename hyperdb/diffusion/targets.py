@@ -1,6 +1,7 @@
-"""Which layers of a Stable Diffusion model are personalised: found by class, never listed by hand.
+"""Which places of a Stable Diffusion model are personalised: found by class, never listed by hand.
 
-`find_targets` are the paper's, `find_sites` all that a LoRA of another tool may change.
+`find_targets` are the paper's, `find_sites` all that a LoRA of another tool may change, and `find_set` the sets that
+adapters ask for by name. A place is called after its module, or, where it is the module's bias, `MODULE.bias`.
 """
 
 from __future__ import annotations
@@ -88,3 +89,42 @@ def find_sites(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]
     for path, module in _modules(text_encoder):
         found[f"text_encoder.{path.removeprefix('text_model.')}"] = module
     return {name: module for name, module in found.items() if isinstance(module, nn.Linear | nn.Conv2d)}
+
+
+SETS = ("attention", "cross_kv", "unet", "everything", "token")
+TOKENS = "text_encoder.embeddings.token_embedding"
+
+
+def _places(part: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Go through every weight and every bias of a model, but for what sees no batch: the embedding of positions."""
+    for path, module in _modules(model):
+        name = f"{part}.{path.removeprefix('text_model.')}"
+        known = isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm | nn.Embedding)
+        if not known or name.endswith("position_embedding"):
+            continue
+        if getattr(module, "weight", None) is not None:
+            yield name, module
+        if getattr(module, "bias", None) is not None:
+            yield f"{name}.bias", module
+
+
+def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]:
+    """Return a set of places, in the order of the modules. Raises `UserError` for a name that is none of `SETS`.
+
+    attention: the paper's layers (`find_targets`); cross_kv: keys and values of the UNet's attention to the text
+    (Custom Diffusion); unet: every weight and bias of the UNet (DreamBooth); everything: the text encoder's as well;
+    token: the embedding of the words (Textual Inversion).
+    """
+    if which == "attention":
+        return dict(find_targets(unet, text_encoder))
+    if which == "cross_kv":
+        crossing = [f"unet.{path}" for path, m in _modules(unet) if isinstance(m, Attention) and m.is_cross_attention]
+        targets = find_targets(unet, text_encoder)
+        return {f"{path}.{side}": targets[f"{path}.{side}"] for path in crossing for side in ("to_k", "to_v")}
+    if which == "unet":
+        return dict(_places("unet", unet))
+    if which == "everything":
+        return dict([*_places("unet", unet), *_places("text_encoder", text_encoder)])
+    if which == "token":
+        return {name: m for name, m in _places("text_encoder", text_encoder) if name == TOKENS}
+    raise UserError(f"sites={which!r}: expected one of {', '.join(SETS)}")

@@ -15,13 +15,13 @@ from torch import nn
 from hyperdb.adapters.layout import Layer, Layout
 from hyperdb.runtime.errors import UserError
 
-LAYOUT = Layout((Layer("unet.attn1.to_q", 320, 768), Layer("text_encoder.q_proj", 64, 32)))
+LAYOUT = Layout((Layer("unet.attn1.to_q", (320, 768)), Layer("text_encoder.q_proj", (64, 32))))
 
 
 def test_of_keeps_order_and_sizes_on_the_meta_device() -> None:
     with torch.device("meta"):
         layout = Layout.of({"z": nn.Linear(3, 7), "a": nn.Linear(5, 2)})
-    assert layout.layers == (Layer("z", 7, 3), Layer("a", 2, 5))
+    assert layout.layers == (Layer("z", (7, 3)), Layer("a", (2, 5)))
     assert layout.names == ("z", "a")
     assert len(layout) == 2
 
@@ -79,8 +79,8 @@ def test_any_text_is_parsed_exactly_or_refused(text: str) -> None:
     [
         (lambda layers: layers[::-1], "layer 0 is \\[text_encoder.q_proj 64 32\\]"),
         (lambda layers: layers[:1], "layer 1 is \\[absent\\]"),
-        (lambda layers: (*layers, Layer("more", 1, 1)), "layer 2 is \\[more 1 1\\]"),
-        (lambda layers: (layers[0], Layer("text_encoder.q_proj", 32, 64)), "layer 1 is .* 32 64\\]"),
+        (lambda layers: (*layers, Layer("more", (1, 1))), "layer 2 is \\[more 1 1\\]"),
+        (lambda layers: (layers[0], Layer("text_encoder.q_proj", (32, 64))), "layer 1 is .* 32 64\\]"),
     ],
 )
 def test_require_names_the_first_difference(change: Callable[..., tuple[Layer, ...]], names: str) -> None:

@@ -20,7 +20,7 @@ from hyperdb.adapters.lidb import LiDB
 from hyperdb.diffusion.targets import base_hash, find_targets
 from hyperdb.runtime.errors import UserError
 
-LAYOUT = Layout((Layer("tall", 40, 12), Layer("flat", 9, 30), Layer("tiny", 2, 3), Layer("tall2", 40, 12)))
+LAYOUT = Layout((Layer("tall", (40, 12)), Layer("flat", (9, 30)), Layer("tiny", (2, 3)), Layer("tall2", (40, 12))))
 
 
 def random_tokens(lidb: LiDB, identities: int = 2) -> torch.Tensor:
@@ -218,10 +218,10 @@ def test_fingerprint_is_frozen() -> None:
 
 def test_oversized_bases_are_refused() -> None:
     with pytest.raises(UserError, match="lower them"):
-        LiDB(Layout((Layer("huge", 999_999, 999_999),)), a=4096, b=4096)
+        LiDB(Layout((Layer("huge", (999_999, 999_999)),)), a=4096, b=4096)
     with pytest.raises(UserError, match="lower them"):
         LiDB(
-            Layout((Layer("big", 4096, 4096), *(Layer(f"l{i}", 1, 1) for i in range(9000)))), 4096, 4096, 256
+            Layout((Layer("big", (4096, 4096)), *(Layer(f"l{i}", (1, 1)) for i in range(9000)))), 4096, 4096, 256
         )
 
 

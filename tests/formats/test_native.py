@@ -24,7 +24,7 @@ from hyperdb.formats.native import Personalization, _data_digest
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_metadata
 
-LAYOUT = Layout((Layer("tall", 40, 12), Layer("flat", 9, 30), Layer("tiny", 2, 3)))
+LAYOUT = Layout((Layer("tall", (40, 12)), Layer("flat", (9, 30)), Layer("tiny", (2, 3))))
 CONFIG = LiDBConfig(a=10, b=5, rank=2, seed=7)
 
 

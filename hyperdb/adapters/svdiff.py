@@ -1,0 +1,89 @@
+"""SVDiff (Han et al. 2023, arXiv 2303.11305): the weights' singular values move, their singular vectors stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hyperdb.adapters.base import AdapterConfig, Changes, DenseChange, Frozen
+from hyperdb.adapters.site import decomposed
+from hyperdb.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.adapters.site import Site
+
+
+@dataclass
+class SVDiffConfig(AdapterConfig):
+    """A shift of every singular value of every weight of `sites`; a vector has one, learned at `vector_rate` times the
+    rate.
+    """
+
+    sites: str = "unet"
+    vector_rate: float = 1e-3
+    kinds = ("linear", "conv", "embedding", "norm")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.vector_rate < float("inf"):
+            raise UserError(f"vector_rate={self.vector_rate}: expected above 0")
+
+    def build(self, layout: Layout) -> SVDiff:
+        """Return the adapter over `layout`."""
+        return SVDiff(layout, self.vector_rate)
+
+
+class Spectral(DenseChange):
+    """Shifts `[I, k]` of the singular values of a weight `W = U diag(s) V^T`."""
+
+    # W' = U diag(relu(s + d)) V^T
+    def _of(self, u: Tensor, s: Tensor, vt: Tensor, shape: tuple[int, ...]) -> Tensor:
+        moved = (s + self.tensors[0].to(s)).relu() - s  #                 [I, k], zero at d = 0
+        return (u @ (moved[..., None] * vt)).unflatten(2, shape[1:]) if len(shape) > 1 else (u @ (moved[..., None] * vt))[:, 0]
+
+    def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """Return what the module makes of the rows with the change as its only parameter."""
+        return site.apply(x, self._of(*site.svd, site.shape))
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """Return `U diag(relu(s + d) - s) V^T`, `[I, *shape]`."""
+        return self._of(*decomposed(weight), tuple(weight.shape))
+
+    def check(self, site: Site) -> None:
+        """Raise `UserError` if there is not one shift a singular value."""
+        if (found := self.tensors[0].shape[1]) != (wanted := values(site.shape)):
+            raise UserError(f"{site.name} has {wanted} singular values, not {found}")
+
+
+def values(shape: tuple[int, ...]) -> int:
+    """Return how many singular values a weight of a shape has."""
+    size = 1
+    for side in shape[1:]:
+        size *= side
+    return min(shape[0], size) if len(shape) > 1 else 1
+
+
+class SVDiff(Frozen):
+    """`U diag(relu(s + d)) V^T` with `d` zero at the start."""
+
+    def __init__(self, layout: Layout, vector_rate: float = 1.0) -> None:
+        super().__init__(layout)
+        self.vector_rate = vector_rate
+        self.vectors = {layer.name for layer in layout.layers if len(layer.shape) == 1}
+
+    def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
+        """Return `{site: [I, k]}`, zero."""
+        import torch
+
+        return {x.name: torch.zeros(identities, values(x.shape), device=self.device) for x in self.layout.layers}
+
+    def rate(self, name: str) -> float:
+        """Return what the learning rate of a parameter is multiplied by."""
+        return self.vector_rate if name in self.vectors else 1.0
+
+    def changes(self, params: dict[str, Tensor]) -> Changes:
+        """Return the shifts, by site."""
+        return {name: Spectral(params[name]) for name in self.layout.names}
