@@ -20,10 +20,11 @@ import hyperdb
 from hyperdb.formats.native import Personalization, find_adapter
 from hyperdb.heads import Identity, View, render
 from hyperdb.metrics.face import SFace
+from hyperdb.metrics.likeness import face_cosine, galleries
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
 from hyperdb.stages.export import DTYPES
-from hyperdb.stages.likeness import draw, face_cosine, galleries
+from hyperdb.tuning.draw import draw
 
 PRECISIONS = {name: getattr(torch, kind) for name, kind in DTYPES.items()}
 PROMPTS = ["a [V] face", "a [V] face", "a pencil sketch of a [V] face", "an oil painting of a [V] face"]

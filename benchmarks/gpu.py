@@ -35,7 +35,7 @@ from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.files import load_json, save_json
 from hyperdb.runtime.journal import read
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.memory import GIGABYTE, need
+from hyperdb.tuning.memory import GIGABYTE, need
 
 UNET, TEXT, DECODE, VIT = 0.80, 0.013, 2.5, 0.33  # TFLOP of a forward pass at 512 px (conf/experiment/paper.yaml)
 
@@ -102,7 +102,7 @@ def main(work: Path, minutes: float) -> None:
         config.run(stage, words)
         torch.cuda.synchronize()
         took = time.perf_counter() - clock
-        expected = need(stage, config.load(stage, words), "cuda").total / GIGABYTE
+        expected = need(config.stage_module(stage).passes, config.load(stage, words), "cuda").total / GIGABYTE
         run = {"command": " ".join(["hyperdb", stage, *words]).replace(str(work), "WORK"), "seconds": round(took, 2)}
         run |= {"peak_gb": round(torch.cuda.max_memory_allocated() / GIGABYTE, 2)}
         run |= {"reserved_gb": round(torch.cuda.max_memory_reserved() / GIGABYTE, 2)}

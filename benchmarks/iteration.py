@@ -2,7 +2,7 @@
 
     python benchmarks/iteration.py [diffusion=sd15 diffusion.path=FOLDER] [repeats=9]
 
-The iteration is `hyperdb.stages.finetune.fit`'s own: text encoder and UNet forward and backward with the predicted LiDB
+The iteration is `hyperdb.tuning.fit.fit`'s own: text encoder and UNet forward and backward with the predicted LiDB
 factors, the relaxed ones trained, optimiser step included. The bare pass: the same rows through the same frozen
 networks, forward, and backward to the latents and the token embeddings, no adapter. They take turns in one process; the
 ratio of the medians goes to iteration_NAME.json beside this file, NAME the base's configuration.
@@ -25,7 +25,7 @@ from hyperdb.diffusion.loss import predict
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.precision import cpu_has_bf16
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.finetune import fit
+from hyperdb.tuning.fit import fit
 
 
 def measure(words: list[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from hyperdb import config
 from hyperdb.runtime.files import load_json, save_json
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.memory import GIGABYTE, need
+from hyperdb.tuning.memory import GIGABYTE, need
 
 CARDS = (6, 8, 12, 16, 24, 40, 80)  # GB
 SPARE = 0.92  # of a card; its allocator's reserve and the screen have the rest
@@ -30,7 +30,7 @@ STAGES = {
 
 def expected(stage: str, words: list[str], device: str) -> float:
     """Return the gigabytes of a command."""
-    return round(need(stage, config.load(stage, words), device).total / GIGABYTE, 2)
+    return round(need(config.stage_module(stage).passes, config.load(stage, words), device).total / GIGABYTE, 2)
 
 
 def settings(stage: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The table of stages, and how `key=value` words become a stage's `Config`.
 
-A stage is a module with a dataclass `Config` and `run(config) -> Path | None`. Its values stand in
+A stage is a module with a dataclass `Config` and `run(config) -> Path | None`; one with the setting `dry_run` has
+`passes(config, sketch)` too, which measures what it would load (`hyperdb.tuning.memory`). Its values stand in
 `conf/STAGE.yaml`; a field that holds a dataclass and has a folder of its name under `conf/` is a *group*
 (`diffusion=sd15` picks `conf/diffusion/sd15.yaml`). Hydra composes, the dataclasses check.
 
@@ -377,12 +378,12 @@ def execute(stage: str, settings: Any) -> Path | None:
 
     With `dry_run` only say what it would load, and how much memory it would take.
     """
-    if getattr(settings, "dry_run", False):
-        from hyperdb.stages.memory import report
-
-        report(stage, settings)
-        return None
     module = stage_module(stage)
+    if getattr(settings, "dry_run", False):
+        from hyperdb.tuning.memory import report
+
+        report(stage, module.passes, settings)
+        return None
     out = getattr(settings, "out", None)
     if out is None:
         return module.run(settings)

@@ -56,6 +56,13 @@ def test_every_stage_is_in_the_table():
     assert with_run <= {module.rpartition(".")[2] for module, _ in config.STAGES.values()}
 
 
+def test_stages_with_a_dry_run_say_their_passes():
+    modules = {name: config.stage_module(name) for name in config.available()}
+    dry = {name for name, module in modules.items() if "dry_run" in dict(config.settings(module.Config))}
+    assert dry >= {"demo", "personalize", "generate", "precompute", "train_hypernet", "evaluate"}
+    assert {name for name, module in modules.items() if hasattr(module, "passes")} == dry
+
+
 def test_no_file_is_written_by_importing(tmp_path):
     environment = os.environ | {"HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", "import hyperdb.cli"], check=True, cwd=tmp_path, env=environment)

@@ -21,7 +21,8 @@ from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.journal import read
-from hyperdb.stages.finetune import FitConfig, PriorConfig, fit, load_prior
+from hyperdb.tuning.fit import FitConfig, fit
+from hyperdb.tuning.prior import PriorConfig, load_prior
 
 pytestmark = pytest.mark.gpu
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+import hyperdb
 from hyperdb import config
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import resolve
@@ -18,13 +19,14 @@ from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.files import load_json, load_metadata, load_tensors, save_json
+from hyperdb.tuning.prior import load_prior
 
 EMBEDDED = resolve("package:embedded")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return config.stage_module("personalize").Personalizer(config.load("personalize", ["image=none"]))
+    return hyperdb.load()
 
 
 def test_the_hypernetwork_belongs_to_the_base(model):
@@ -51,12 +53,10 @@ def test_the_directions_are_in_the_hypernetworks_bases(model):
 
 
 def test_the_shipped_prior_is_used(model, monkeypatch, tmp_path):
-    from hyperdb.stages import finetune
-
     shipped = EMBEDDED / "hypernet" / "prior.safetensors"
     assert load_metadata(shipped)["key"].startswith(model.base.digest)
     settings = config.load("personalize", ["image=none"]).prior
-    finetune.load_prior(model.base, settings, tmp_path / "prior.safetensors", shipped)
+    load_prior(model.base, settings, tmp_path / "prior.safetensors", shipped)
     assert list(tmp_path.iterdir()) == []  # nothing had to be sampled
 
 

@@ -5,20 +5,30 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hyperdb.runtime.paths import FilePath
-from hyperdb.stages.personalize import Config as PersonalizeConfig
+from hyperdb.tuning import photos
+from hyperdb.tuning.personalizer import PersonalizerConfig
+
+if TYPE_CHECKING:
+    from hyperdb.tuning.memory import Sketch
 
 WRITES = ("rendered.png", "astronaut.png")
 
 
 @dataclass
-class Config(PersonalizeConfig):
+class Config(PersonalizerConfig):
     """`person`: a seed of the validation or test split; the photo is scikit-image's astronaut (NASA, public domain)."""
 
     image: FilePath = "none"
     out: FilePath = "runs/demo/default"
     person: int = 1_100_003
+
+
+def passes(config: Config, sketch: Sketch) -> None:
+    """Measure prediction, fine-tuning and preview of one of the two."""
+    photos.passes(config, sketch)
 
 
 def run(config: Config) -> Path:
@@ -29,7 +39,6 @@ def run(config: Config) -> Path:
     from hyperdb.heads import Identity, View, render, split_of
     from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.output import claim
-    from hyperdb.stages import personalize
 
     if split_of(config.person) == "train":
         raise UserError(f"person={config.person} belongs to the training split; take one from 1100000 to 1199999")
@@ -38,7 +47,7 @@ def run(config: Config) -> Path:
     for name, pixels in pictures.items():
         print(f"--- {name}")
         photo = save_png(out / f"{name}.png", pixels)
-        personalize.run(dataclasses.replace(config, image=str(photo), out=str(out / name)))
+        photos.personalize(dataclasses.replace(config, image=str(photo), out=str(out / name)))
     if config.preview:
         print("\nThe pictures:")
         for name in pictures:

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperdb.formats.directions import ATTRIBUTES, load_directions
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
-from hyperdb.stages.weights import ATTRIBUTES, DIRECTIONS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hyperdb.formats.native import Personalization
 
 
@@ -111,31 +108,3 @@ def mix(people: list[Personalization], shares: list[float]) -> Personalization:
     tokens = torch.stack([share * p.tokens for share, p in zip(shares, people, strict=True)]).sum(0)
     relaxed = [scale(p.relaxed, share) for share, p in zip(shares, people, strict=True) if p.relaxed and share]
     return dataclasses.replace(first, tokens=tokens, relaxed=concatenate(*relaxed) if relaxed else {})
-
-
-def load_directions(path: str, person: Personalization) -> dict[str, Tensor]:
-    """Read `directions.safetensors` of `hyperdb weights`: the numbers `[C]` that a step adds to a person's.
-
-    Raises `UserError` for another file and for directions in other bases than the person's.
-    """
-    import torch
-
-    from hyperdb.diffusion import resolve
-    from hyperdb.runtime.files import load_tensors
-
-    file = resolve(path)
-    if not file.is_file():
-        raise UserError(f"no directions at {file}; `hyperdb weights` writes them")
-    tensors, metadata = load_tensors(file)
-    if metadata.get("kind") != DIRECTIONS:
-        raise UserError(f"{file} is not a file of directions; give the directions.safetensors of `hyperdb weights`")
-    if metadata.get("lidb") != (person.fingerprint or person.lidb.fingerprint):
-        raise UserError(f"{file} was made in other LiDB bases than {person.source}: run `hyperdb weights` on its base")
-    theirs = metadata.get("base", "")
-    if theirs != person.base:
-        here = person.base or "unknown"
-        warnings.warn(f"{file} was made on base {theirs}, {person.source} on {here}: expect less", stacklevel=2)
-    found, names = tensors.get("directions", torch.empty(0)), metadata.get("attributes", "").split()
-    if found.shape != (len(names), person.lidb.numbers) or not found.isfinite().all():
-        raise UserError(f"{file} is damaged: directions of shape {list(found.shape)} for {', '.join(names)}")
-    return dict(zip(names, found.float(), strict=True))

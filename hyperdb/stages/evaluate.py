@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
-from hyperdb.stages.finetune import FitConfig
-from hyperdb.stages.personalize import Config as PersonalizeConfig
+from hyperdb.tuning.fit import FitConfig
+from hyperdb.tuning.personalizer import PersonalizerConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from hyperdb.adapters.base import Factors
     from hyperdb.data.people import People
     from hyperdb.metrics.feature import Feature
-    from hyperdb.stages.personalize import Personalizer
+    from hyperdb.tuning.memory import Sketch
+    from hyperdb.tuning.personalizer import Personalizer
 
     Scores = dict[str, dict[str, NDArray[Any]]]  # row: figure: [I, S]
 
@@ -51,7 +52,7 @@ KEPT = "the pictures of finished rows are kept"
 
 
 @dataclass
-class Config(PersonalizeConfig):
+class Config(PersonalizerConfig):
     """`data`: rendered people; `photos` of a person from number `reference` on are given, the next `views` judge.
     The iterations of a fine-tuning are those told, however many photos.
 
@@ -104,6 +105,15 @@ class Config(PersonalizeConfig):
                 raise UserError(f"recognisers={name!r}: expected sface or dlib")
 
 
+def passes(config: Config, sketch: Sketch) -> None:
+    """Measure prediction and fine-tuning of a batch of people, and the drawing of a row."""
+    from hyperdb.tuning.draw import together
+
+    sketch.personalize(config, config.batch)
+    with sketch.measure("drawing"):
+        sketch.draw(together(config.diffusion.size))
+
+
 def run(config: Config) -> Path:
     """Write `results` with means and 95 % intervals over people and seeds, and a picture sheet beside it.
 
@@ -120,8 +130,8 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
-    from hyperdb.stages.finetune import load_prior
-    from hyperdb.stages.personalize import Personalizer
+    from hyperdb.tuning.personalizer import Personalizer
+    from hyperdb.tuning.prior import load_prior
 
     # --- people: one reference, `views` judges, the rest for the ceiling
     given, used = config.photos, config.photos + config.views
@@ -314,8 +324,8 @@ def _pictures(
 
     from hyperdb.adapters.base import concatenate, select
     from hyperdb.heads import prompt
-    from hyperdb.stages.finetune import fit
-    from hyperdb.stages.likeness import draw
+    from hyperdb.tuning.draw import draw
+    from hyperdb.tuning.fit import fit
 
     assert model.hypernet is not None
     base, lidb, (count, given) = model.base, model.lidb, shown.shape[:2]
@@ -385,8 +395,8 @@ def measure(
     import torch
 
     from hyperdb.metrics import copying
+    from hyperdb.metrics.likeness import galleries
     from hyperdb.metrics.score import cosine, rank1
-    from hyperdb.stages.likeness import galleries
 
     def each(feature: Any, images: Tensor) -> Tensor:
         return feature(images.flatten(0, 1)).unflatten(0, images.shape[:2])  #      [I, K, C]

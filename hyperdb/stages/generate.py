@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hyperdb.diffusion.base import Base
+    from hyperdb.tuning.memory import Sketch
 
 # A smaller vocabulary was made word by word, so a word it must spell was in no caption. CLIP's 49,408 tokens
 # spell many a word that it knows well.
@@ -266,6 +267,12 @@ def _draw(config: Config, base: Base, seeds: list[int], steps: int, guidance: Gu
             raise
         raise NonFiniteError(f"adapter={config.adapter} strength={config.strength}: {error}") from error
     return pictures.permute(0, 2, 3, 1).contiguous().numpy()  #              [B, 3, H, W] -> [B, H, W, 3]
+
+
+def passes(config: Config, sketch: Sketch) -> None:
+    """Measure the drawing of one batch."""
+    with sketch.measure("drawing"):
+        sketch.draw(min(config.batch, config.num_images))
 
 
 def run(config: Config) -> Path:

@@ -5,37 +5,21 @@ The hypernetwork predicts LiDB weights; 40 iterations of rank-relaxed fine-tunin
 
 from __future__ import annotations
 
-import hashlib
-import time
-import warnings
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hyperdb.adapters import LiDBConfig, LoRAConfig
-from hyperdb.diffusion import DiffusionConfig
-from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath, expand
-from hyperdb.stages.finetune import FitConfig, Prior, PriorConfig
-from hyperdb.words import entries
+from hyperdb.tuning import photos
+from hyperdb.tuning.personalizer import PersonalizerConfig
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
+    from hyperdb.tuning.memory import Sketch
 
-    from hyperdb.adapters.layout import Layout
-    from hyperdb.diffusion.base import Base
-    from hyperdb.formats.native import Personalization
-    from hyperdb.hypernet.model import Hypernet
-
-    Picture = str | Path | np.ndarray
-
-WRITES = ("lidb.safetensors", "adapter.safetensors", "preview.png", "report.json", "prior.safetensors")
+WRITES = photos.WRITES
 
 
 @dataclass
-class Config:
+class Config(PersonalizerConfig):
     """`image`: a photo in any common format; `hypernet`: a trained one's folder, `default` (the base's own) or null.
 
     Several photos of one person are written `[a.jpg,b.jpg]`: their predictions are averaged, and the fine-tuning
@@ -43,228 +27,10 @@ class Config:
     begins at another adapter, `start`: an average of people made by `hyperdb edit`, or an earlier fit.
     """
 
-    image: FilePath = "???"
-    name: str = "default"
-    out: FilePath = "runs/personalize/default"
-    hypernet: FilePath | None = "default"
-    start: FilePath | None = None  # an adapter's file or folder to begin at, instead of the hypernetwork's prediction
-    face: int | None = None  # which face, 1 is the largest; null: the largest, with a notice
-    align: bool = True  # false: the picture is already an aligned crop
-    preview: bool = True
-    preview_styles: list[str] = field(
-        default_factory=lambda: [
-            "a pencil sketch of a [V] face",
-            "a cartoon of a [V] face",
-            "an oil painting of a [V] face",
-            "a clay sculpture of a [V] face",
-            "a bronze statue of a [V] face",
-            "a watercolour painting of a [V] face",
-        ]
-    )
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    lidb: LiDBConfig = field(default_factory=LiDBConfig)  # without a hypernetwork: the (empty) LiDB part
-    relaxed: LoRAConfig = field(default_factory=LoRAConfig)
-    finetune: FitConfig = field(default_factory=FitConfig)
-    prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
-    seed: int = 0
-    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
-    def __post_init__(self) -> None:
-        if self.start is not None:
-            if self.hypernet not in (None, "default"):
-                raise UserError(
-                    f"start={self.start} takes the place of the prediction of hypernet={self.hypernet}; leave out one"
-                )
-            self.hypernet = None
-
-
-def hypernet_folder(hypernet: str | None, diffusion: DiffusionConfig) -> Path | None:
-    """Return the folder of the hypernetwork asked for, None for none. Raises `UserError` if there is no such."""
-    from hyperdb.diffusion import resolve
-
-    name = diffusion.hypernet if hypernet == "default" else hypernet
-    if name is None and hypernet is not None:
-        raise UserError(
-            f"no hypernetwork is known for the base {diffusion.path}: train one with "
-            "`hyperdb train_hypernet` and set hypernet=FOLDER, or run the fast fine-tuning alone with hypernet=null"
-        )
-    folder = resolve(name) if name is not None else None
-    if folder is not None and not (folder / "hypernet.safetensors").is_file():
-        raise UserError(f"no hypernetwork at {folder}; set hypernet=FOLDER or hypernet=null")
-    return folder
-
-
-def load_hypernet(folder: Path, base: Base, layout: Layout) -> Hypernet:
-    """Read a hypernetwork for a base; one that was trained on another is warned of."""
-    from hyperdb.hypernet.model import Hypernet
-
-    model = Hypernet.load(folder / "hypernet.safetensors").to(base.device)
-    layout.require(model.lidb.layout, f"the hypernetwork {folder}")
-    trained_on = model.metadata.get("base")
-    if trained_on and trained_on != base.digest:
-        warnings.warn(
-            f"the hypernetwork {folder} was trained on base {trained_on}, this is {base.digest}: expect less likeness",
-            stacklevel=3,
-        )
-    return model
-
-
-class Personalizer:
-    """A base and its hypernetwork, loaded once: `personalize(image)` as often as you like."""
-
-    def __init__(self, config: Config) -> None:
-        from hyperdb.adapters.layout import Layout
-        from hyperdb.diffusion.base import Base
-        from hyperdb.diffusion.targets import base_hash
-        from hyperdb.formats.native import Personalization, find_adapter
-
-        self.start = Personalization.load(find_adapter(config.start)) if config.start is not None else None
-        if self.start is not None:
-            words = {key: getattr(self.start, key) for key in ("rare_token", "class_word")}
-            config = replace(config, diffusion=replace(config.diffusion, **words))
-        self.config = config
-        self.folder = folder = hypernet_folder(config.hypernet, config.diffusion)
-        # the start's words for a person, of an imported LoRA say, may be any
-        self.base: Base = config.diffusion.load() if self.start is None else Base.load(config.diffusion)
-        self.layout = Layout.of(self.base.targets())
-        self.base_hash = base_hash(self.base.targets())
-        self.hypernet = load_hypernet(folder, self.base, self.layout) if folder is not None else None
-        self.lidb = self.hypernet.lidb if self.hypernet is not None else config.lidb.build(self.layout)
-        if self.start is not None:
-            self.layout.require(self.start.layout, self.start.source)
-            if self.start.base not in ("", self.base_hash):
-                warnings.warn(
-                    f"{self.start.source} was made for base {self.start.base}, this is {self.base_hash}: expect less "
-                    "likeness", stacklevel=2,
-                )  # fmt: skip
-            self.lidb = self.start.config.build(self.layout)
-        self.lidb.to(self.base.device)
-
-    @cached_property
-    def prior(self) -> Prior | None:
-        """What the fast fine-tuning keeps as it is; made on first use, as it may be drawn and written to `out`."""
-        from hyperdb.diffusion import resolve
-        from hyperdb.stages.finetune import load_prior
-
-        config = self.config
-        if config.finetune.prior_weight <= 0:
-            return None
-        known = self.folder or (resolve(config.diffusion.hypernet) if config.diffusion.hypernet else None)
-        shipped = known / "prior.safetensors" if known is not None else None
-        return load_prior(self.base, config.prior, Path(config.out) / "prior.safetensors", shipped)
-
-    def crop(self, image: str | Path | np.ndarray) -> np.ndarray:
-        """Read, detect, align and crop one face: `[size, size, 3]` uint8. Raises `UserError` naming the file."""
-        return crop_face(image, self.config)
-
-    def predict(self, crops: np.ndarray) -> Tensor:
-        """Return tokens `[1, N, D]`, the mean over one person's crops `[V, size, size, 3]` or of the only one.
-
-        Without a hypernetwork those of the start, or the empty template.
-        """
-        import torch
-
-        if self.start is not None:
-            return self.start.tokens[None].to(self.base.device)
-        if self.hypernet is None:
-            return self.lidb.init(1)["tokens"]
-        with torch.no_grad(), self.base.autocast():
-            return self.hypernet(_images(crops)).mean(0, keepdim=True)
-
-    def tuning(self, photos: int) -> FitConfig:
-        """Return the fine-tuning of so many photos: in the iterations of one, two are less like the person."""
-        return replace(self.config.finetune, steps=self.config.finetune.steps * photos)
-
-    def finetune(self, crops: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Train the relaxed factors on top of the predicted ones (paper section 4.3), on crops as in `predict`.
-
-        Takes the iterations of `tuning`. With a start it is the whole of that which lies under them.
-        """
-        from hyperdb.stages.finetune import fit
-
-        lora = self.config.relaxed.build(self.layout)
-        moments = self.base.moments(_images(crops))[None]  #                        [1, V, 2, c, h, w]
-        begun = self.lidb.factors({"tokens": tokens}) if self.start is None else self.start.factors()
-        frozen = {k: (d.detach().to(self.base.device), u.detach().to(self.base.device)) for k, (d, u) in begun.items()}
-        return lora.factors(fit(self.base, lora, moments, self.tuning(moments.shape[1]), frozen, self.prior, progress))
-
-    def wrap(self, tokens: Tensor, relaxed: dict[str, tuple[Tensor, Tensor]] | None = None) -> Personalization:
-        """Make the file's object of tokens and relaxed factors, beside those of the start."""
-        from hyperdb.adapters.base import concatenate
-        from hyperdb.formats.native import Personalization
-
-        words = self.config.diffusion
-        trained = {k: (d.cpu(), u.cpu()) for k, (d, u) in (relaxed or {}).items()}
-        parts = [part for part in (self.start.relaxed if self.start is not None else {}, trained) if part]
-        return Personalization(
-            self.layout, tokens[0].cpu(), self.lidb.config, self.base_hash, words.rare_token, words.class_word,
-            concatenate(*parts) if parts else {}, self.start.fingerprint if self.start is not None else "",
-        )  # fmt: skip
-
-    def personalize(self, image: Picture | list[Picture], finetune: bool = True) -> Personalization:
-        """Return the adapter of one photo, or of several of one person: prediction, then the fast fine-tuning.
-
-        `finetune=False` stops at the prediction.
-        """
-        import numpy as np
-
-        crops = np.stack([self.crop(one) for one in (image if isinstance(image, list | tuple) else [image])])
-        tokens = self.predict(crops)
-        return self.wrap(tokens, self.finetune(crops, tokens) if finetune else None)
-
-    def pipeline(self) -> Any:
-        """Return the base as diffusers' `StableDiffusionPipeline`, with hybrid guidance on top, float32.
-
-        UNet and text encoder are its own copies: an adapter applied to it touches no other pipeline, and no later
-        `personalize`.
-        """
-        import copy
-
-        from diffusers import DDIMScheduler
-
-        from hyperdb.formats.pipeline import HybridPipeline
-
-        base = self.base
-        text_encoder, unet = (copy.deepcopy(part).float() for part in (base.text_encoder, base.unet))
-        return HybridPipeline(
-            base.vae, text_encoder, base.tokenizer, unet, DDIMScheduler.from_config(base.schedule.config),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
-
-
-def _images(crops: np.ndarray) -> Tensor:
-    """Return one crop `[size, size, 3]` or several `[V, size, size, 3]` as images `[V, 3, size, size]`."""
-    import torch
-
-    return torch.from_numpy(crops.reshape(-1, *crops.shape[-3:])).permute(0, 3, 1, 2)
-
-
-def photos(image: str) -> list[str]:
-    """Split `[a.jpg,b.jpg]` into its photos; a file that is called so is itself."""
-    if Path(image).exists():
-        return [image]
-    try:
-        listed = entries(image)
-    except UserError as error:
-        raise UserError(f"image={error}: expected a photo, or photos of one person as [a.jpg,b.jpg]") from error
-    if listed is not None and not listed:
-        raise UserError("image=[]: expected a photo, or photos of one person as [a.jpg,b.jpg]")
-    return [expand(one.text) for one in listed] if listed is not None else [image]
-
-
-def crop_face(image: str | Path | np.ndarray, config: Config) -> np.ndarray:
-    """Return the aligned face of a picture, `[size, size, 3]` uint8; notices go to standard output."""
-    from hyperdb.faces.align import face_crop
-    from hyperdb.faces.image import as_image, read_image
-
-    if isinstance(image, str | Path):
-        name, rgb = str(image), read_image(image)
-    else:
-        name, rgb = "the picture", as_image(image)
-    crop, notice = face_crop(rgb, config.diffusion.size, config.diffusion.crop, config.face, name, config.align)
-    if notice:
-        print(notice)
-    return crop
+def passes(config: Config, sketch: Sketch) -> None:
+    """Measure prediction, fine-tuning and preview."""
+    photos.passes(config, sketch)
 
 
 def run(config: Config) -> Path:
@@ -272,89 +38,4 @@ def run(config: Config) -> Path:
 
     With a start there is no prediction to keep as `lidb.safetensors`.
     """
-    import numpy as np
-    from tqdm import tqdm
-
-    from hyperdb.formats.native import find_adapter
-    from hyperdb.runtime.files import hash_files, save_json
-    from hyperdb.runtime.output import claim
-    from hyperdb.runtime.provenance import provenance
-    from hyperdb.runtime.recipe import recipe
-
-    clock, seconds = time.perf_counter(), {}
-
-    def lap(phase: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        seconds[phase] = round(now - clock, 3)
-        clock = now
-
-    crops = np.stack([crop_face(one, config) for one in photos(config.image)])
-    lap("crop")
-    model = Personalizer(config)
-    weights = None if model.folder is None else hash_files([model.folder / "hypernet.safetensors"])
-    begun = None if config.start is None else hash_files([find_adapter(config.start)])
-    contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
-    contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
-    out = claim(config.out, WRITES, {**recipe(config), **contents})
-    lap("load")
-    tokens = model.predict(crops)
-    lap("predict")
-    with tqdm(total=model.tuning(len(crops)).steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
-
-        def progress(_: int, loss: float) -> None:
-            bar.update(1)
-            bar.set_postfix_str(f"loss {loss:.4f}")
-
-        relaxed = model.finetune(crops, tokens, progress)
-    lap("finetune")
-    predicted, finished = model.wrap(tokens), model.wrap(tokens, relaxed)
-    written = [finished.save(out / "adapter.safetensors")]
-    if model.start is None:
-        written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
-    report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
-    report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
-    lap("save")
-    if config.preview:
-        report["face_cosine_to_photo"] = _preview(model, crops, predicted, finished, out / "preview.png")
-        lap("preview")
-    save_json(out / "report.json", {**report, "seconds": seconds, **provenance()})
-    total = sum(seconds.values())
-    print(f"{out / 'adapter.safetensors'} in {total:.1f} s (prediction {seconds['predict']:.2f} s, "
-          f"fine-tuning {seconds['finetune']:.1f} s)")  # fmt: skip
-    if config.preview:
-        print(f"pictures: {out / 'preview.png'}")
-    print(f"next: hyperdb generate adapter={out} prompt='a pencil sketch of a [V] face'")
-    return out
-
-
-def _preview(
-    model: Personalizer, crops: np.ndarray, predicted: Personalization, finished: Personalization, path: Path
-) -> dict[str, float]:
-    """Draw photo, base, prediction, fine-tuned and styles on one sheet; return the face cosines to the photos."""
-    from hyperdb.faces.image import grid, save_png
-    from hyperdb.metrics.face import SFace
-    from hyperdb.stages.likeness import draw, face_cosine, galleries
-
-    base, seeds = model.base, [0, 1, 2]
-    shown = _images(crops)
-    photo = shown[0]
-    before = "prediction" if model.start is None else "start"
-    instance = [base.config.instance_prompt] * len(seeds)
-    rows = {
-        "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
-        before: draw(base, predicted.factors(), 1, instance, seeds)[0],
-        "fine-tuned": draw(base, finished.factors(), 1, instance, seeds)[0],
-    }
-    styles = model.config.preview_styles
-    styled = draw(base, finished.factors(), 1, styles, [0] * len(styles))[0]
-    feature = SFace()
-    gallery = galleries(feature, shown[None])
-    cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
-    pictures = [photo, *rows["base"][:1], *rows[before][:1], *rows["fine-tuned"], *styled]
-    labels = ["photo", "base", before, *["fine-tuned"] * 3, *styles]
-    scale = max(1, 192 // photo.shape[-1])
-    pixels = [p.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for p in pictures]
-    text = {"software": "hyperdb", "synthetic": "all but the first picture", "base": base.digest}
-    save_png(path, grid(pixels, 6, labels=labels), text)
-    return {name: value if value == value else 0.0 for name, value in cosines.items()}
+    return photos.personalize(config)

@@ -10,10 +10,12 @@ from hyperdb.adapters import LiDBConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
-from hyperdb.stages.finetune import FitConfig, PriorConfig
+from hyperdb.tuning.fit import FitConfig
+from hyperdb.tuning.prior import PriorConfig
 
 if TYPE_CHECKING:
     from hyperdb.data.people import People
+    from hyperdb.tuning.memory import Sketch
 
 
 WRITES = ("fits-*.safetensors", "statistics.safetensors", "index.json", "prior.safetensors")
@@ -80,6 +82,17 @@ def reference_rows(people: People, views: int) -> list[list[int]]:
     return [[r[k % len(r)] for k in range(views)] if r else [] for r in rows]
 
 
+def passes(config: Config, sketch: Sketch) -> None:
+    """Measure what encodes the photos and a batch of fits."""
+    from hyperdb.tuning.memory import rows
+
+    with sketch.measure("encoding photos"):
+        sketch.encode()
+    with sketch.measure("fits"):
+        factors = sketch.factors(config.batch, config.lidb.rank, trained=True)
+        sketch.denoise(config.batch * rows(config.fit), factors)
+
+
 def run(config: Config) -> Path:
     """Write shards of `batch` fits and the store's index to `out`; finished shards are kept."""
     import torch
@@ -91,7 +104,8 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
-    from hyperdb.stages.finetune import fit, load_prior
+    from hyperdb.tuning.fit import fit
+    from hyperdb.tuning.prior import load_prior
 
     base = config.diffusion.load()
     lidb = config.lidb.build(Layout.of(base.targets()))

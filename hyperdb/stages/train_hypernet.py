@@ -14,7 +14,7 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
-from hyperdb.stages.finetune import PriorConfig
+from hyperdb.tuning.prior import PriorConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.journal import Journal
+    from hyperdb.tuning.memory import Sketch
 
 FEATURE_PHOTOS = 2048  # that the encoder's features are standardised by
 
@@ -125,6 +126,27 @@ class Config:
             raise UserError("nothing to learn from: set alpha > 0, or beta > 0 with weights=STORE")
 
 
+def passes(config: Config, sketch: Sketch) -> None:
+    """Measure a step of the training, and a validation; count what the optimizer keeps of each network."""
+    from hyperdb.tuning.draw import together
+    from hyperdb.tuning.memory import rows
+
+    hypernet = sketch.add_hypernet(config.model, config.lidb.build(sketch.layout))
+    hypernet.encoder.requires_grad_(config.encoder_rate > 0 and not config.model.encoder.frozen)
+    people = config.batch
+    with sketch.measure("encoding photos"):
+        sketch.encode()
+    with sketch.measure("training step"):
+        tokens = sketch.predict(people, trained=True)
+        if config.alpha > 0:
+            sketch.denoise(people * rows(config), sketch.factors(people, config.lidb.rank, trained=True))
+        tokens.float().square().mean().backward()
+    if config.validation is not None:
+        with sketch.measure("validation"):
+            sketch.draw(together(config.diffusion.size))
+    sketch.keep_training("image encoder", "hypernetwork decoder")
+
+
 def run(config: Config) -> Path:
     """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
     import torch
@@ -146,7 +168,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import derive, generator
-    from hyperdb.stages.finetune import load_prior
+    from hyperdb.tuning.prior import load_prior
 
     # --- base, people, fits
     base = config.diffusion.load()
@@ -432,9 +454,10 @@ class _Validation:
         from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
         from hyperdb.faces.image import grid, save_png
         from hyperdb.metrics.face import SFace
+        from hyperdb.metrics.likeness import face_cosine, galleries
         from hyperdb.metrics.score import paired
         from hyperdb.runtime.seed import generator
-        from hyperdb.stages.likeness import draw, face_cosine, galleries
+        from hyperdb.tuning.draw import draw
 
         base, count, feature = self.base, len(self.shown), SFace()
         if self.gallery is None:

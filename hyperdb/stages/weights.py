@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import DiffusionConfig
+from hyperdb.formats.directions import ATTRIBUTES, save_directions
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
 
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
 
-# labels of a rendered person and of a photo, as numbers that grow: man, old, dark skin, light hair, smiling
-ATTRIBUTES = ("sex", "age", "skin", "hair", "smile")
 SMILES = ("smiling", "laughing")
 
-DIRECTIONS = "hyperdb.directions"  # kind of the file
 READER = 100.0  # penalty of the reader of attributes
 WAYS = 7  # adapters on the way from one person to another
 KNOWN = 8  # people that each new one is compared with
@@ -138,7 +136,7 @@ class _Studio:
 
     def draw(self, numbers: Tensor, label: str) -> Tensor:
         """Return `[I, images, 3, H, W]`, the same seeds for everyone."""
-        from hyperdb.stages.likeness import draw
+        from hyperdb.tuning.draw import draw
 
         self.bar.set_description(label)
         factors = self.lidb.factors({"tokens": self.lidb.unpack(numbers).to(self.base.device)})
@@ -168,11 +166,11 @@ def run(config: Config) -> Path:
     from hyperdb.data.people import load_people
     from hyperdb.data.weights import load_store, made_from
     from hyperdb.diffusion.targets import base_hash
-    from hyperdb.runtime.files import hash_files, save_json, save_tensors
+    from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
-    from hyperdb.stages.personalize import hypernet_folder, load_hypernet
+    from hyperdb.tuning.personalizer import hypernet_folder, load_hypernet
 
     # --- adapters of many people, and of unseen ones
     folder = hypernet_folder(config.hypernet, config.diffusion)
@@ -222,9 +220,8 @@ def run(config: Config) -> Path:
     # [K, T]: a step moves one attribute by a standard deviation and leaves the others where they are
     directions = torch.linalg.pinv(w).mT
     in_numbers = (directions.mT * space.std) @ space.axes  #                        [T, C]
-    text = {"kind": DIRECTIONS, "lidb": model.lidb.fingerprint, "attributes": " ".join(ATTRIBUTES)}
-    text |= {"base": base_hash(base.targets())}
-    save_tensors(out / "directions.safetensors", {"directions": in_numbers}, text)
+    made_in = (model.lidb.fingerprint, base_hash(base.targets()))
+    save_directions(out / "directions.safetensors", in_numbers, *made_in)
     shown, judged = torch.cat(people.photos), torch.cat(unseen.photos)
     reader = ridge(_looks(model, people.images[shown]), known[shown] / scale, penalty=READER)
 

@@ -26,7 +26,7 @@ from hyperdb.report.table import markdown
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.stages import evaluate, train_hypernet
-from hyperdb.stages.personalize import photos
+from hyperdb.tuning.photos import photos
 
 TINY = [
     "diffusion.size=32",

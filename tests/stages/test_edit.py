@@ -11,10 +11,10 @@ from hyperdb import config as configuration
 from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.base import delta
 from hyperdb.adapters.layout import Layout
+from hyperdb.formats.directions import ATTRIBUTES, DIRECTIONS
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import save_tensors
-from hyperdb.stages.weights import ATTRIBUTES, DIRECTIONS
 
 
 def person(seed, relaxed=True, lidb=None):

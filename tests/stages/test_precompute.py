@@ -18,7 +18,7 @@ from hyperdb.data.weights import load_store
 from hyperdb.hypernet import loss as weight_space
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
-from hyperdb.stages.finetune import fit
+from hyperdb.tuning.fit import fit
 
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "lidb.a=12", "lidb.b=8"]
 TINY += ["prior.images=2", "prior.prompts=[a photo of a face]"]

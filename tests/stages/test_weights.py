@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from hyperdb import config as configuration
+from hyperdb.formats.directions import ATTRIBUTES
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
-from hyperdb.stages.weights import ATTRIBUTES, Config, Space, ridge
+from hyperdb.stages.weights import Config, Space, ridge
 
 
 @pytest.fixture

@@ -22,12 +22,14 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.data.people import load_people
 from hyperdb.heads import STYLES, prompt
 from hyperdb.metrics.face import SFace
+from hyperdb.metrics.likeness import galleries
 from hyperdb.metrics.score import rank1
 from hyperdb.runtime.files import load_json, save_json
 from hyperdb.runtime.provenance import provenance
 from hyperdb.stages.evaluate import Config, Judges, measure, styled_views, summary
-from hyperdb.stages.finetune import FitConfig, fit, load_prior
-from hyperdb.stages.likeness import draw, galleries
+from hyperdb.tuning.draw import draw
+from hyperdb.tuning.fit import FitConfig, fit
+from hyperdb.tuning.prior import load_prior
 
 PEOPLE, PHOTOS, JUDGES, MANY = 10, 8, 4, 4
 GATE = ["base", "lidb", f"lidb,views={MANY}", f"lora,rank=16,views={MANY},rate=0.003"]

@@ -12,24 +12,23 @@ from pathlib import Path
 
 import torch
 
-from hyperdb import config
+import hyperdb
 from hyperdb.data.people import load_people
 from hyperdb.data.weights import load_store
 from hyperdb.faces.image import grid, save_png
 from hyperdb.metrics.face import SFace
+from hyperdb.metrics.likeness import face_cosine, galleries
 from hyperdb.metrics.score import bootstrap
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.likeness import draw, face_cosine, galleries
+from hyperdb.tuning.draw import draw
 
 PICTURES = 32
 
 
 def main() -> None:
     """Draw, compare, write."""
-    model = config.stage_module("personalize").Personalizer(
-        config.load("personalize", ["image=none", "hypernet=runs/train_hypernet/overfit_one"])
-    )
+    model = hyperdb.load("embedded", "hypernet=runs/train_hypernet/overfit_one")
     people = load_people("data/heads", limit=1)
     photos = people.images[people.photos[0]]
     fit = load_store("runs/precompute/one", model.layout).tokens[:1]

@@ -30,9 +30,9 @@ from hyperdb.metrics.score import bootstrap, paired
 from hyperdb.runtime.files import load_json, load_tensors, save_json, save_tensors
 from hyperdb.runtime.provenance import provenance
 from hyperdb.stages.evaluate import Judges, measure, styled_views
-from hyperdb.stages.finetune import fit
-from hyperdb.stages.likeness import draw
-from hyperdb.stages.personalize import Personalizer
+from hyperdb.tuning.draw import draw
+from hyperdb.tuning.fit import fit
+from hyperdb.tuning.personalizer import Personalizer
 
 HERE = Path(__file__).parent
 STYLES = ["cartoon", "sketch", "oil", "clay", "bronze", "watercolour", "cartoon/beach", "clay/city"]

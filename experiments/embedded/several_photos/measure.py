@@ -18,10 +18,10 @@ from hyperdb.data.people import load_people
 from hyperdb.faces.image import grid, save_png
 from hyperdb.metrics.copying import background, pose
 from hyperdb.metrics.face import SFace
+from hyperdb.metrics.likeness import galleries
 from hyperdb.metrics.score import bootstrap, cosine, paired
 from hyperdb.runtime.files import load_json, load_tensors, save_json
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.likeness import galleries
 
 HERE = Path(__file__).parent
 PEOPLE, JUDGED_FROM, VIEWS = 30, 4, 4  # the photos given are the last ones before number JUDGED_FROM

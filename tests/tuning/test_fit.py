@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,15 +10,9 @@ import torch
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.adapters.lora import LoRA
-from hyperdb.diffusion import DiffusionConfig, loss
+from hyperdb.diffusion import loss
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json, save_json
-from hyperdb.stages.finetune import FitConfig, PriorConfig, fit, load_prior
-
-
-@pytest.fixture(scope="module")
-def base(tiny_base):
-    return DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu", steps=2).load()
+from hyperdb.tuning.fit import FitConfig, fit
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +24,6 @@ def lidb(base):
 def moments(base):
     g = torch.Generator().manual_seed(3)
     return torch.rand(3, 1, 2, *base.latent_shape, generator=g)
-
-
-@pytest.fixture(scope="module")
-def prior(base, tmp_path_factory):
-    config = PriorConfig(prompts=["a photo of a face", "a pencil sketch of a face"], images=4)
-    return load_prior(base, config, tmp_path_factory.mktemp("prior") / "prior.safetensors")
 
 
 def test_a_person_does_not_depend_on_the_batch(base, lidb, moments, prior):
@@ -154,37 +141,6 @@ def test_a_strong_prior_keeps_the_base(base, lidb, moments, prior):
         return sum((up @ down).square().sum().item() for down, up in factors.values())
 
     assert size(100.0) < size(0.01)
-
-
-def test_prior_is_cached_and_remade_for_other_prompts(base, tmp_path):
-    path = tmp_path / "p.safetensors"
-    first = load_prior(base, PriorConfig(prompts=["a face"], images=2), path)
-    stamp = path.stat().st_mtime_ns
-    assert torch.equal(first.latents, load_prior(base, PriorConfig(prompts=["a face"], images=2), path).latents)
-    assert path.stat().st_mtime_ns == stamp
-    shipped = load_prior(base, PriorConfig(prompts=["a face"], images=2), tmp_path / "none.safetensors", path)
-    assert torch.equal(first.latents, shipped.latents)
-    assert not (tmp_path / "none.safetensors").exists()
-    load_prior(base, PriorConfig(prompts=["a photo of a face"], images=2), path)
-    assert path.stat().st_mtime_ns != stamp
-
-
-@pytest.mark.parametrize(
-    ("file", "values"),
-    [
-        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}),
-        ("text_encoder/config.json", {"hidden_act": "gelu"}),
-    ],
-)
-def test_the_prior_of_another_base_is_not_used(base, prior, tmp_path, file, values):
-    copy = shutil.copytree(base.config.path, tmp_path / "copy")
-    config, cache = PriorConfig(prompts=["a photo of a face"], images=2, levels=2), tmp_path / "prior.safetensors"
-    own = load_prior(base, config, cache).own
-    written = cache.stat().st_mtime_ns
-    assert torch.equal(load_prior(replace(base.config, path=str(copy)).load(), config, cache).own, own)
-    assert cache.stat().st_mtime_ns == written  # the same base, at another place
-    save_json(copy / file, {**load_json(copy / file), **values})
-    assert not torch.equal(load_prior(replace(base.config, path=str(copy)).load(), config, cache).own, own)
 
 
 def test_a_fit_that_diverges_says_so(base, lidb, moments):

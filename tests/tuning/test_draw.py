@@ -13,8 +13,8 @@ from hyperdb.adapters.base import Factors, select
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
-from hyperdb.stages.finetune import FitConfig, fit
-from hyperdb.stages.likeness import draw
+from hyperdb.tuning.draw import draw
+from hyperdb.tuning.fit import FitConfig, fit
 
 PROMPTS = ["a photo of [V] face", "a pencil sketch of a sks face"]
 

@@ -1,14 +1,15 @@
 """What a command would load, where, and how much memory it would take: `dry_run=true`.
 
-Nothing is loaded or computed. The networks are built from their configurations as shapes, each pass of the stage is
-run once on shapes, and the most bytes alive at once are counted. A graphics card's kernels keep about what the
-CPU's keep, which are the ones counted; what a library reserves beyond that is not (benchmarks/memory.py compares).
+Nothing is loaded or computed. The networks are built from their configurations as shapes. A stage names its passes
+beside its `run`, in `passes`. Each is run once on shapes, and the most bytes alive at once are counted. A graphics
+card's kernels keep about what the CPU's keep, which are the ones counted; what a library reserves beyond that is not
+(benchmarks/memory.py compares).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,13 @@ from hyperdb.diffusion.base import DTYPES, Base, pick_device
 from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
 from hyperdb.runtime.files import load_metadata
-from hyperdb.stages.likeness import together
-from hyperdb.stages.personalize import hypernet_folder
+from hyperdb.tuning.personalizer import hypernet_folder
 
 if TYPE_CHECKING:
     from hyperdb.adapters.base import Factors
     from hyperdb.adapters.lidb import LiDB
     from hyperdb.hypernet import HypernetConfig
+    from hyperdb.tuning.personalizer import PersonalizerConfig
 
 GIGABYTE = 2**30
 LIBRARIES = 0.8 * GIGABYTE  # a process that has imported everything; a CUDA context is about as large
@@ -119,14 +120,26 @@ class Sketch:
                 _shaped(module, dtype)
         self.modules = dict(zip(("UNet", "text encoder", "autoencoder"), networks, strict=True))
         self.passes: dict[str, int] = {}
+        self.training: dict[str, int] = {}  # bytes that training keeps beside a network's weights
         self.hypernet: Hypernet | None = None
 
-    def add_hypernet(self, hypernet: Hypernet) -> None:
-        """Take a hypernetwork on the meta device along."""
+    def add_hypernet(self, settings: HypernetConfig, lidb: LiDB) -> Hypernet:
+        """Take a hypernetwork along, without its encoder's weights; return it."""
+        settings = replace(settings, encoder=replace(settings.encoder, weights=None, pretrained=False))
+        lidb.to("meta").template  # noqa: B018 (made once, before everything is made on that device)
+        with torch.device("meta"):
+            hypernet = Hypernet(settings, lidb)
         with self.mode:
             _shaped(hypernet, torch.float32)
         self.hypernet = hypernet
         self.modules |= {"image encoder": hypernet.encoder, "hypernetwork decoder": hypernet.decoder}
+        return hypernet
+
+    def keep_training(self, *names: str) -> None:
+        """Count what training keeps beside the trained weights of the networks of these names."""
+        for name in names:
+            trained = sum(p.numel() for p in self.modules[name].parameters() if p.requires_grad)
+            self.training[name] = TRAINED * trained
 
     def autocast(self) -> Any:
         """Return the context of UNet, text encoder and hypernetwork: the device's rule, on the CPU's shapes."""
@@ -184,92 +197,39 @@ class Sketch:
         with torch.set_grad_enabled(trained), self.autocast():
             return self.hypernet(torch.empty(people, 3, size, size, dtype=torch.uint8))
 
-
-def _known_hypernet(config: Any) -> Hypernet | None:
-    """Return the hypernetwork that a personalisation would load, on the meta device; None for none."""
-    folder = hypernet_folder(config.hypernet, config.diffusion)
-    if folder is None:
-        return None
-    path = folder / "hypernet.safetensors"
-    settings, lidb = header(path, load_metadata(path))
-    return _on_meta(settings, lidb)
-
-
-def _on_meta(settings: HypernetConfig, lidb: LiDB) -> Hypernet:
-    """Build a hypernetwork on the meta device, without its encoder's weights."""
-    settings = replace(settings, encoder=replace(settings.encoder, weights=None, pretrained=False))
-    lidb.to("meta").template  # noqa: B018 (made once, before everything is made on that device)
-    with torch.device("meta"):
-        return Hypernet(settings, lidb)
+    def personalize(self, config: PersonalizerConfig, people: int) -> None:
+        """Measure what a `Personalizer` does to so many people at once: prediction, then the fast fine-tuning."""
+        folder = hypernet_folder(config.hypernet, config.diffusion)
+        if folder is not None:
+            path = folder / "hypernet.safetensors"
+            self.add_hypernet(*header(path, load_metadata(path)))
+            with self.measure("prediction"):
+                self.predict(people)
+        with self.measure("encoding photos"):
+            self.encode()
+        with self.measure("fast fine-tuning"):
+            rank = config.lidb.rank + config.relaxed.rank
+            self.denoise(people * rows(config.finetune), self.factors(people, rank, trained=True))
 
 
-def need(stage: str, config: Any, device: str) -> Need:
-    """Return what `stage` would need under `config` on a device called `device` (cpu, cuda, mps)."""
-    sketch = Sketch(config, device)
-    extra: dict[str, int] = {}
-    if stage == "generate":
-        with sketch.measure("drawing"):
-            sketch.draw(min(config.batch, config.num_images))
-    elif stage == "precompute":
-        rows = config.batch * _rows(config.fit)
-        with sketch.measure("encoding photos"):
-            sketch.encode()
-        with sketch.measure("fits"):
-            sketch.denoise(rows, sketch.factors(config.batch, config.lidb.rank, trained=True))
-    elif stage == "train_hypernet":
-        extra = _train_hypernet(sketch, config)
-    else:
-        _personalize(sketch, config, people=getattr(config, "batch", 1))
-    modules = []
-    for name, module in sketch.modules.items():
-        tensors = [*module.parameters(), *module.buffers()]
-        size = sum(x.numel() * x.element_size() for x in tensors)
-        modules.append(Module(name, sum(p.numel() for p in module.parameters()), size, extra.get(name, 0)))
-    emulated = precision.emulated(device, sketch.dtype)
-    dtype = "fp32, this CPU has no bf16" if emulated else config.diffusion.dtype
-    return Need(device, dtype, modules, sketch.passes)
-
-
-def _rows(fit: Any) -> int:
+def rows(fit: Any) -> int:
     """Return how many rows a person has in a pass of a fit or of the hypernetwork's training."""
     return fit.levels + (fit.prior_rows if fit.prior_weight > 0 else 0)
 
 
-def _personalize(sketch: Sketch, config: Any, people: int) -> None:
-    """Measure the passes of `personalize`, and of `evaluate`, which fits several people at once."""
-    hypernet = _known_hypernet(config)
-    if hypernet is not None:
-        sketch.add_hypernet(hypernet)
-        with sketch.measure("prediction"):
-            sketch.predict(people)
-    with sketch.measure("encoding photos"):
-        sketch.encode()
-    with sketch.measure("fast fine-tuning"):
-        rank = config.lidb.rank + config.relaxed.rank
-        sketch.denoise(people * _rows(config.finetune), sketch.factors(people, rank, trained=True))
-    if config.preview or people > 1:
-        with sketch.measure("drawing"):
-            sketch.draw(max(len(config.preview_styles), 3) if people == 1 else together(config.diffusion.size))
-
-
-def _train_hypernet(sketch: Sketch, config: Any) -> dict[str, int]:
-    """Measure a step of the hypernetwork's training; return what training keeps of each network."""
-    hypernet = _on_meta(config.model, config.lidb.build(sketch.layout))
-    hypernet.encoder.requires_grad_(config.encoder_rate > 0 and not config.model.encoder.frozen)
-    sketch.add_hypernet(hypernet)
-    people = config.batch
-    with sketch.measure("encoding photos"):
-        sketch.encode()
-    with sketch.measure("training step"):
-        tokens = sketch.predict(people, trained=True)
-        if config.alpha > 0:
-            sketch.denoise(people * _rows(config), sketch.factors(people, config.lidb.rank, trained=True))
-        tokens.float().square().mean().backward()
-    if config.validation is not None:
-        with sketch.measure("validation"):
-            sketch.draw(together(config.diffusion.size))
-    trained = {"image encoder": hypernet.encoder, "hypernetwork decoder": hypernet.decoder}
-    return {n: TRAINED * sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in trained.items()}
+def need(passes: Callable[[Any, Sketch], None], config: Any, device: str) -> Need:
+    """Return what a stage, whose `passes` these are, would need on a device called `device` (cpu, cuda, mps)."""
+    sketch = Sketch(config, device)
+    passes(config, sketch)
+    modules = []
+    for name, module in sketch.modules.items():
+        tensors = [*module.parameters(), *module.buffers()]
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        count = sum(p.numel() for p in module.parameters())
+        modules.append(Module(name, count, size, sketch.training.get(name, 0)))
+    emulated = precision.emulated(device, sketch.dtype)
+    dtype = "fp32, this CPU has no bf16" if emulated else config.diffusion.dtype
+    return Need(device, dtype, modules, sketch.passes)
 
 
 def text(stage: str, found: Need) -> str:
@@ -285,6 +245,6 @@ def text(stage: str, found: Need) -> str:
     return "\n".join([*lines, "", f"expected: {found.total / GIGABYTE:.1f} GB, libraries included{heap}"])
 
 
-def report(stage: str, config: Any) -> None:
-    """Print what `stage` would need on the device it would run on."""
-    print(text(stage, need(stage, config, pick_device(config.diffusion.device).type)))
+def report(stage: str, passes: Callable[[Any, Sketch], None], config: Any) -> None:
+    """Print what `stage`, whose `passes` these are, would need on the device it would run on."""
+    print(text(stage, need(passes, config, pick_device(config.diffusion.device).type)))

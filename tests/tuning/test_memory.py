@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hyperdb import config as configuration
 from hyperdb.adapters.inject import Injection
 from hyperdb.runtime import precision
 from hyperdb.runtime.errors import UserError
-from hyperdb.stages.memory import LIBRARIES, TRAINED, Peak, Sketch, need
+from hyperdb.tuning.memory import LIBRARIES, TRAINED, Need, Peak, Sketch, need
 
 
 @pytest.fixture
@@ -26,6 +27,10 @@ def weightless(tiny_base: Path, tmp_path: Path) -> Path:
 
 def words(folder: Path, *more: str) -> list[str]:
     return [f"diffusion.path={folder}", "diffusion.size=32", "diffusion.device=cpu", "diffusion.dtype=fp32", *more]
+
+
+def needed(stage: str, settings: Any, device: str) -> Need:
+    return need(configuration.stage_module(stage).passes, settings, device)
 
 
 def test_a_peak_is_of_what_is_alive_at_once() -> None:
@@ -85,7 +90,7 @@ def test_a_dry_run_loads_and_writes_nothing(
 
 def test_more_people_need_more_and_computing_again_needs_less(weightless: Path) -> None:
     def total(*more: str) -> int:
-        return need("precompute", configuration.load("precompute", words(weightless, *more)), "cpu").total
+        return needed("precompute", configuration.load("precompute", words(weightless, *more)), "cpu").total
 
     one, two = total("batch=8"), total("batch=16")
     assert total("batch=16", "diffusion.checkpointing=true") < two
@@ -95,7 +100,7 @@ def test_more_people_need_more_and_computing_again_needs_less(weightless: Path) 
 def test_a_card_keeps_weights_in_bf16_and_a_trained_network_its_moments(weightless: Path) -> None:
     told = ["model.encoder.size=32", "diffusion.dtype=bf16"]
     settings = configuration.load("train_hypernet", words(weightless, *told))
-    here, there = need("train_hypernet", settings, "cpu"), need("train_hypernet", settings, "cuda")
+    here, there = needed("train_hypernet", settings, "cpu"), needed("train_hypernet", settings, "cuda")
     sizes = [{m.name: m.bytes for m in found.modules} for found in (here, there)]
     assert sizes[1]["UNet"] == pytest.approx(sizes[0]["UNet"] / 2, rel=0.01)
     assert sizes[1]["autoencoder"] == sizes[0]["autoencoder"]  # always float32
@@ -110,8 +115,8 @@ def test_the_precision_told_is_the_one_used(weightless: Path, monkeypatch: pytes
     settings = configuration.load("generate", words(weightless, "diffusion.dtype=bf16"))
     for hardware, said in ((True, "bf16"), (False, "fp32, this CPU has no bf16")):
         monkeypatch.setattr(precision, "cpu_has_bf16", lambda hardware=hardware: hardware)
-        assert need("generate", settings, "cpu").dtype == said
-    assert need("generate", settings, "cuda").dtype == "bf16"
+        assert needed("generate", settings, "cpu").dtype == said
+    assert needed("generate", settings, "cuda").dtype == "bf16"
 
 
 def test_a_dry_run_names_what_is_missing(tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.runtime.errors import NonFiniteError, UserError
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
 
     from hyperdb.adapters.base import Adapter, Factors
     from hyperdb.diffusion.base import Base
+    from hyperdb.tuning.prior import Prior
 
 
 @dataclass
@@ -47,85 +46,6 @@ class FitConfig:
             raise UserError(f"warmup={self.warmup}: expected at least 0 steps")
         if len(self.noise) != 2 or not 0 <= self.noise[0] < self.noise[1] <= 1:
             raise UserError(f"noise={self.noise}: expected [low, high] with 0 <= low < high <= 1")
-
-
-@dataclass
-class PriorConfig:
-    """The base's own pictures of class prompts, DreamBooth's class images: what an adapter should leave as it is.
-
-    Each of `images` pictures is kept at `levels` noise levels, with what the base predicts there.
-    """
-
-    prompts: list[str]
-    images: int = 64
-    levels: int = 8
-    seed: int = 0
-
-
-@dataclass
-class Prior:
-    """Rows `[levels, images, ...]`: latents, noise, timesteps, token ids, and the base's own prediction for them."""
-
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    ids: Tensor
-    own: Tensor
-
-    def draw(self, rows: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Draw latents, noise, timesteps, ids and own predictions `[rows, ...]` of evenly spread noise levels."""
-        import torch
-
-        from hyperdb.runtime.seed import generator
-
-        g = generator(seed, "prior", step)
-        levels, images = self.timesteps.shape
-        level = ((torch.arange(rows) + torch.rand(rows, generator=g)) / rows * levels).long().clamp_(0, levels - 1)
-        image = torch.randint(0, images, (rows,), generator=g)
-        z, noise, t = (x[level, image] for x in (self.latents, self.noise, self.timesteps))
-        return z, noise, t, self.ids[level, image], self.own[level, image]
-
-
-def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | None = None) -> Prior:
-    """Sample the class pictures once and keep them in `cache`; `shipped` ones of the same base and prompts are used."""
-    import torch
-
-    from hyperdb.diffusion.loss import predict, stratified_timesteps
-    from hyperdb.diffusion.sample import sample, start_noise
-    from hyperdb.runtime.files import load_tensors, save_tensors
-    from hyperdb.runtime.seed import generator
-
-    how = base.config
-    key = f"{base.digest} {config.prompts} {config.images} {config.levels} {config.seed}"
-    key += f" {how.steps} {how.guidance} {how.size} {how.dtype}"
-    start = start_noise(base, [config.seed + i for i in range(config.images)])
-    key += f" {hashlib.sha256(start.numpy().tobytes()).hexdigest()[:8]}"
-    prompts = [config.prompts[i % len(config.prompts)] for i in range(config.images)]
-    ids = base.tokenize(prompts)
-    g = generator(config.seed, "prior levels")
-    t = stratified_timesteps(config.images, config.levels, base.schedule.config.num_train_timesteps, g).mT  # [S, M]
-    noise = torch.randn((*t.shape, *base.latent_shape), generator=g)
-    for path in filter(None, (shipped, cache)):
-        if path.is_file():
-            tensors, metadata = load_tensors(path)
-            if metadata.get("key") == key:
-                break
-    else:
-        parts = [slice(k, k + 16) for k in range(0, config.images, 16)]
-        latents = torch.cat([sample(base, prompts[k], start[k]).cpu().half() for k in parts])
-        with torch.no_grad():
-            own = torch.stack([
-                torch.cat([
-                    predict(base, *(x.to(base.device) for x in (latents[k].float(), n[k], s[k], ids[k]))).cpu().half()
-                    for k in parts
-                ])
-                for n, s in zip(noise, t, strict=True)
-            ])  # fmt: skip
-        tensors = {"latents": latents, "own": own}
-        save_tensors(cache, tensors, {"key": key})
-    latents, own = (tensors[name].float() for name in ("latents", "own"))
-    rows = (latents.expand(*t.shape, -1, -1, -1), noise, t, ids.expand(*t.shape, -1), own)
-    return Prior(*(x.to(base.device) for x in rows))
 
 
 def fit(

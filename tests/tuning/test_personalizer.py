@@ -7,11 +7,11 @@ from PIL import Image
 
 from hyperdb.faces.align import face_crop
 from hyperdb.runtime.errors import UserError
-from hyperdb.stages.personalize import Config, crop_face
+from hyperdb.tuning.personalizer import PersonalizerConfig, crop_face
 
 
 def test_pictures_from_memory_are_cropped_as_files_are(tmp_path, capsys):
-    astronaut, config = skimage.data.astronaut(), Config()
+    astronaut, config = skimage.data.astronaut(), PersonalizerConfig()
     Image.fromarray(astronaut).save(tmp_path / "a.png")
     expected = face_crop(astronaut, config.diffusion.size, config.diffusion.crop)[0]
     for picture in (tmp_path / "a.png", astronaut, astronaut / 255.0, Image.fromarray(astronaut), astronaut.tolist()):
@@ -23,5 +23,5 @@ def test_pictures_from_memory_are_cropped_as_files_are(tmp_path, capsys):
 
 def test_what_was_done_to_a_photo_is_said(tmp_path, capsys):
     Image.fromarray(skimage.data.astronaut()).rotate(90).save(tmp_path / "lying.png")
-    crop_face(tmp_path / "lying.png", Config())
+    crop_face(tmp_path / "lying.png", PersonalizerConfig())
     assert "lying.png does not stand upright; it is turned by 90 degrees clockwise\n" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Draw people with their adapters and judge the likeness: shared by validation and evaluation."""
+"""Draw people with their adapters, many at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hyperdb.diffusion.sample import sample, start_noise
 if TYPE_CHECKING:
     from hyperdb.adapters.base import Factors
     from hyperdb.diffusion.base import Base
-    from hyperdb.metrics.feature import Feature
 
 
 def together(size: int) -> int:
@@ -59,15 +58,3 @@ def draw(
     finally:
         injection.remove()
     return torch.cat(found)
-
-
-def galleries(feature: Feature, views: Tensor) -> Tensor:
-    """Return each person's unit mean embedding `[I, C]` over views `[I, K, 3, H, W]`; undetected views are left out."""
-    embeddings = feature(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-    return torch.nn.functional.normalize(embeddings.nanmean(1), dim=-1)
-
-
-def face_cosine(feature: Feature, images: Tensor, gallery: Tensor) -> Tensor:
-    """Return the cosine `[I, K]` of images `[I, K, 3, H, W]` with `gallery [I, C]`; 0 where no face is found."""
-    embeddings = feature(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-    return (embeddings * gallery[:, None]).sum(-1).nan_to_num(0.0)

@@ -1,0 +1,1 @@
+"""What the stages share: training adapters on pictures, drawing people with them, the `Personalizer`."""

@@ -1,0 +1,246 @@
+"""A base and its hypernetwork, loaded once: photos of a face in, an adapter out (paper sections 4.2 and 4.3)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperdb.adapters import LiDBConfig, LoRAConfig
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
+from hyperdb.tuning.fit import FitConfig
+from hyperdb.tuning.prior import Prior, PriorConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.diffusion.base import Base
+    from hyperdb.formats.native import Personalization
+    from hyperdb.hypernet.model import Hypernet
+
+    Picture = str | Path | np.ndarray
+
+
+@dataclass
+class PersonalizerConfig:
+    """How people are personalised: what every stage that does so can be told.
+
+    `hypernet` is a trained one's folder, `default` for the base's own, or null. Without one the fast fine-tuning runs
+    alone, or begins at another adapter, `start`.
+    """
+
+    image: FilePath = "???"
+    name: str = "default"
+    out: FilePath = "runs/personalize/default"
+    hypernet: FilePath | None = "default"
+    start: FilePath | None = None  # an adapter's file or folder to begin at, instead of the hypernetwork's prediction
+    face: int | None = None  # which face, 1 is the largest; null: the largest, with a notice
+    align: bool = True  # false: the picture is already an aligned crop
+    preview: bool = True
+    preview_styles: list[str] = field(
+        default_factory=lambda: [
+            "a pencil sketch of a [V] face",
+            "a cartoon of a [V] face",
+            "an oil painting of a [V] face",
+            "a clay sculpture of a [V] face",
+            "a bronze statue of a [V] face",
+            "a watercolour painting of a [V] face",
+        ]
+    )
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    lidb: LiDBConfig = field(default_factory=LiDBConfig)  # without a hypernetwork: the (empty) LiDB part
+    relaxed: LoRAConfig = field(default_factory=LoRAConfig)
+    finetune: FitConfig = field(default_factory=FitConfig)
+    prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
+    seed: int = 0
+    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
+
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            if self.hypernet not in (None, "default"):
+                raise UserError(
+                    f"start={self.start} takes the place of the prediction of hypernet={self.hypernet}; leave out one"
+                )
+            self.hypernet = None
+
+
+def hypernet_folder(hypernet: str | None, diffusion: DiffusionConfig) -> Path | None:
+    """Return the folder of the hypernetwork asked for, None for none. Raises `UserError` if there is no such."""
+    from hyperdb.diffusion import resolve
+
+    name = diffusion.hypernet if hypernet == "default" else hypernet
+    if name is None and hypernet is not None:
+        raise UserError(
+            f"no hypernetwork is known for the base {diffusion.path}: train one with "
+            "`hyperdb train_hypernet` and set hypernet=FOLDER, or run the fast fine-tuning alone with hypernet=null"
+        )
+    folder = resolve(name) if name is not None else None
+    if folder is not None and not (folder / "hypernet.safetensors").is_file():
+        raise UserError(f"no hypernetwork at {folder}; set hypernet=FOLDER or hypernet=null")
+    return folder
+
+
+def load_hypernet(folder: Path, base: Base, layout: Layout) -> Hypernet:
+    """Read a hypernetwork for a base; one that was trained on another is warned of."""
+    from hyperdb.hypernet.model import Hypernet
+
+    model = Hypernet.load(folder / "hypernet.safetensors").to(base.device)
+    layout.require(model.lidb.layout, f"the hypernetwork {folder}")
+    trained_on = model.metadata.get("base")
+    if trained_on and trained_on != base.digest:
+        warnings.warn(
+            f"the hypernetwork {folder} was trained on base {trained_on}, this is {base.digest}: expect less likeness",
+            stacklevel=3,
+        )
+    return model
+
+
+class Personalizer:
+    """A base and its hypernetwork, loaded once: `personalize(image)` as often as you like."""
+
+    def __init__(self, config: PersonalizerConfig) -> None:
+        from hyperdb.adapters.layout import Layout
+        from hyperdb.diffusion.base import Base
+        from hyperdb.diffusion.targets import base_hash
+        from hyperdb.formats.native import Personalization, find_adapter
+
+        self.start = Personalization.load(find_adapter(config.start)) if config.start is not None else None
+        if self.start is not None:
+            words = {key: getattr(self.start, key) for key in ("rare_token", "class_word")}
+            config = replace(config, diffusion=replace(config.diffusion, **words))
+        self.config = config
+        self.folder = folder = hypernet_folder(config.hypernet, config.diffusion)
+        # the start's words for a person, of an imported LoRA say, may be any
+        self.base: Base = config.diffusion.load() if self.start is None else Base.load(config.diffusion)
+        self.layout = Layout.of(self.base.targets())
+        self.base_hash = base_hash(self.base.targets())
+        self.hypernet = load_hypernet(folder, self.base, self.layout) if folder is not None else None
+        self.lidb = self.hypernet.lidb if self.hypernet is not None else config.lidb.build(self.layout)
+        if self.start is not None:
+            self.layout.require(self.start.layout, self.start.source)
+            if self.start.base not in ("", self.base_hash):
+                warnings.warn(
+                    f"{self.start.source} was made for base {self.start.base}, this is {self.base_hash}: expect less "
+                    "likeness", stacklevel=2,
+                )  # fmt: skip
+            self.lidb = self.start.config.build(self.layout)
+        self.lidb.to(self.base.device)
+
+    @cached_property
+    def prior(self) -> Prior | None:
+        """What the fast fine-tuning keeps as it is; made on first use, as it may be drawn and written to `out`."""
+        from hyperdb.diffusion import resolve
+        from hyperdb.tuning.prior import load_prior
+
+        config = self.config
+        if config.finetune.prior_weight <= 0:
+            return None
+        known = self.folder or (resolve(config.diffusion.hypernet) if config.diffusion.hypernet else None)
+        shipped = known / "prior.safetensors" if known is not None else None
+        return load_prior(self.base, config.prior, Path(config.out) / "prior.safetensors", shipped)
+
+    def crop(self, image: str | Path | np.ndarray) -> np.ndarray:
+        """Read, detect, align and crop one face: `[size, size, 3]` uint8. Raises `UserError` naming the file."""
+        return crop_face(image, self.config)
+
+    def predict(self, crops: np.ndarray) -> Tensor:
+        """Return tokens `[1, N, D]`, the mean over one person's crops `[V, size, size, 3]` or of the only one.
+
+        Without a hypernetwork those of the start, or the empty template.
+        """
+        import torch
+
+        if self.start is not None:
+            return self.start.tokens[None].to(self.base.device)
+        if self.hypernet is None:
+            return self.lidb.init(1)["tokens"]
+        with torch.no_grad(), self.base.autocast():
+            return self.hypernet(to_images(crops)).mean(0, keepdim=True)
+
+    def tuning(self, photos: int) -> FitConfig:
+        """Return the fine-tuning of so many photos: in the iterations of one, two are less like the person."""
+        return replace(self.config.finetune, steps=self.config.finetune.steps * photos)
+
+    def finetune(self, crops: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Train the relaxed factors on top of the predicted ones (paper section 4.3), on crops as in `predict`.
+
+        Takes the iterations of `tuning`. With a start it is the whole of that which lies under them.
+        """
+        from hyperdb.tuning.fit import fit
+
+        lora = self.config.relaxed.build(self.layout)
+        moments = self.base.moments(to_images(crops))[None]  #                        [1, V, 2, c, h, w]
+        begun = self.lidb.factors({"tokens": tokens}) if self.start is None else self.start.factors()
+        frozen = {k: (d.detach().to(self.base.device), u.detach().to(self.base.device)) for k, (d, u) in begun.items()}
+        return lora.factors(fit(self.base, lora, moments, self.tuning(moments.shape[1]), frozen, self.prior, progress))
+
+    def wrap(self, tokens: Tensor, relaxed: dict[str, tuple[Tensor, Tensor]] | None = None) -> Personalization:
+        """Make the file's object of tokens and relaxed factors, beside those of the start."""
+        from hyperdb.adapters.base import concatenate
+        from hyperdb.formats.native import Personalization
+
+        words = self.config.diffusion
+        trained = {k: (d.cpu(), u.cpu()) for k, (d, u) in (relaxed or {}).items()}
+        parts = [part for part in (self.start.relaxed if self.start is not None else {}, trained) if part]
+        return Personalization(
+            self.layout, tokens[0].cpu(), self.lidb.config, self.base_hash, words.rare_token, words.class_word,
+            concatenate(*parts) if parts else {}, self.start.fingerprint if self.start is not None else "",
+        )  # fmt: skip
+
+    def personalize(self, image: Picture | list[Picture], finetune: bool = True) -> Personalization:
+        """Return the adapter of one photo, or of several of one person: prediction, then the fast fine-tuning.
+
+        `finetune=False` stops at the prediction.
+        """
+        import numpy as np
+
+        crops = np.stack([self.crop(one) for one in (image if isinstance(image, list | tuple) else [image])])
+        tokens = self.predict(crops)
+        return self.wrap(tokens, self.finetune(crops, tokens) if finetune else None)
+
+    def pipeline(self) -> Any:
+        """Return the base as diffusers' `StableDiffusionPipeline`, with hybrid guidance on top, float32.
+
+        UNet and text encoder are its own copies: an adapter applied to it touches no other pipeline, and no later
+        `personalize`.
+        """
+        import copy
+
+        from diffusers import DDIMScheduler
+
+        from hyperdb.formats.pipeline import HybridPipeline
+
+        base = self.base
+        text_encoder, unet = (copy.deepcopy(part).float() for part in (base.text_encoder, base.unet))
+        return HybridPipeline(
+            base.vae, text_encoder, base.tokenizer, unet, DDIMScheduler.from_config(base.schedule.config),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+
+
+def to_images(crops: np.ndarray) -> Tensor:
+    """Return one crop `[size, size, 3]` or several `[V, size, size, 3]` as images `[V, 3, size, size]`."""
+    import torch
+
+    return torch.from_numpy(crops.reshape(-1, *crops.shape[-3:])).permute(0, 3, 1, 2)
+
+
+def crop_face(image: str | Path | np.ndarray, config: PersonalizerConfig) -> np.ndarray:
+    """Return the aligned face of a picture, `[size, size, 3]` uint8; notices go to standard output."""
+    from hyperdb.faces.align import face_crop
+    from hyperdb.faces.image import as_image, read_image
+
+    if isinstance(image, str | Path):
+        name, rgb = str(image), read_image(image)
+    else:
+        name, rgb = "the picture", as_image(image)
+    crop, notice = face_crop(rgb, config.diffusion.size, config.diffusion.crop, config.face, name, config.align)
+    if notice:
+        print(notice)
+    return crop

@@ -1,0 +1,137 @@
+"""The photos of one person -> a folder with the adapter, what it looks like, and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import expand
+from hyperdb.tuning.personalizer import Personalizer, crop_face, to_images
+from hyperdb.words import entries
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hyperdb.formats.native import Personalization
+    from hyperdb.tuning.memory import Sketch
+    from hyperdb.tuning.personalizer import PersonalizerConfig
+
+WRITES = ("lidb.safetensors", "adapter.safetensors", "preview.png", "report.json", "prior.safetensors")
+
+
+def photos(image: str) -> list[str]:
+    """Split `[a.jpg,b.jpg]` into its photos; a file that is called so is itself."""
+    if Path(image).exists():
+        return [image]
+    try:
+        listed = entries(image)
+    except UserError as error:
+        raise UserError(f"image={error}: expected a photo, or photos of one person as [a.jpg,b.jpg]") from error
+    if listed is not None and not listed:
+        raise UserError("image=[]: expected a photo, or photos of one person as [a.jpg,b.jpg]")
+    return [expand(one.text) for one in listed] if listed is not None else [image]
+
+
+def _preview(
+    model: Personalizer, crops: np.ndarray, predicted: Personalization, finished: Personalization, path: Path
+) -> dict[str, float]:
+    """Draw photo, base, prediction, fine-tuned and styles on one sheet; return the face cosines to the photos."""
+    from hyperdb.faces.image import grid, save_png
+    from hyperdb.metrics.face import SFace
+    from hyperdb.metrics.likeness import face_cosine, galleries
+    from hyperdb.tuning.draw import draw
+
+    base, seeds = model.base, [0, 1, 2]
+    shown = to_images(crops)
+    photo = shown[0]
+    before = "prediction" if model.start is None else "start"
+    instance = [base.config.instance_prompt] * len(seeds)
+    rows = {
+        "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
+        before: draw(base, predicted.factors(), 1, instance, seeds)[0],
+        "fine-tuned": draw(base, finished.factors(), 1, instance, seeds)[0],
+    }
+    styles = model.config.preview_styles
+    styled = draw(base, finished.factors(), 1, styles, [0] * len(styles))[0]
+    feature = SFace()
+    gallery = galleries(feature, shown[None])
+    cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
+    pictures = [photo, *rows["base"][:1], *rows[before][:1], *rows["fine-tuned"], *styled]
+    labels = ["photo", "base", before, *["fine-tuned"] * 3, *styles]
+    scale = max(1, 192 // photo.shape[-1])
+    pixels = [p.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for p in pictures]
+    text = {"software": "hyperdb", "synthetic": "all but the first picture", "base": base.digest}
+    save_png(path, grid(pixels, 6, labels=labels), text)
+    return {name: value if value == value else 0.0 for name, value in cosines.items()}
+
+
+def passes(config: PersonalizerConfig, sketch: Sketch) -> None:
+    """Measure prediction, fine-tuning and preview of one photo."""
+    sketch.personalize(config, people=1)
+    if config.preview:
+        with sketch.measure("drawing"):
+            sketch.draw(max(len(config.preview_styles), 3))
+
+
+def personalize(config: PersonalizerConfig) -> Path:
+    """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`.
+
+    With a start there is no prediction to keep as `lidb.safetensors`.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from hyperdb.formats.native import find_adapter
+    from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.output import claim
+    from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import recipe
+
+    clock, seconds = time.perf_counter(), {}
+
+    def lap(phase: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[phase] = round(now - clock, 3)
+        clock = now
+
+    crops = np.stack([crop_face(one, config) for one in photos(config.image)])
+    lap("crop")
+    model = Personalizer(config)
+    weights = None if model.folder is None else hash_files([model.folder / "hypernet.safetensors"])
+    begun = None if config.start is None else hash_files([find_adapter(config.start)])
+    contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
+    contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
+    out = claim(config.out, WRITES, {**recipe(config), **contents})
+    lap("load")
+    tokens = model.predict(crops)
+    lap("predict")
+    with tqdm(total=model.tuning(len(crops)).steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
+
+        def progress(_: int, loss: float) -> None:
+            bar.update(1)
+            bar.set_postfix_str(f"loss {loss:.4f}")
+
+        relaxed = model.finetune(crops, tokens, progress)
+    lap("finetune")
+    predicted, finished = model.wrap(tokens), model.wrap(tokens, relaxed)
+    written = [finished.save(out / "adapter.safetensors")]
+    if model.start is None:
+        written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
+    report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
+    report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
+    lap("save")
+    if config.preview:
+        report["face_cosine_to_photo"] = _preview(model, crops, predicted, finished, out / "preview.png")
+        lap("preview")
+    save_json(out / "report.json", {**report, "seconds": seconds, **provenance()})
+    total = sum(seconds.values())
+    print(f"{out / 'adapter.safetensors'} in {total:.1f} s (prediction {seconds['predict']:.2f} s, "
+          f"fine-tuning {seconds['finetune']:.1f} s)")  # fmt: skip
+    if config.preview:
+        print(f"pictures: {out / 'preview.png'}")
+    print(f"next: hyperdb generate adapter={out} prompt='a pencil sketch of a [V] face'")
+    return out
