@@ -51,7 +51,7 @@ def prepare(work: Path) -> dict[str, int]:
         unet, text_encoder, vae = random_sd15.models()
     layout = Layout.of(find_targets(unet, text_encoder))
     torch.manual_seed(0)
-    model = Hypernet(settings.model, settings.lidb.build(layout))
+    model = Hypernet(settings.model, settings.adapter.build(layout))
     parts = {"unet": unet, "text_encoder": text_encoder, "vae": vae, "encoder": model.encoder, "decoder": model.decoder}
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     if not file.is_file():

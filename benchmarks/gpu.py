@@ -64,7 +64,7 @@ def prepare(work: Path) -> None:
     with torch.device("meta"):
         unet, text_encoder, _ = random_sd15.models()
     layout = Layout.of(find_targets(unet, text_encoder))
-    model = Hypernet(settings.model, settings.lidb.build(layout))
+    model = Hypernet(settings.model, settings.adapter.build(layout))
     model.save(work / "hypernet/hypernet.safetensors", {})
     words = ["size=512", "identities=16", "views=1", "photo_views=1", "workers=8", f"out={work / 'heads'}"]
     config.run("render_heads", words)

@@ -37,7 +37,7 @@ def measure(words: list[str]) -> dict[str, Any]:
     base, tuning = settings.diffusion.load(), settings.finetune
     tuning.steps = repeats + 1
     layout = Layout.of(base.targets())
-    lidb = settings.lidb.build(layout).to(base.device)
+    lidb = settings.adapter.build(layout).to(base.device)
     frozen = lidb.factors({"tokens": lidb.template[None] + 0.02})
     rows = tuning.levels
     ids, t = base.tokenize([base.config.instance_prompt] * rows), torch.arange(rows, device=base.device) * 200 + 100

@@ -268,7 +268,7 @@ def check_word(stage: str, schema: type, word: str, sweep: bool = False) -> None
 
 
 def _unknown(stage: str, schema: type, key: str) -> str:
-    names = [name for name, _ in settings(schema)] + [EXPERIMENT]
+    names = [name for name, _ in settings(schema) if name != key] + [EXPERIMENT]
     hint = closest(key, names)
     if not hint:  # the right name without its branch: `path` for `diffusion.path`
         same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -286,9 +286,14 @@ def register(stage: str, schema: type) -> None:
     subclass `NAMEConfig` of it (so `conf/adapter/lora.yaml` begins with `defaults: [lora_schema]`).
     """
     from hydra.core.config_store import ConfigStore
+    from omegaconf import MISSING, OmegaConf
 
     store = ConfigStore.instance()
-    store.store(name=f"{stage}_schema", node=schema)
+    node = OmegaConf.structured(schema)
+    for path, kind in groups(schema).items():
+        if len(_family(kind)) > 1:  # which of them, the defaults list says: the default's type would refuse the others
+            OmegaConf.update(node, path.replace("/", "."), MISSING)
+    store.store(name=f"{stage}_schema", node=node)
     for path, kind in groups(schema).items():
         for member in _family(kind):
             name = "schema" if member is kind else f"{member.__name__.removesuffix('Config').lower()}_schema"

@@ -50,7 +50,7 @@ TINY = ["model.encoder.name=vit_tiny_patch16_224", "model.encoder.size=32", "mod
 
 @pytest.fixture(scope="module")
 def words(tiny_base):
-    return [f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.steps=2", "lidb.a=8", "lidb.b=4",
+    return [f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.steps=2", "adapter.a=8", "adapter.b=4",
             "prior.images=4"]  # fmt: skip
 
 

@@ -44,6 +44,9 @@ class Change(Protocol):
     def check(self, site: Site) -> None:
         """Raise `UserError` if the tensors do not fit the site."""
 
+    def settled(self, site: Site) -> Change:
+        """Return the same change on the site's device, in the form that is quickest to apply without training."""
+
     def __iter__(self) -> Iterator[Tensor]:
         """Go through the tensors."""
 
@@ -72,9 +75,26 @@ class DenseChange:
         """Raise `UserError` if the tensors do not fit the site."""
         raise NotImplementedError
 
+    def settled(self, site: Site) -> Change:
+        """Return the dense change itself."""
+        return Dense(tree_map(self, lambda x: x.detach().to(site.parameter.device)).dense(site.weight()))
+
     def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """Return what the module makes of the rows with the dense change as its only parameter."""
         return site.apply(x, self.dense(site.weight()))
+
+
+class Dense(DenseChange):
+    """A free change `[I, *shape]` of one weight."""
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """Return it, in the dtype of the weight."""
+        return self.tensors[0].to(weight)
+
+    def check(self, site: Site) -> None:
+        """Raise `UserError` if it does not have the site's shape."""
+        if (shape := tuple(self.tensors[0].shape[1:])) != site.shape:
+            raise UserError(f"{site.name} takes a change of {list(site.shape)}, not {list(shape)}")
 
 
 class LowRank(NamedTuple):
@@ -93,6 +113,10 @@ class LowRank(NamedTuple):
         if down.ndim > 3:
             return sites.conv(x, down, site.module, up)  # type: ignore[arg-type]
         return sites.linear(x, down, up)
+
+    def settled(self, site: Site) -> LowRank:
+        """Return the factors in the dtype of the weight."""
+        return LowRank(*(x.detach().to(site.parameter) for x in self))
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return `up @ down` in the dtype of `weight`."""
@@ -141,6 +165,10 @@ class Sum:
         for part in self.parts:
             part.check(site)
 
+    def settled(self, site: Site) -> Sum:
+        """Return the sum of the settled changes."""
+        return Sum(*(part.settled(site) for part in self.parts))
+
     def __iter__(self) -> Iterator[Tensor]:
         """Go through the tensors of all."""
         return (x for part in self.parts for x in part)
@@ -156,6 +184,9 @@ class AdapterConfig:
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "bias")
     """Kinds of `Site` that it can change; others of the set are left out."""
 
+    predictable: ClassVar[bool] = False
+    """Whether it builds a `TokenAdapter`, which a hypernetwork can predict."""
+
     def where(self) -> str:
         """Return the name of the base's set of sites that it wants (`hyperdb.diffusion.sites`)."""
         return str(getattr(self, "sites", "attention"))
@@ -168,6 +199,18 @@ class AdapterConfig:
         """Return the adapter over `layout`."""
         raise NotImplementedError
 
+    def require_predictable(self) -> None:
+        """Raise `UserError` unless it builds a `TokenAdapter`."""
+        if not self.predictable:
+            raise UserError(
+                "a hypernetwork predicts one token a layer, and this adapter has no tokens; use adapter=lidb"
+            )
+
+    def tokens(self, layout: Layout) -> Any:
+        """Return the `TokenAdapter` over `layout`. Raises `UserError` if it is none."""
+        self.require_predictable()
+        return self.build(layout)
+
 
 def whole_number(name: str, value: int, low: int, high: int) -> None:
     """Raise `UserError` unless a setting is a whole number in a range."""
@@ -179,6 +222,9 @@ class Adapter(Protocol):
     """A family of personalisations over one layout of sites."""
 
     layout: Layout
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each trainable tensor, without the identity axis."""
 
     def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
         """Return trainable tensors `[I, ...]` that change nothing, float32, alike for all.
@@ -211,6 +257,16 @@ class Frozen:
     def rate(self, name: str) -> float:
         """Return what the learning rate of a parameter is multiplied by."""
         return 1.0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each trainable tensor, without the identity axis."""
+        raise NotImplementedError
+
+    def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
+        """Return trainable tensors `[I, ...]`, zero, float32: of an adapter for which zero is no change."""
+        import torch
+
+        return {name: torch.zeros(identities, *shape, device=self.device) for name, shape in self.shapes().items()}
 
 
 class TokenAdapter(Adapter, Protocol):
@@ -261,9 +317,12 @@ def select(changes: Any, index: int | slice | Sequence[int]) -> Any:
 
 
 def moved(changes: Any, *where: Any) -> Any:
-    """Return the changes without their history, on another device, in another dtype or both, as `Tensor.to` takes them."""
+    """Return the changes without their history, on another device or in another dtype, as `Tensor.to` takes them."""
 
-    return {name: tree_map(change, lambda x: x.detach().to(*where)) for name, change in changes.items()}
+    def move(x: Tensor) -> Tensor:
+        return x.detach().to(*where) if where else x.detach()
+
+    return {name: tree_map(change, move) for name, change in changes.items()}
 
 
 def identities_of(changes: Changes) -> int:

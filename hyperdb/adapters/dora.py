@@ -58,6 +58,10 @@ class DoRA(LoRA):
         """Count of trainable numbers of one identity."""
         return super().numbers + sum(layer.out for layer in self.layout.layers)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return LoRA's and `{layer.magnitude: [m]}`."""
+        return super().shapes() | {f"{layer.name}.magnitude": (layer.out,) for layer in self.layout.layers}
+
     def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
         """Return LoRA's and `{layer.magnitude: [I, m]}`, the norms of the frozen rows."""
         assert sites is not None, "magnitudes begin at the frozen weights"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hyperdb.adapters.base import AdapterConfig, Changes, DenseChange, Frozen
+from hyperdb.adapters.base import AdapterConfig, Changes, Dense, Frozen
 from hyperdb.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hyperdb.adapters.layout import Layout
-    from hyperdb.adapters.site import Site
 
 
 @dataclass
@@ -37,19 +35,6 @@ class FullConfig(AdapterConfig):
         return Full(layout, self.text_rate)
 
 
-class Dense(DenseChange):
-    """A free change `[I, *shape]` of one weight."""
-
-    def dense(self, weight: Tensor) -> Tensor:
-        """Return it, in the dtype of the weight."""
-        return self.tensors[0].to(weight)
-
-    def check(self, site: Site) -> None:
-        """Raise `UserError` if it does not have the site's shape."""
-        if (shape := tuple(self.tensors[0].shape[1:])) != site.shape:
-            raise UserError(f"{site.name} takes a change of {list(site.shape)}, not {list(shape)}")
-
-
 class Full(Frozen):
     """`W + dW`, dW zero at the start."""
 
@@ -57,11 +42,9 @@ class Full(Frozen):
         super().__init__(layout)
         self.text_rate = text_rate
 
-    def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
-        """Return `{site: [I, *shape]}`, zero."""
-        import torch
-
-        return {x.name: torch.zeros(identities, *x.shape, device=self.device) for x in self.layout.layers}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the sites' own, by their names."""
+        return {layer.name: layer.shape for layer in self.layout.layers}
 
     def rate(self, name: str) -> float:
         """Return what the learning rate of a parameter is multiplied by."""

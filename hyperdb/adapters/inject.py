@@ -50,6 +50,17 @@ def unmerge(modules: Mapping[str, Any], changes: Changes, strength: float = 1.0)
     merge(modules, changes, -strength)
 
 
+def settled(changes: Changes, sites: Mapping[str, Site]) -> dict[str, Change]:
+    """Return changes that will not be trained any more, on their sites' devices and in the form quickest to apply."""
+    ready: dict[str, Change] = {}
+    for name, change in changes.items():
+        site = sites[name]
+        change = LowRank(*change) if type(change) is tuple else change
+        change.check(site)
+        ready[name] = change if site.parameter.is_meta else change.settled(site)
+    return ready
+
+
 class Injection:
     """Forward hooks on `modules`, or on `Site`s, that add the changes set at the time.
 

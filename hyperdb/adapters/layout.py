@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"([\w.-]{1,200})((?: [1-9][0-9]{0,5}){1,4})", re.ASCII)
 
 @dataclass(frozen=True)
 class Layer:
-    """A site by its name and the shape of its weight: `(out, in)` of a linear layer, `(out, c, h, w)` of a convolution."""
+    """A site by name and shape of its weight: `(out, in)` of a linear layer, `(out, c, h, w)` of a convolution."""
 
     name: str
     shape: tuple[int, ...]

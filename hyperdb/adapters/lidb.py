@@ -37,6 +37,7 @@ class LiDBConfig(AdapterConfig):
     rank: int = 1
     seed: int = 0
     kinds = ("linear",)
+    predictable = True
 
     def __post_init__(self) -> None:
         whole_number("a", self.a, 1, 4096)
@@ -154,6 +155,8 @@ class LiDB:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LiDB:
         """Move bases, mask and template; `dtype` is that of bases and factors. Return the adapter."""
+        import torch
+
         self.device = torch.device(device) if device is not None else self.device
         self.dtype = dtype or self.dtype
         self.mask = self.mask.to(self.device)
@@ -181,6 +184,10 @@ class LiDB:
         tokens = numbers.new_zeros(*numbers.shape[:-1], *self.mask.shape)
         tokens[..., self.mask] = numbers
         return tokens
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the tokens'."""
+        return {"tokens": tuple(self.mask.shape)}
 
     def rate(self, name: str) -> float:
         """Return what the learning rate of a parameter is multiplied by."""

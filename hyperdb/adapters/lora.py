@@ -46,17 +46,24 @@ class LoRA(Frozen):
         """Count of trainable numbers of one identity."""
         return sum(self.rank * (layer.in_ + layer.out) for layer in self.layout.layers)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return `{layer.down: [r, n], layer.up: [m, r]}`."""
+        found: dict[str, tuple[int, ...]] = {}
+        for layer in self.layout.layers:
+            found[f"{layer.name}.down"] = (self.rank, *layer.shape[1:])
+            found[f"{layer.name}.up"] = (layer.out, self.rank)
+        return found
+
     def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
         """Return `{layer.down: [I, r, n], layer.up: [I, m, r]}`, float32."""
         import torch
 
-        params = {}
+        params = super().init(identities)
         for layer in self.layout.layers:
             stream = generator(self.seed, "lora", layer.name, layer.in_, self.rank)
             down = torch.randn(1, self.rank, layer.in_, generator=stream) / layer.in_**0.5
-            down = down.unflatten(2, layer.shape[1:])
+            down = down.reshape(1, self.rank, *layer.shape[1:])
             params[f"{layer.name}.down"] = down.repeat(identities, *[1] * (down.ndim - 1)).to(self.device)
-            params[f"{layer.name}.up"] = torch.zeros(identities, layer.out, self.rank, device=self.device)
         return params
 
     # dW = B A, B = 0 at the start

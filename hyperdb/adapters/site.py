@@ -53,8 +53,8 @@ class Site:
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return what the module would make of rows `[R, I, S, ...]` with this parameter alone, one an identity.
 
-        `weight` is `[I, *shape]`; another parameter of the module counts as zero. The result is linear in `weight`. That
-        of a bias can be expanded to the module's output.
+        `weight` is `[I, *shape]`; another parameter of the module counts as zero. The result is linear in `weight`, and
+        that of a bias can be expanded to the module's output.
         """
         weight = weight.to(self.parameter) if self.kind == "embedding" else weight.to(x)
         if self.kind == "linear":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from hyperdb.adapters.base import AdapterConfig, Changes, DenseChange, Frozen
@@ -42,7 +42,7 @@ class Spectral(DenseChange):
     # W' = U diag(relu(s + d)) V^T
     def _of(self, u: Tensor, s: Tensor, vt: Tensor, shape: tuple[int, ...]) -> Tensor:
         moved = (s + self.tensors[0].to(s)).relu() - s  #                 [I, k], zero at d = 0
-        return (u @ (moved[..., None] * vt)).unflatten(2, shape[1:]) if len(shape) > 1 else (u @ (moved[..., None] * vt))[:, 0]
+        return (u @ (moved[..., None] * vt)).reshape(-1, *shape)
 
     def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """Return what the module makes of the rows with the change as its only parameter."""
@@ -60,10 +60,7 @@ class Spectral(DenseChange):
 
 def values(shape: tuple[int, ...]) -> int:
     """Return how many singular values a weight of a shape has."""
-    size = 1
-    for side in shape[1:]:
-        size *= side
-    return min(shape[0], size) if len(shape) > 1 else 1
+    return min(shape[0], prod(shape[1:])) if len(shape) > 1 else 1
 
 
 class SVDiff(Frozen):
@@ -74,11 +71,9 @@ class SVDiff(Frozen):
         self.vector_rate = vector_rate
         self.vectors = {layer.name for layer in layout.layers if len(layer.shape) == 1}
 
-    def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
-        """Return `{site: [I, k]}`, zero."""
-        import torch
-
-        return {x.name: torch.zeros(identities, values(x.shape), device=self.device) for x in self.layout.layers}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return one number a singular value, by the sites' names."""
+        return {layer.name: (values(layer.shape),) for layer in self.layout.layers}
 
     def rate(self, name: str) -> float:
         """Return what the learning rate of a parameter is multiplied by."""

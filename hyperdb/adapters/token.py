@@ -36,10 +36,12 @@ class TokenConfig(AdapterConfig):
 
     def bound(self, rare: list[int], noun: list[int]) -> TokenConfig:
         """Fill in the rows from the token ids of the two words. Raises `UserError` for a word of several tokens."""
-        for what, ids in (("rare_token", rare), ("class_word", noun)):
-            if len(ids) != 1:
-                raise UserError(f"the {what} is {len(ids)} tokens of this base; Textual Inversion needs a word that is one")
-        return replace(self, row=rare[0] if self.row is None else self.row, start=noun[0] if self.start is None else self.start)
+        found = []
+        for what, ids, told in (("rare_token", rare, self.row), ("class_word", noun, self.start)):
+            if told is None and len(ids) != 1:
+                raise UserError(f"the {what} is {len(ids)} tokens of this base; a word vector needs a word that is one")
+            found.append(ids[0] if told is None else told)
+        return replace(self, row=found[0], start=found[1])
 
     def build(self, layout: Layout) -> Token:
         """Return the adapter over `layout`."""
@@ -52,10 +54,14 @@ class Row(DenseChange):
     """A vector `[I, C]` in place of one row of an embedding; the first tensor, `[1]`, is the row's number."""
 
     def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """Return the difference where the word stands, zero elsewhere: token ids `[R, I, S, L]`, y `[R, I, S, L, C]`."""
+        """Return the difference where the word stands, zero elsewhere: ids `[R, I, S, L]`, y `[R, I, S, L, C]`."""
         row, vector = self.tensors
         hit = (x == row.to(x)).unsqueeze(-1)
         return (vector.to(y)[:, None, None] - y) * hit
+
+    def settled(self, site: Site) -> Row:
+        """Return it on the site's device."""
+        return Row(*(x.detach().to(site.parameter.device) for x in self))
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return `[I, V, C]`, zero in every other row."""
@@ -79,6 +85,10 @@ class Token(Frozen):
     def __init__(self, layout: Layout, row: int, start: int) -> None:
         super().__init__(layout)
         self.row, self.start = row, start
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the vector's."""
+        return {"vector": self.layout.layers[0].shape[1:]}
 
     def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
         """Return `{vector: [I, C]}`, the class word's: the person begins as anybody."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from hyperdb.adapters.base import Factors, rank_of
+from hyperdb.adapters.base import Factors, LowRank, rank_of
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors, save_json, save_tensors
 
@@ -238,7 +238,7 @@ class Imported:
                     f"{where}{name} of {base} takes [r, {shape[1:].numel()}] and [{shape[0]}, r], not "
                     f"{list(down.shape)} and {list(up.shape)}. {advice}"
                 )
-            ready[name] = down.unflatten(1, shape[1:])[None], up[None] * pair.scale
+            ready[name] = LowRank(down.unflatten(1, shape[1:])[None], up[None] * pair.scale)
         return {name: ready[name] for name in sites if name in ready}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters import KINDS
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.hypernet import EncoderConfig, HypernetConfig
@@ -29,7 +29,8 @@ def header(path: Path, metadata: Mapping[str, str]) -> tuple[HypernetConfig, LiD
     try:
         settings = json.loads(metadata["config"])
         encoder = EncoderConfig(**settings.pop("encoder"))
-        lidb = LiDBConfig(**json.loads(metadata["lidb"])).build(Layout.from_text(metadata["layout"]))
+        kind = KINDS[metadata.get("adapter", "lidb")]
+        lidb = kind(**json.loads(metadata["lidb"])).tokens(Layout.from_text(metadata["layout"]))
         if not encoder.frozen:  # its weights are in the file
             encoder.weights, encoder.pretrained = None, False
         return HypernetConfig(**settings, encoder=encoder), lidb

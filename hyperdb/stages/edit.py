@@ -74,6 +74,7 @@ def run(config: Config) -> Path:
         directions = load_directions(config.directions, person)
         if odd := sorted(shifts.keys() - directions.keys()):
             raise UserError(f"{config.directions} has no direction of {odd[0]}; there are {', '.join(directions)}")
+        assert person.tokens is not None
         numbers = person.lidb.pack(person.tokens)
         for name, shift in shifts.items():
             numbers = numbers + shift * directions[name]
@@ -96,6 +97,10 @@ def mix(people: list[Personalization], shares: list[float]) -> Personalization:
     from hyperdb.adapters.base import concatenate, scale
 
     first = people[0]
+    every = [p.tokens for p in people if p.tokens is not None and not p.parts]
+    if len(every) < len(people):
+        odd = next(p for p in people if p.tokens is None or p.parts)
+        raise UserError(f"{odd.source} is not made of LiDB's numbers and low-rank factors alone: it cannot be edited")
     for other in people[1:]:
         first.layout.require(other.layout, other.source)
         for what in ("config", "fingerprint", "base", "rare_token", "class_word"):
@@ -105,6 +110,6 @@ def mix(people: list[Personalization], shares: list[float]) -> Personalization:
                     f"{other.source} has {what} {theirs or 'unknown'}, {first.source} has {mine or 'unknown'}: "
                     "they do not mix"
                 )
-    tokens = torch.stack([share * p.tokens for share, p in zip(shares, people, strict=True)]).sum(0)
+    tokens = torch.stack([share * one for share, one in zip(shares, every, strict=True)]).sum(0)
     relaxed = [scale(p.relaxed, share) for share, p in zip(shares, people, strict=True) if p.relaxed and share]
     return dataclasses.replace(first, tokens=tokens, relaxed=concatenate(*relaxed) if relaxed else {})

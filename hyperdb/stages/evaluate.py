@@ -322,7 +322,7 @@ def _pictures(
     """
     import torch
 
-    from hyperdb.adapters.base import concatenate, select
+    from hyperdb.adapters.base import LowRank, concatenate, moved, select
     from hyperdb.heads import prompt
     from hyperdb.tuning.draw import draw
     from hyperdb.tuning.fit import fit
@@ -339,12 +339,9 @@ def _pictures(
     with torch.no_grad(), base.autocast():
         tokens = model.hypernet(shown.flatten(0, 1)).unflatten(0, (count, given)).mean(1)
     predicting = (time.perf_counter() - began) / count
-    own = {k: (d.detach(), u.detach()) for k, (d, u) in lidb.factors({"tokens": tokens}).items()}
+    own: Factors = moved(lidb.factors({"tokens": tokens}))
     another = select(own, [(i + 1) % count for i in range(count)])
-    average = {
-        k: (d.detach(), u.detach())
-        for k, (d, u) in lidb.factors({"tokens": tokens.mean(0, keepdim=True).expand_as(tokens)}).items()
-    }
+    average: Factors = moved(lidb.factors({"tokens": tokens.mean(0, keepdim=True).expand_as(tokens)}))
     lora = config.relaxed.build(model.layout)
 
     def trained(adapter: Any, settings: FitConfig, frozen: Factors | None) -> Factors:
@@ -353,10 +350,10 @@ def _pictures(
             chosen = slice(first, min(count, first + config.batch))
             moments = base.moments(shown[chosen].flatten(0, 1)).unflatten(0, (-1, given))
             under = select(frozen, chosen) if frozen is not None else None
-            parts.append(adapter.factors(fit(base, adapter, moments, settings, under, model.prior)))
+            parts.append(adapter.changes(fit(base, adapter, moments, settings, under, model.prior)))
             progress(chosen.stop - chosen.start)
         made: Factors = {
-            name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts])) for name in parts[0]
+            name: LowRank(*(torch.cat([p[name][side] for p in parts]) for side in (0, 1))) for name in parts[0]
         }
         return made if frozen is None else concatenate(frozen, made)
 

@@ -96,6 +96,10 @@ def _scaled(person: Personalization, strength: float) -> Personalization:
     """Return the same person with `strength` times the residual: B_train and the relaxed up factors carry it."""
     from hyperdb.adapters.base import scale
 
+    if strength == 1:
+        return person
+    if person.tokens is None or person.parts:
+        raise UserError(f"strength={strength:g} cannot be baked into {person.source}: `generate` has a strength too")
     A, B = person.lidb.split(person.tokens)
     return dataclasses.replace(
         person, tokens=person.lidb.join(A, strength * B), relaxed=scale(person.relaxed, strength)

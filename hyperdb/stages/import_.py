@@ -25,7 +25,6 @@ class Config:
     path: FilePath = "???"
     words: str | None = None  # that call the person; null: those that the file states, else diffusion's own
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    lidb: LiDBConfig = field(default_factory=LiDBConfig)  # of the empty LiDB part
     name: str = "default"
     out: FilePath = "runs/import/default"
 
@@ -61,7 +60,8 @@ def run(config: Config) -> Path:
     base = Base.load(settings)
     layout = Layout.of(base.targets())
     relaxed = given.factors(find_sites(base.unet, base.text_encoder), settings.path)
-    tokens = config.lidb.build(layout).init(1)["tokens"][0]
+    empty = LiDBConfig()
+    tokens = empty.build(layout).init(1)["tokens"][0]
     stated = given.metadata.get("modelspec.trigger_phrase", "")
     usable = len(stated) <= 200 and PLACEHOLDER not in stated and " ".join(stated.split()).isprintable()
     phrase = config.words or (stated if usable else "")
@@ -69,7 +69,7 @@ def run(config: Config) -> Path:
         split_words(phrase, settings.class_word) if phrase.strip() else (settings.rare_token, settings.class_word)
     )
     made_for = given.metadata.get("hyperdb.base") or base_hash(base.targets())
-    person = Personalization(layout, tokens, config.lidb, made_for, rare, noun, relaxed)
+    person = Personalization(layout, tokens, empty, made_for, rare, noun, relaxed)
     content = hash_files(source if source.is_dir() else [source])
     out = claim(config.out, WRITES, {**recipe(config), "path": content, "base": base.digest})
     path = person.save(out / "adapter.safetensors")

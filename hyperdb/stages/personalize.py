@@ -24,7 +24,8 @@ class Config(PersonalizerConfig):
 
     Several photos of one person are written `[a.jpg,b.jpg]`: their predictions are averaged, and the fine-tuning
     sees all of them, `finetune.steps` iterations a photo. Without a hypernetwork the fast fine-tuning runs alone, or
-    begins at another adapter, `start`: an average of people made by `hyperdb edit`, or an earlier fit.
+    begins at another adapter, `start`: an average of people made by `hyperdb edit`, or an earlier fit. `adapter`
+    chooses another way to personalise: dreambooth, lora, textual_inversion, svdiff or dora.
     """
 
 
@@ -36,6 +37,6 @@ def passes(config: Config, sketch: Sketch) -> None:
 def run(config: Config) -> Path:
     """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`.
 
-    With a start there is no prediction to keep as `lidb.safetensors`.
+    With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`.
     """
     return photos.personalize(config)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters import AdapterConfig, LiDBConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
@@ -45,7 +45,7 @@ class Config:
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    lidb: LiDBConfig = field(default_factory=LiDBConfig)
+    adapter: AdapterConfig = field(default_factory=LiDBConfig)
     fit: StoreFitConfig = field(default_factory=StoreFitConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
     data: FilePath = "data/heads"
@@ -60,6 +60,7 @@ class Config:
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
     def __post_init__(self) -> None:
+        self.adapter.require_predictable()
         if self.by not in ("image", "person"):
             raise UserError(f"by={self.by!r}: expected image or person")
         if self.by == "image" and self.fit.views != 1:
@@ -89,7 +90,7 @@ def passes(config: Config, sketch: Sketch) -> None:
     with sketch.measure("encoding photos"):
         sketch.encode()
     with sketch.measure("fits"):
-        factors = sketch.factors(config.batch, config.lidb.rank, trained=True)
+        factors = sketch.factors(config.batch, config.adapter.tokens(sketch.layout).rank, trained=True)
         sketch.denoise(config.batch * rows(config.fit), factors)
 
 
@@ -108,7 +109,7 @@ def run(config: Config) -> Path:
     from hyperdb.tuning.prior import load_prior
 
     base = config.diffusion.load()
-    lidb = config.lidb.build(Layout.of(base.targets()))
+    lidb = config.adapter.tokens(Layout.of(base.targets()))
     people = load_people(
         config.data, config.identities, config.split, config.diffusion.size, first=config.first, photos=config.photos
     )
@@ -123,7 +124,7 @@ def run(config: Config) -> Path:
         "by": config.by,
         "fit": asdict(config.fit),
         "prior": asdict(config.prior) if config.fit.prior_weight > 0 else None,
-        "lidb": asdict(config.lidb),
+        "lidb": asdict(config.adapter),
     }
     settings = recipe(config)
     del settings["identities"]  # more of them go on where fewer were

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters import AdapterConfig, LiDBConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
@@ -51,7 +51,7 @@ class Config:
     """
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    lidb: LiDBConfig = field(default_factory=LiDBConfig)
+    adapter: AdapterConfig = field(default_factory=LiDBConfig)
     model: HypernetConfig = field(default_factory=HypernetConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
     data: FilePath = "data/heads"
@@ -96,6 +96,7 @@ class Config:
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
     def __post_init__(self) -> None:
+        self.adapter.require_predictable()
         if self.weight_loss not in ("gauge_free", "plain"):
             raise UserError(f"weight_loss={self.weight_loss!r}: expected gauge_free or plain")
         if self.target_view not in ("same", "other"):
@@ -131,7 +132,7 @@ def passes(config: Config, sketch: Sketch) -> None:
     from hyperdb.tuning.draw import together
     from hyperdb.tuning.memory import rows
 
-    hypernet = sketch.add_hypernet(config.model, config.lidb.build(sketch.layout))
+    hypernet = sketch.add_hypernet(config.model, config.adapter.tokens(sketch.layout))
     hypernet.encoder.requires_grad_(config.encoder_rate > 0 and not config.model.encoder.frozen)
     people = config.batch
     with sketch.measure("encoding photos"):
@@ -139,7 +140,8 @@ def passes(config: Config, sketch: Sketch) -> None:
     with sketch.measure("training step"):
         tokens = sketch.predict(people, trained=True)
         if config.alpha > 0:
-            sketch.denoise(people * rows(config), sketch.factors(people, config.lidb.rank, trained=True))
+            rank = config.adapter.tokens(sketch.layout).rank
+            sketch.denoise(people * rows(config), sketch.factors(people, rank, trained=True))
         tokens.float().square().mean().backward()
     if config.validation is not None:
         with sketch.measure("validation"):
@@ -180,9 +182,9 @@ def run(config: Config) -> Path:
         raise UserError(f"{config.data} holds no photos of people")
     fits = config.weights if config.beta > 0 else None
     store = load_store(fits, layout, **made_from(base, people)) if fits is not None else None
-    if store is not None and asdict(store.lidb.config) != asdict(config.lidb):
+    if store is not None and asdict(store.lidb.config) != asdict(config.adapter):
         raise UserError(f"{config.weights} was made with lidb {asdict(store.lidb.config)}; set the same or refit")
-    lidb = store.lidb if store is not None else config.lidb.build(layout)
+    lidb = store.lidb if store is not None else config.adapter.tokens(layout)
     lidb = lidb.to(base.device)
     origin = {"base": base.digest, "data": people.digest, "weights": store.digest if store else ""}
     # `init` brings its own encoder
@@ -207,7 +209,7 @@ def run(config: Config) -> Path:
     if config.init is not None:
         model = Hypernet.load(resolve(config.init))
         layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
-        if asdict(model.lidb.config) != asdict(config.lidb):
+        if asdict(model.lidb.config) != asdict(config.adapter):
             raise UserError(f"{config.init} was made with lidb {asdict(model.lidb.config)}; set the same")
     else:
         model = Hypernet(config.model, lidb, config.default_spread)

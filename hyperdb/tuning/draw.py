@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hyperdb.adapters.base import select
+from hyperdb.adapters.base import identities_of, select
 from hyperdb.adapters.inject import Injection
 from hyperdb.diffusion.sample import sample, start_noise
 
 if TYPE_CHECKING:
-    from hyperdb.adapters.base import Factors
+    from hyperdb.adapters.base import Changes
     from hyperdb.diffusion.base import Base
 
 
@@ -25,7 +25,7 @@ def together(size: int) -> int:
 @torch.no_grad()
 def draw(
     base: Base,
-    factors: Factors | None,
+    changes: Changes | None,
     people: int,
     prompts: list[str],
     seeds: list[int],
@@ -36,19 +36,18 @@ def draw(
 ) -> Tensor:
     """Return images `[I, K, 3, H, W]` uint8: for each of `people` the K prompts at the K seeds, the same for everyone.
 
-    `factors` have an identity axis of `people` (or 1, or are None: the base alone). `batch` pictures are drawn at once:
+    `changes` have an identity axis of `people` (or 1, or are None: the base alone). `batch` pictures are drawn at once:
     64 of 64 px, 4 of 512 px.
     """
-    injection, guide = Injection(base.sites(factors or ())), base.config.guide(factors is not None)
+    injection, guide = Injection(base.sites(changes or ())), base.config.guide(changes is not None)
     noise = start_noise(base, seeds)
     group = max(1, (batch or together(base.config.size)) // len(prompts))
     found = []
     try:
         for first in range(0, people, group):
             count = min(group, people - first)
-            if factors is not None:
-                shared = next(iter(factors.values()))[0].shape[0] == 1
-                part = factors if shared else select(factors, slice(first, first + count))
+            if changes is not None:
+                part = select(changes, slice(first, first + count)) if identities_of(changes) > 1 else changes
                 injection.set(part, strength, repeat=guide.adapted, plain=guide.plain)
             noises = noise.repeat(count, 1, 1, 1)
             latents = sample(base, prompts * count, noises, steps, subject_guidance=guide.subject)

@@ -11,7 +11,7 @@ from hyperdb.runtime.errors import NonFiniteError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hyperdb.adapters.base import Adapter, Factors
+    from hyperdb.adapters.base import Adapter, Changes
     from hyperdb.diffusion.base import Base
     from hyperdb.tuning.prior import Prior
 
@@ -53,19 +53,19 @@ def fit(
     adapter: Adapter,
     moments: Tensor,
     config: FitConfig,
-    frozen: Factors | None = None,
+    frozen: Changes | None = None,
     prior: Prior | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train one adapter for each of I people in the same passes; return its parameters `[I, ...]`.
 
     `moments [I, K, 2, c, h, w]` are the latents of K views of each. Everyone starts from the same parameters and sees
-    the same stream of (noise level, noise, view): the result is a function of the images. `frozen` factors are added
-    under the trained ones. Errors are summed over people, so nobody's result depends on the others.
+    the same stream of (noise level, noise, view): the result is a function of the images. `frozen` changes are added
+    to the trained ones. Errors are summed over people, so nobody's result depends on the others.
     """
     import torch
 
-    from hyperdb.adapters.base import concatenate
+    from hyperdb.adapters.base import both
     from hyperdb.adapters.inject import Injection
     from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
     from hyperdb.runtime.optim import Schedule, adamw, set_rate
@@ -74,11 +74,17 @@ def fit(
     people, views = moments.shape[:2]
     moments = moments.float().to(base.device)
     adapter = adapter.to(base.device)
-    leaves = {k: torch.nn.Parameter(v.clone()) for k, v in adapter.init(people).items()}
+    injection = Injection(base.sites({*(frozen or ()), *adapter.layout.names}))
+    leaves = {k: torch.nn.Parameter(v.clone()) for k, v in adapter.init(people, injection.sites).items()}
     params: dict[str, Tensor] = dict(leaves)
-    optimizer = adamw(leaves.values(), config.rate)
+    by_rate: dict[float, list[torch.nn.Parameter]] = {}
+    for name, leaf in leaves.items():
+        by_rate.setdefault(config.rate * adapter.rate(name), []).append(leaf)
+    (rate, some), *others = by_rate.items()
+    optimizer = adamw(some, rate)
+    for rate, some in others:
+        optimizer.add_param_group({"params": some, "lr": rate})
     schedule = Schedule(config.steps, config.warmup, config.decay)
-    injection = Injection(base.sites(frozen or ()))
     instance = base.tokenize([base.config.instance_prompt])
     guarded = config.prior_weight > 0
     if guarded and prior is None:
@@ -103,9 +109,9 @@ def fit(
                 z = torch.cat([z, pz.expand(people, *pz.shape)], 1)
                 wanted = torch.cat([wanted, own.expand(people, *own.shape)], 1)
                 noise, t, ids = torch.cat([noise, pnoise]), torch.cat([t, pt]), torch.cat([ids, pids])
-            factors = adapter.factors(params)
+            changes = adapter.changes(params)
             # in use until the backward pass has ended: checkpointing computes with it again
-            with injection.using(concatenate(frozen, factors) if frozen else factors):
+            with injection.using(both(frozen, changes)):
                 out = predict(base, z.flatten(0, 1), *_tile(people, noise, t, ids))
                 square = (out.unflatten(0, (people, levels + extra)) - wanted).square()  #  [I, S + P, c, h, w]
                 square = torch.cat([square[:, :levels] * focus, square[:, levels:]], 1)

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
@@ -156,10 +157,12 @@ class Sketch:
 
     def factors(self, people: int, rank: int, trained: bool) -> Factors:
         """Return factors of this rank for so many people."""
+        from hyperdb.adapters.base import LowRank
+
         pairs = {}
         for layer in self.layout.layers:
             down, up = torch.empty(people, rank, layer.in_), torch.empty(people, layer.out, rank)
-            pairs[layer.name] = (down.requires_grad_(trained), up.requires_grad_(trained))
+            pairs[layer.name] = LowRank(down.requires_grad_(trained), up.requires_grad_(trained))
         return pairs
 
     def denoise(self, rows: int, factors: Factors | None = None, repeat: int = 1) -> None:
@@ -208,7 +211,8 @@ class Sketch:
         with self.measure("encoding photos"):
             self.encode()
         with self.measure("fast fine-tuning"):
-            rank = config.lidb.rank + config.relaxed.rank
+            lidb = config.adapter.rank if isinstance(config.adapter, LiDBConfig) else 0
+            rank = lidb + config.relaxed.rank
             self.denoise(people * rows(config.finetune), self.factors(people, rank, trained=True))
 
 

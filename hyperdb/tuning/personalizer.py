@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperdb.adapters import LiDBConfig, LoRAConfig
+from hyperdb.adapters import AdapterConfig, LiDBConfig, LoRAConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from hyperdb.adapters.base import Adapter, Changes
     from hyperdb.adapters.layout import Layout
     from hyperdb.diffusion.base import Base
     from hyperdb.formats.native import Personalization
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 class PersonalizerConfig:
     """How people are personalised: what every stage that does so can be told.
 
-    `hypernet` is a trained one's folder, `default` for the base's own, or null. Without one the fast fine-tuning runs
-    alone, or begins at another adapter, `start`.
+    `adapter` is what is learned of a person. With lidb, the paper's, the hypernetwork predicts it and the fast
+    fine-tuning trains the factors `relaxed` on top; any other is trained on the photo itself, as `finetune` says.
+    `hypernet` is a trained one's folder, `default` for the base's own, or null. Without one the fine-tuning runs alone,
+    or begins at another adapter, `start`.
     """
 
     image: FilePath = "???"
@@ -54,7 +57,7 @@ class PersonalizerConfig:
         ]
     )
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    lidb: LiDBConfig = field(default_factory=LiDBConfig)  # without a hypernetwork: the (empty) LiDB part
+    adapter: AdapterConfig = field(default_factory=LiDBConfig)
     relaxed: LoRAConfig = field(default_factory=LoRAConfig)
     finetune: FitConfig = field(default_factory=FitConfig)
     prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
@@ -67,6 +70,10 @@ class PersonalizerConfig:
                 raise UserError(
                     f"start={self.start} takes the place of the prediction of hypernet={self.hypernet}; leave out one"
                 )
+            self.hypernet = None
+        if not isinstance(self.adapter, LiDBConfig):
+            if self.hypernet not in (None, "default"):
+                raise UserError(f"hypernet={self.hypernet} predicts LiDB, which this adapter is not; set hypernet=null")
             self.hypernet = None
 
 
@@ -121,7 +128,8 @@ class Personalizer:
         self.layout = Layout.of(self.base.targets())
         self.base_hash = base_hash(self.base.targets())
         self.hypernet = load_hypernet(folder, self.base, self.layout) if folder is not None else None
-        self.lidb = self.hypernet.lidb if self.hypernet is not None else config.lidb.build(self.layout)
+        empty = config.adapter if isinstance(config.adapter, LiDBConfig) else LiDBConfig()
+        self.lidb = self.hypernet.lidb if self.hypernet is not None else empty.build(self.layout)
         if self.start is not None:
             self.layout.require(self.start.layout, self.start.source)
             if self.start.base not in ("", self.base_hash):
@@ -131,6 +139,21 @@ class Personalizer:
                 )  # fmt: skip
             self.lidb = self.start.config.build(self.layout)
         self.lidb.to(self.base.device)
+        self.learned, self.trainable = self._trainable()
+
+    def _trainable(self) -> tuple[AdapterConfig, Adapter]:
+        """Return what the fine-tuning trains, its settings and itself: LiDB's relaxed factors, or another adapter."""
+        from hyperdb.adapters.layout import Layout
+        from hyperdb.adapters.site import Site
+
+        settings = self.config.adapter
+        if isinstance(settings, LiDBConfig):
+            return self.config.relaxed, self.config.relaxed.build(self.layout)
+        words = self.config.diffusion.rare_token, self.config.diffusion.class_word
+        settings = settings.bound(*(self.base.tokenizer(word, add_special_tokens=False).input_ids for word in words))
+        sites = {name: Site(name, module) for name, module in self.base.places(settings.where()).items()}
+        fitting = {name: site for name, site in sites.items() if site.kind in settings.kinds}
+        return settings, settings.build(Layout.listing(fitting))
 
     @cached_property
     def prior(self) -> Prior | None:
@@ -149,15 +172,17 @@ class Personalizer:
         """Read, detect, align and crop one face: `[size, size, 3]` uint8. Raises `UserError` naming the file."""
         return crop_face(image, self.config)
 
-    def predict(self, crops: np.ndarray) -> Tensor:
+    def predict(self, crops: np.ndarray) -> Tensor | None:
         """Return tokens `[1, N, D]`, the mean over one person's crops `[V, size, size, 3]` or of the only one.
 
-        Without a hypernetwork those of the start, or the empty template.
+        Without a hypernetwork those of the start, or the empty template; None for an adapter that has no such numbers.
         """
         import torch
 
         if self.start is not None:
-            return self.start.tokens[None].to(self.base.device)
+            return None if self.start.tokens is None else self.start.tokens[None].to(self.base.device)
+        if not isinstance(self.config.adapter, LiDBConfig):
+            return None
         if self.hypernet is None:
             return self.lidb.init(1)["tokens"]
         with torch.no_grad(), self.base.autocast():
@@ -167,30 +192,38 @@ class Personalizer:
         """Return the fine-tuning of so many photos: in the iterations of one, two are less like the person."""
         return replace(self.config.finetune, steps=self.config.finetune.steps * photos)
 
-    def finetune(self, crops: np.ndarray, tokens: Tensor, progress: Any = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Train the relaxed factors on top of the predicted ones (paper section 4.3), on crops as in `predict`.
+    def finetune(self, crops: np.ndarray, tokens: Tensor | None, progress: Any = None) -> dict[str, Tensor]:
+        """Train what is `trainable`, on top of the prediction if any (paper section 4.3), on crops as in `predict`.
 
-        Takes the iterations of `tuning`. With a start it is the whole of that which lies under them.
+        Takes the iterations of `tuning`. With a start it is the whole of that which lies under what is trained.
         """
+        from hyperdb.adapters.base import moved
         from hyperdb.tuning.fit import fit
 
-        lora = self.config.relaxed.build(self.layout)
         moments = self.base.moments(to_images(crops))[None]  #                        [1, V, 2, c, h, w]
-        begun = self.lidb.factors({"tokens": tokens}) if self.start is None else self.start.factors()
-        frozen = {k: (d.detach().to(self.base.device), u.detach().to(self.base.device)) for k, (d, u) in begun.items()}
-        return lora.factors(fit(self.base, lora, moments, self.tuning(moments.shape[1]), frozen, self.prior, progress))
+        begun: Changes = {}
+        if self.start is not None:
+            begun = self.start.changes()
+        elif tokens is not None:
+            begun = self.lidb.factors({"tokens": tokens})
+        frozen = moved(begun, self.base.device)
+        return fit(self.base, self.trainable, moments, self.tuning(moments.shape[1]), frozen, self.prior, progress)
 
-    def wrap(self, tokens: Tensor, relaxed: dict[str, tuple[Tensor, Tensor]] | None = None) -> Personalization:
-        """Make the file's object of tokens and relaxed factors, beside those of the start."""
-        from hyperdb.adapters.base import concatenate
-        from hyperdb.formats.native import Personalization
+    def wrap(self, tokens: Tensor | None, params: dict[str, Tensor] | None = None) -> Personalization:
+        """Make the file's object of tokens and what the fine-tuning trained, beside what the start has."""
+        from hyperdb.adapters.base import concatenate, moved
+        from hyperdb.formats.native import Part, Personalization
 
-        words = self.config.diffusion
-        trained = {k: (d.cpu(), u.cpu()) for k, (d, u) in (relaxed or {}).items()}
-        parts = [part for part in (self.start.relaxed if self.start is not None else {}, trained) if part]
+        words, start = self.config.diffusion, self.start
+        relaxed, parts = ([start.relaxed], list(start.parts)) if start is not None else ([], [])
+        if params is not None and isinstance(self.config.adapter, LiDBConfig):
+            relaxed.append(moved(self.trainable.changes(params), "cpu"))
+        elif params is not None:
+            parts.append(Part(self.learned, self.trainable.layout, params))
         return Personalization(
-            self.layout, tokens[0].cpu(), self.lidb.config, self.base_hash, words.rare_token, words.class_word,
-            concatenate(*parts) if parts else {}, self.start.fingerprint if self.start is not None else "",
+            self.layout, None if tokens is None else tokens[0].cpu(), self.lidb.config, self.base_hash,
+            words.rare_token, words.class_word, concatenate(*filter(None, relaxed)),
+            "" if start is None else start.fingerprint, parts,
         )  # fmt: skip
 
     def personalize(self, image: Picture | list[Picture], finetune: bool = True) -> Personalization:

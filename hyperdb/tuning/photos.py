@@ -51,16 +51,18 @@ def _preview(
     instance = [base.config.instance_prompt] * len(seeds)
     rows = {
         "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
-        before: draw(base, predicted.factors(), 1, instance, seeds)[0],
-        "fine-tuned": draw(base, finished.factors(), 1, instance, seeds)[0],
+        "fine-tuned": draw(base, finished.changes(), 1, instance, seeds)[0],
     }
+    if begun := predicted.changes():  # else nothing lies under what was trained
+        rows[before] = draw(base, begun, 1, instance, seeds)[0]
     styles = model.config.preview_styles
-    styled = draw(base, finished.factors(), 1, styles, [0] * len(styles))[0]
+    styled = draw(base, finished.changes(), 1, styles, [0] * len(styles))[0]
     feature = SFace()
     gallery = galleries(feature, shown[None])
     cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
-    pictures = [photo, *rows["base"][:1], *rows[before][:1], *rows["fine-tuned"], *styled]
-    labels = ["photo", "base", before, *["fine-tuned"] * 3, *styles]
+    shown_before = [before] if begun else []
+    pictures = [photo, *rows["base"][:1], *(rows[name][0] for name in shown_before), *rows["fine-tuned"], *styled]
+    labels = ["photo", "base", *shown_before, *["fine-tuned"] * 3, *styles]
     scale = max(1, 192 // photo.shape[-1])
     pixels = [p.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for p in pictures]
     text = {"software": "hyperdb", "synthetic": "all but the first picture", "base": base.digest}
@@ -79,7 +81,7 @@ def passes(config: PersonalizerConfig, sketch: Sketch) -> None:
 def personalize(config: PersonalizerConfig) -> Path:
     """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`.
 
-    With a start there is no prediction to keep as `lidb.safetensors`.
+    With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`.
     """
     import numpy as np
     from tqdm import tqdm
@@ -115,11 +117,11 @@ def personalize(config: PersonalizerConfig) -> Path:
             bar.update(1)
             bar.set_postfix_str(f"loss {loss:.4f}")
 
-        relaxed = model.finetune(crops, tokens, progress)
+        params = model.finetune(crops, tokens, progress)
     lap("finetune")
-    predicted, finished = model.wrap(tokens), model.wrap(tokens, relaxed)
+    predicted, finished = model.wrap(tokens), model.wrap(tokens, params)
     written = [finished.save(out / "adapter.safetensors")]
-    if model.start is None:
+    if model.start is None and tokens is not None:
         written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
     report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
     report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}

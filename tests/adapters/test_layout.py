@@ -44,7 +44,8 @@ def test_text_round_trip_and_digest() -> None:
     "text",
     [
         "",
-        "a 1",
+        "a",
+        "a 1 2 3 4 5",
         "a 0 1",
         "a -1 1",
         "a 1 1;",

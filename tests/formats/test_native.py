@@ -34,7 +34,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 def person(layout: Layout = LAYOUT, config: LiDBConfig = CONFIG, **more: str) -> Personalization:
     lora = LoRAConfig(rank=3).build(layout)
-    relaxed = lora.factors({k: v + 0.1 * noise(*v.shape) for k, v in lora.init(1).items()})
+    relaxed = lora.changes({k: v + 0.1 * noise(*v.shape) for k, v in lora.init(1).items()})
     lidb = config.build(layout)
     tokens = noise(*lidb.mask.shape) * lidb.mask
     return Personalization(layout, tokens, config, relaxed=relaxed, **more)
@@ -145,7 +145,7 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str
 
 HOSTILE = {
     "foreign": (lambda t, m: m.clear(), "not a hyperdb adapter"),
-    "newer": (lambda t, m: m.update(version="2"), "update hyperdb"),
+    "newer": (lambda t, m: m.update(version="3"), "update hyperdb"),
     "no layout": (lambda t, m: m.pop("layout"), "lacks 'layout'"),
     "no word": (lambda t, m: m.pop("rare_token"), "lacks 'rare_token'"),
     "layout not text": (lambda t, m: m.update(layout="[1, 2"), "is not 'name out in'"),

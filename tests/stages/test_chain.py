@@ -34,8 +34,8 @@ TINY = [
     "diffusion.dtype=fp32",
     "prior.images=2",
     "prior.prompts=[a photo of a face]",
-    "lidb.a=12",
-    "lidb.b=8",
+    "adapter.a=12",
+    "adapter.b=8",
 ]
 HYPER = [
     *TINY,
@@ -263,7 +263,7 @@ def test_training_refuses_what_it_cannot_use(made, judged, tiny_base, tmp_path):
         ([f"data={judged}", "weights=null"], "test split"),
         ([*here, "tracker=clipboard"], "clipboard"),
         ([*here, "model.encoder.weights=none.safetensors"], "train_encoder"),
-        ([*here, "lidb.seed=1"], "lidb"),
+        ([*here, "adapter.seed=1"], "lidb"),
         ([*here, "prompt_dropout=1"], "prompt_dropout"),
         ([*here, "flips=true", "alpha=0"], "flips"),
         ([*here, "validation_weights=runs"], "validation_weights"),
@@ -305,7 +305,7 @@ def test_a_hypernetwork_file_can_be_trained_on(made, tmp_path):
     before, after = (load_tensors(f)[0] for f in (file, tmp_path / "out" / "hypernet.safetensors"))
     assert all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in before)
     with pytest.raises(UserError, match="lidb"):
-        configuration.run("train_hypernet", [*words, f"out={tmp_path / 'other'}", "lidb.seed=1"])
+        configuration.run("train_hypernet", [*words, f"out={tmp_path / 'other'}", "adapter.seed=1"])
 
 
 def test_people_personalised_one_after_the_other_do_not_mix(made, photo, tmp_path):

@@ -20,7 +20,7 @@ from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.tuning.fit import fit
 
-TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "lidb.a=12", "lidb.b=8"]
+TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "adapter.a=12", "adapter.b=8"]
 TINY += ["prior.images=2", "prior.prompts=[a photo of a face]"]
 HYPER = ["model.width=32", "model.heads=2", "model.iterations=2", "model.encoder.name=vit_tiny_patch16_224"]
 HYPER += ["model.encoder.size=32", "model.encoder.patch=16", "model.encoder.depth=1", "model.encoder.weights=null"]

@@ -28,7 +28,7 @@ def base(tiny_base: Path) -> Base:
 def factors(base: Base) -> Factors:
     lora = LoRAConfig(rank=2).build(Layout.of(base.targets()))
     g = torch.Generator().manual_seed(0)
-    return lora.factors({k: v + 0.15 * torch.randn(v.shape, generator=g) for k, v in lora.init(3).items()})
+    return lora.changes({k: v + 0.15 * torch.randn(v.shape, generator=g) for k, v in lora.init(3).items()})
 
 
 def drawn(base: Base, factors: Factors | None, people: int, pair: tuple[float, float | None]) -> torch.Tensor:

@@ -72,11 +72,12 @@ def main(specs: list[str]) -> None:
         views, factors = int(words.get("views", 1)), None
         base.config.guidance = words.get("guidance", whole.diffusion.guidance)
         if kind == "lidb":
-            adapter = LiDBConfig(int(words.get("a", whole.lidb.a)), int(words.get("b", whole.lidb.b))).build(layout)
-            factors = adapter.factors(fit(base, adapter, moments[:, :views], settings, None, prior))
+            sizes = (int(words.get(side, getattr(whole.adapter, side))) for side in "ab")
+            adapter = LiDBConfig(*sizes).build(layout)
+            factors = adapter.changes(fit(base, adapter, moments[:, :views], settings, None, prior))
         elif kind == "lora":
             adapter = LoRAConfig(int(words.get("rank", 4))).build(layout)
-            factors = adapter.factors(fit(base, adapter, moments[:, :views], settings, None, prior))
+            factors = adapter.changes(fit(base, adapter, moments[:, :views], settings, None, prior))
         strength = words.get("strength", 1.0)
         images = draw(base, factors, PEOPLE, prompts, list(range(len(prompts))), strength=strength)
         some = {k: v[:PEOPLE] for k, v in styled.items()}

@@ -176,7 +176,7 @@ class Studio:
                 views = torch.cat([views, views.flip(-1)], 1)
             moments = self.base.moments(views.flatten(0, 1)).unflatten(0, views.shape[:2])
             frozen = under if under is None or shared else select(under, some)
-            parts.append(lora.factors(fit(self.base, lora, moments, settings, frozen, self.model.prior)))
+            parts.append(lora.changes(fit(self.base, lora, moments, settings, frozen, self.model.prior)))
         return {n: tuple(torch.cat([p[n][side] for p in parts]) for side in (0, 1)) for n in parts[0]}  # type: ignore[misc]
 
     def person(self, way: Way, seed: int) -> tuple[Factors, float | None]:
