@@ -37,7 +37,7 @@ class Config:
     channels: list[int] = field(default_factory=lambda: [32, 64, 128])
     latent_channels: int = 4
     steps: int = 2000
-    batch: int = 32
+    batch: int = 16
     rate: float = 1.5e-3
     kl: float = 3e-4
     face_weight: float = 1.2  # extra weight of the middle of the frame, where the face is

@@ -35,7 +35,7 @@ WRITES = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """The hypernetwork predicts adapters of `people` of `data`, and of `edited` of `unseen`, who are changed.
 
@@ -43,7 +43,7 @@ class Config:
     standard deviations of an attribute over people.
     """
 
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig
     hypernet: FilePath = "default"
     data: FilePath = "data/heads"
     unseen: FilePath = "data/heads_validation"

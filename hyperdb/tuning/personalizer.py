@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Picture = str | Path | np.ndarray
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PersonalizerConfig:
     """How people are personalised: what every stage that does so can be told.
 
@@ -53,11 +53,11 @@ class PersonalizerConfig:
             "a watercolour painting of a [V] face",
         ]
     )
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    lidb: LiDBConfig = field(default_factory=LiDBConfig)  # without a hypernetwork: the (empty) LiDB part
+    diffusion: DiffusionConfig
+    lidb: LiDBConfig  # without a hypernetwork: the (empty) LiDB part
     relaxed: LoRAConfig = field(default_factory=LoRAConfig)
-    finetune: FitConfig = field(default_factory=FitConfig)
-    prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
+    finetune: FitConfig
+    prior: PriorConfig
     seed: int = 0
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 

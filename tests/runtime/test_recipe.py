@@ -8,11 +8,10 @@ import pytest
 
 from hyperdb import config
 from hyperdb.runtime.recipe import AROUND, differences, recipe
-from hyperdb.stages import train_hypernet
 
 
 def test_what_is_around_a_training_does_not_count():
-    one = train_hypernet.Config(weights=None)
+    one = config.load("train_hypernet")
     more = {"name": "b", "out": "b", "save_every": 7, "validate_every": 7, "validation_people": 3, "dry_run": True}
     more |= {"data": "elsewhere", "validation": None, "init": "x", "weights": "x", "validation_weights": "x"}
     other = dataclasses.replace(one)
@@ -25,7 +24,7 @@ def test_what_is_around_a_training_does_not_count():
 
 @pytest.mark.parametrize("changed", [{"rate": 1.0}, {"seed": 1}, {"steps": 9}, {"batch": 3}, {"alpha": 2.0}])
 def test_what_counts(changed):
-    one = train_hypernet.Config(weights=None)
+    one = config.load("train_hypernet")
     assert differences(recipe(one), recipe(dataclasses.replace(one, **changed))) == list(changed)
     other = dataclasses.replace(one, diffusion=dataclasses.replace(one.diffusion, size=128))
     assert differences(recipe(one), recipe(other)) == ["diffusion.size"]
