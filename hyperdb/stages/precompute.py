@@ -22,11 +22,11 @@ WRITES = ("fits-*.safetensors", "statistics.safetensors", "index.json", "prior.s
 KEPT = "finished shards are kept"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StoreFitConfig(FitConfig):
     """How an adapter is fitted; that of a person on the first `views` photos, an image's on it alone."""
 
-    views: int = 1
+    views: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
