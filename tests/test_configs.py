@@ -14,12 +14,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from hyperdb import config
+from hyperdb import config, options
+from hyperdb.runtime.errors import UserError
 
-CONF = config.conf_dir()
+CONF = options.conf_dir()
 STAGES = list(config.available())
-EXPERIMENTS = config.options(config.EXPERIMENT)
-BASES = config.options("diffusion")
+EXPERIMENTS = options.choices(options.EXPERIMENT)
+BASES = options.choices("diffusion")
 DIFFERENCES = Path(__file__).with_name("bases.txt")
 HEAD = """\
 What differs between the bases, stage by stage; written by `python tests/test_configs.py`.
@@ -42,14 +43,14 @@ def values(node: Any, resolve: bool = True) -> dict[str, Any]:
 
 def recipe_groups() -> list[str]:
     """Return the groups that have a yaml a base, chosen by `${diffusion}`."""
-    return [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and config.options(path.name) == BASES]
+    return [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and options.choices(path.name) == BASES]
 
 
 def differences() -> str:
     """Return a table a stage: the settings that a base changes, with their values."""
     tables, above = [HEAD], set()
     for stage in STAGES:
-        if "diffusion" not in config.groups(config.stage_module(stage).Config):
+        if "diffusion" not in options.groups(config.stage_module(stage).Config):
             continue
         found = [values(config.compose(stage, [f"diffusion={base}"])) for base in BASES]
         rows = [(key, *(shown(one.get(key)) for one in found)) for key in dict.fromkeys(k for f in found for k in f)]
@@ -69,7 +70,7 @@ def shown(value: Any) -> str:
 
 def of_stage(raw: dict, stage: str) -> bool:
     """Whether every key of an experiment is a setting of this stage."""
-    known = {key for key, _ in config.settings(config.stage_module(stage).Config)}
+    known = {key for key, _ in options.settings(config.stage_module(stage).Config)}
     return set(raw) - {"defaults"} <= known
 
 
@@ -93,9 +94,9 @@ def test_values_in_force_are_accepted(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_option_of_every_group_composes(stage):
-    for group in config.groups(config.stage_module(stage).Config):
-        assert config.options(group), f"conf/{group} has no yaml"
-        for name in config.options(group):
+    for group in options.groups(config.stage_module(stage).Config):
+        assert options.choices(group), f"conf/{group} has no yaml"
+        for name in options.choices(group):
             raw = config.compose(stage, [f"{group}={name}"])
             node = raw
             for part in group.split("/"):
@@ -116,7 +117,7 @@ def test_experiment_is_accepted_by_a_stage(name):
             missing = [f"{key}=x" for key, value in raw.items_ex(resolve=False) if value == "???"]
             config.load(stage, [f"experiment={name}", *missing])
             composed += 1
-        except config.UserError as error:  # another stage of the same keys without one of its groups
+        except UserError as error:  # another stage of the same keys without one of its groups
             last = error
     assert composed, last
 

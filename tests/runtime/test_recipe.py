@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 
-from hyperdb import config
+from hyperdb import config, options
+from hyperdb.runtime.paths import is_path
 from hyperdb.runtime.recipe import AROUND, differences, recipe
 
 
@@ -39,7 +40,7 @@ def test_differences_are_those_of_json():
 
 def test_every_name_that_does_not_count_is_a_setting():
     names = {key.rpartition(".")[2] for stage in config.available()
-             for key, _ in config.settings(config.stage_module(stage).Config)}  # fmt: skip
+             for key, _ in options.settings(config.stage_module(stage).Config)}  # fmt: skip
     assert names >= AROUND
 
 
@@ -50,7 +51,7 @@ def test_every_setting_that_names_a_place_is_a_path():
     for stage in config.available():
         schema = config.stage_module(stage).Config
         for (key, annotated), (_, plain) in zip(
-            config.settings(schema, annotated=True), config.settings(schema), strict=True
+            options.settings(schema, annotated=True), options.settings(schema), strict=True
         ):
             if key.rpartition(".")[2] in places and not dataclasses.is_dataclass(plain):
-                assert config.is_path(annotated), f"{stage}: {key}"
+                assert is_path(annotated), f"{stage}: {key}"
