@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.personalizer import PersonalizerConfig
 
@@ -240,7 +240,6 @@ class Judges:
     """The recognisers and, if anything is drawn in a style, the judge of styles."""
 
     def __init__(self, config: Config) -> None:
-        from hyperdb.diffusion import resolve
         from hyperdb.metrics.face import Dlib, SFace
         from hyperdb.metrics.obedience import Judge
 

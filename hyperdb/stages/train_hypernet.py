@@ -13,7 +13,7 @@ from hyperdb.adapters import LiDBConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.prior import PriorConfig
 
 if TYPE_CHECKING:
@@ -156,7 +156,6 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.data.weights import load_store, made_from
-    from hyperdb.diffusion import resolve
     from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet

@@ -46,8 +46,9 @@ def test_every_name_that_does_not_count_is_a_setting():
 
 def test_every_setting_that_names_a_place_is_a_path():
     """`~` is expanded in them, and they do not count."""
-    places = {"adapter", "config", "data", "directions", "hypernet", "identity_file", "image", "init", "out", "path",
-              "results", "source", "unseen", "vae", "validation", "validation_weights", "weights"}  # fmt: skip
+    places = {"adapter", "config", "data", "default_hypernet", "directions", "hypernet", "identity_file", "image",
+              "init", "out", "path", "results", "source", "unseen", "vae", "validation", "validation_weights",
+              "weights"}  # fmt: skip
     for stage in config.available():
         schema = config.stage_module(stage).Config
         for (key, annotated), (_, plain) in zip(
