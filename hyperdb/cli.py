@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from hyperdb import __version__, config
+from hyperdb import __version__, config, options
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_text
 
@@ -117,7 +117,7 @@ def stage_help(stage: str) -> str:
         if doc and not doc.startswith(f"{schema.__name__}("):  # not the one that @dataclass makes up
             parts.append(doc)
         parts.append("settings and their values:\n" + "\n".join(settings))
-    choices = [f"  {path}={' | '.join(config.options(path))}" for path in config.groups(schema)]
+    choices = [f"  {path}={' | '.join(options.choices(path))}" for path in options.groups(schema)]
     if choices:
         parts.append("groups:\n" + "\n".join(choices))
     experiments = _experiments(schema)
@@ -130,15 +130,15 @@ def _experiments(schema: type) -> list[str]:
     """Return the experiments whose every key is a setting of this stage, with their first comment line."""
     from omegaconf import OmegaConf
 
-    known = {key for key, _ in config.settings(schema)} | {"defaults"}
+    known = {key for key, _ in options.settings(schema)} | {"defaults"}
     lines = []
-    for name in config.options(config.EXPERIMENT):
-        path = config.conf_dir() / config.EXPERIMENT / f"{name}.yaml"
+    for name in options.choices(options.EXPERIMENT):
+        path = options.conf_dir() / options.EXPERIMENT / f"{name}.yaml"
         values = OmegaConf.load(path)
         if set(map(str, values)) <= known:
             comments = [line.lstrip("# ") for line in load_text(path).splitlines() if line.startswith("#")]
             said = next((c for c in comments if c and not c.startswith("@package")), "")
-            lines.append(f"  {config.EXPERIMENT}={name}  {said}".rstrip())
+            lines.append(f"  {options.EXPERIMENT}={name}  {said}".rstrip())
     return lines
 
 

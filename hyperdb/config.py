@@ -1,9 +1,10 @@
 """The table of stages, and how `key=value` words become a stage's `Config`.
 
 A stage is a module with a dataclass `Config` and `run(config) -> Path | None`; one with the setting `dry_run` has
-`passes(config, sketch)` too, which measures what it would load (`hyperdb.tuning.memory`). Its values stand in
-`conf/STAGE.yaml`; a field that holds a dataclass and has a folder of its name under `conf/` is a *group*
-(`diffusion=sd15` picks `conf/diffusion/sd15.yaml`). Hydra composes, the dataclasses check.
+`passes(config, sketch)` too, which measures what it would load (`hyperdb.tuning.memory`). A setting's value stands in
+one place. What holds for every base is the default of its dataclass. What belongs to a base stands in that base's yaml
+of a group (`conf/finetune/sd15.yaml`) or of the stage (`conf/train_hypernet/sd15.yaml`), all chosen by
+`diffusion=sd15`; its dataclass has no default. Hydra composes, the dataclasses check.
 
 Nothing heavy is imported here: Hydra inside the functions, a stage's module when that stage is asked for.
 """
@@ -11,7 +12,6 @@ Nothing heavy is imported here: Hydra inside the functions, a stage's module whe
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -21,14 +21,15 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from hyperdb import options
 from hyperdb.runtime import output
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import expand, is_path
-from hyperdb.words import Entry, entries, escaped, literal
+from hyperdb.words import check_word, escaped, parsed, quoted, swept, unknown
 
 STAGES: dict[str, tuple[str, str]] = {
     "doctor": ("hyperdb.stages.doctor", "what is installed, which device and models are at hand, what to do"),
@@ -50,10 +51,6 @@ STAGES: dict[str, tuple[str, str]] = {
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
 }
 
-TEXT = (str, Path)
-SCALARS = (int, float, bool)
-EXPERIMENT = "experiment"  # the group of named overrides; every stage's yaml ends with `experiment: null`
-
 
 # --- stages ------------------------------------------------------------------------------------------
 
@@ -66,214 +63,9 @@ def available() -> dict[str, str]:
 def stage_module(name: str) -> types.ModuleType:
     """Import the module of one stage."""
     if name not in available():
-        hint = closest(name, available()) or "; `hyperdb --help` lists them"
+        hint = options.closest(name, available()) or "; `hyperdb --help` lists them"
         raise UserError(f"no stage {name!r}{hint}")
     return importlib.import_module(STAGES[name][0])
-
-
-def conf_dir() -> Path:
-    """Return the folder of yaml files: inside the installed package, else beside it in a checkout."""
-    package = Path(__file__).parent
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
-
-
-def options(group: str) -> list[str]:
-    """Return the names that can be chosen in a group."""
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
-
-
-def closest(word: str, words: typing.Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the most similar word, else nothing."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-# --- the tree of settings ----------------------------------------------------------------------------
-
-
-def _without_none(kind: Any) -> tuple[Any, bool]:
-    """Split `X | None` into (X, True); anything else is (kind, False)."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        rest = [k for k in typing.get_args(kind) if k is not type(None)]
-        if len(rest) < len(typing.get_args(kind)):
-            return (rest[0] if len(rest) == 1 else typing.Union[tuple(rest)]), True  # noqa: UP007 (dynamic)
-    return kind, False
-
-
-def _family(schema: type) -> list[type]:
-    """Return a dataclass and every subclass of it: the types that a group's options may have."""
-    members = [schema]
-    subclass: type
-    for subclass in schema.__subclasses__():
-        members += _family(subclass)
-    return members
-
-
-def settings(schema: type, prefix: str = "", annotated: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, type) of every setting under a dataclass, branches before their leaves.
-
-    `annotated` keeps `FilePath` apart from other text.
-    """
-    seen = set()
-    for kind in _family(schema):
-        hints = typing.get_type_hints(kind, include_extras=annotated)
-        for field in dataclasses.fields(kind):
-            if field.name in seen:
-                continue
-            seen.add(field.name)
-            key, hint = prefix + field.name, hints[field.name]
-            yield key, hint
-            inner = _without_none(hint)[0]
-            if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-                yield from settings(inner, key + ".", annotated)
-
-
-def groups(schema: type) -> dict[str, type]:
-    """Return path -> dataclass of the settings that have a folder of their name in `conf/`."""
-    found = {}
-    for key, hint in settings(schema):
-        kind, path = _without_none(hint)[0], key.replace(".", "/")
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and (conf_dir() / path).is_dir():
-            found[path] = kind
-    return found
-
-
-def _type_of(schema: type, key: str) -> Any:
-    """Return the type of a dotted key; raises KeyError if there is no such setting."""
-    known = dict(settings(schema))
-    if key in known:
-        return known[key]
-    parent, _, _ = key.rpartition(".")
-    kind = _without_none(_type_of(schema, parent))[0] if parent else None
-    if typing.get_origin(kind) in (dict, list):  # an entry of a dict[str, X] or list[X]
-        return typing.get_args(kind)[-1]
-    if kind in (Any, dict, list):
-        return Any
-    raise KeyError(key)
-
-
-# --- words of the command line -----------------------------------------------------------------------
-
-
-def _parsed(word: str) -> Any:
-    """Return Hydra's reading of a word, or None if its grammar refuses it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException:
-        return None
-
-
-def quoted(schema: type, word: str) -> str:
-    """Quote the value of `key=value` if that setting is text, so that it means what it says.
-
-    `str` and `Path` take everything literally; with `| None` the word null is None. `list[str]` takes what is written
-    as a list (`hyperdb.words.entries`), and anything else as its only element. Other types keep Hydra's grammar.
-    """
-    key, _, value = word.partition("=")
-    kind, optional = _kind(schema, key)
-    if kind is None or (optional and value == "null"):
-        return word
-    if kind in TEXT:
-        return f"{key}={literal(value)}"
-    if _of_text(kind):
-        return f"{key}={_text_list(key, value)}"
-    override = _parsed(word)
-    if override is None:
-        raise UserError(f"{key}: cannot read the value {value!r}")
-    if override.is_sweep_override():
-        as_list = f"; a list is written {key}=[{value}]" if typing.get_origin(kind) is list else ""
-        raise UserError(f"{key}: {value!r} is several values; add -m to run one after the other{as_list}")
-    return word
-
-
-def swept(schema: type, word: str) -> str:
-    """Quote the value of `key=value` for a sweep: text is literal there too, and a list of it is several values.
-
-    A list of a setting that is a list is several values if all its entries are lists. Other types keep Hydra's
-    grammar, in which commas separate values, and may be written as a list as well.
-    """
-    key, _, value = word.partition("=")
-    kind, optional = _kind(schema, key)
-    listed = _entries(key, value)
-    if listed is None or not (kind in TEXT or kind in SCALARS or typing.get_origin(kind) is list):
-        return quoted(schema, word) if kind in TEXT or _of_text(kind) else word
-    if typing.get_origin(kind) is list:
-        several = bool(listed) and all(not one.quoted and entries(one.text) is not None for one in listed)
-        lists = [one.text for one in listed] if several else [value]
-        choices = [_text_list(key, one) for one in lists] if _of_text(kind) else lists
-    elif len(listed) == 1 and not listed[0].quoted:  # `[V]`
-        choices = [literal(value) if kind in TEXT else listed[0].text]
-    else:
-        bare = [not one.quoted and (kind in SCALARS or (optional and one.text == "null")) for one in listed]
-        choices = [one.text if as_is else literal(one.text) for one, as_is in zip(listed, bare, strict=True)]
-    return f"{key}={','.join(choices)}"
-
-
-def _kind(schema: type, key: str) -> tuple[Any, bool]:
-    """Return a setting's type and whether it may be null; (None, False) for a group's or Hydra's own."""
-    try:
-        return _without_none(_type_of(schema, key.lstrip("+")))
-    except KeyError:
-        return None, False
-
-
-def _of_text(kind: Any) -> bool:
-    return typing.get_origin(kind) is list and typing.get_args(kind)[0] in TEXT
-
-
-def _entries(key: str, value: str) -> list[Entry] | None:
-    try:
-        return entries(value)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-
-
-def _text_list(key: str, value: str) -> str:
-    """Return Hydra's writing of a list of text."""
-    listed = _entries(key, value)
-    texts = [value] if listed is None else [one.text for one in listed]
-    return f"[{','.join(map(literal, texts))}]"
-
-
-def check_word(stage: str, schema: type, word: str, sweep: bool = False) -> None:
-    """Raise `UserError` for a word that is not `key=value` of this stage."""
-    key, equals, value = word.partition("=")
-    if not equals or not key or word[0] in "-~":
-        raise UserError(f"{word!r} is not key=value; `hyperdb {stage} --help` lists the settings")
-    key = key.lstrip("+")
-    if re.match(r"hydra[./]", key):
-        if not sweep:
-            raise UserError(f"{key} concerns sweeps only; add -m")
-        return
-    branches = groups(schema)
-    if key == EXPERIMENT or key in branches:
-        names = options(key)
-        optional = key == EXPERIMENT or _without_none(_type_of(schema, key.replace("/", ".")))[1]
-        other = (value == "null" and optional) or value[:1] in ("[", "{")  # left to Hydra's grammar
-        if not (sweep or other or value in names):
-            listed = ", ".join(names) or "none"
-            raise UserError(f"no {key} {value!r}{closest(value, names)}; there is: {listed}")
-        return
-    try:
-        _type_of(schema, key)
-    except KeyError:
-        raise UserError(_unknown(stage, schema, key)) from None
-    # names of files may be of any bytes; text goes into headers and tokenizers
-    if re.search(r"[\ud800-\udfff]", value) and not is_path(dict(settings(schema, annotated=True)).get(key)):
-        raise UserError(f"{key} has characters that are not UTF-8 text; type it again")
-
-
-def _unknown(stage: str, schema: type, key: str) -> str:
-    names = [name for name, _ in settings(schema) if name != key] + [EXPERIMENT]
-    hint = closest(key, names)
-    if not hint:  # the right name without its branch: `path` for `diffusion.path`
-        same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        hint = f"; did you mean {same[0]!r}?" if same else ""
-    return f"{stage} has no setting {key!r}{hint or f'; `hyperdb {stage} --help` lists them'}"
 
 
 # --- composition -------------------------------------------------------------------------------------
@@ -286,18 +78,13 @@ def register(stage: str, schema: type) -> None:
     subclass `NAMEConfig` of it (so `conf/adapter/lora.yaml` begins with `defaults: [lora_schema]`).
     """
     from hydra.core.config_store import ConfigStore
-    from omegaconf import MISSING, OmegaConf
 
     store = ConfigStore.instance()
-    node = OmegaConf.structured(schema)
-    for path, kind in groups(schema).items():
-        if len(_family(kind)) > 1:  # which of them, the defaults list says: the default's type would refuse the others
-            OmegaConf.update(node, path.replace("/", "."), MISSING)
-    store.store(name=f"{stage}_schema", node=node)
-    for path, kind in groups(schema).items():
-        for member in _family(kind):
+    store.store(name=f"{stage}_schema", node=schema)
+    for path, kind in options.groups(schema).items():
+        for member in options.family(kind):
             name = "schema" if member is kind else f"{member.__name__.removesuffix('Config').lower()}_schema"
-            store.store(group=path, name=name, node=member)
+            store.store(group=options.folder(path), name=name, node=member)
 
 
 def compose(stage: str, words: Sequence[str] = ()) -> Any:
@@ -313,7 +100,7 @@ def compose(stage: str, words: Sequence[str] = ()) -> Any:
     register(stage, schema)
     overrides = [quoted(schema, word) for word in words]
     try:
-        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        with initialize_config_dir(str(options.conf_dir().resolve()), version_base="1.3"):
             return hydra_compose(stage, overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(stage, schema, error)) from error
@@ -342,15 +129,15 @@ def _check_values(raw: Any) -> None:
     from omegaconf import ListConfig, OmegaConf
 
     schema = raw._metadata.object_type
-    for key, hint in settings(schema, annotated=True):
-        value, kind = OmegaConf.select(raw, key), _without_none(hint)[0]
+    for key, hint in options.settings(schema, annotated=True):
+        value, kind = OmegaConf.select(raw, key), options.without_none(hint)[0]
         listed = isinstance(value, ListConfig)
         for one in value if listed else [value]:
             if is_path(hint) and isinstance(one, str) and not one.strip() and getattr(schema, key, None) != one:
                 raise UserError(f"{key} is empty: expected a file or a folder")
             if isinstance(one, float) and not math.isfinite(one):
                 raise UserError(f"{key}={one}: expected a finite number")
-            if isinstance(one, ListConfig) and (typing.get_args(kind) or (None,))[0] in SCALARS:
+            if isinstance(one, ListConfig) and (typing.get_args(kind) or (None,))[0] in options.SCALARS:
                 raise UserError(f"{key}={value}: expected a list of numbers; several lists are a sweep, with -m")
 
 
@@ -358,7 +145,7 @@ def _expand(raw: Any) -> None:
     """Put the home folder for `~` in every setting that is a path."""
     from omegaconf import ListConfig, OmegaConf
 
-    for key, hint in settings(raw._metadata.object_type, annotated=True):
+    for key, hint in options.settings(raw._metadata.object_type, annotated=True):
         if is_path(hint):
             value = OmegaConf.select(raw, key)
             if isinstance(value, ListConfig):
@@ -418,8 +205,8 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     words = [swept(schema, word) for word in words]
     named = {word.partition("=")[0].lstrip("+") for word in words}
     # what is the same in all jobs, or is in `out` by itself
-    parsed = {word.partition("=")[0]: _parsed(word) for word in words}
-    apart = {key for key, override in parsed.items() if override is None or not override.is_sweep_override()}
+    readings = {word.partition("=")[0]: parsed(word) for word in words}
+    apart = {key for key, override in readings.items() if override is None or not override.is_sweep_override()}
     apart |= {"out"} if "out" in named else {"name"}
 
     def task(raw: Any) -> str | None:
@@ -440,7 +227,7 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     sys.argv = ["hyperdb", "--multirun", *defaults, *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed and turned into exit(1)
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir().resolve()), config_name=stage)(task)()
+        hydra.main(version_base="1.3", config_path=str(options.conf_dir().resolve()), config_name=stage)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(stage, schema, error)) from error
     finally:
@@ -459,7 +246,7 @@ def job_name(apart: Collection[str]) -> str:
     for word in HydraConfig.get().overrides.task:
         key, _, value = word.partition("=")
         if key not in apart:
-            override = _parsed(word)
+            override = parsed(word)
             parts.append(f"{key.lstrip('+')}={value if override is None else override.value()}")
     text = "+".join(parts)  # a comma would separate the entries of a list
     names = [re.sub(r"[^\w.=-]+", "_", part) for part in parts]
@@ -484,7 +271,7 @@ def _explain(stage: str, schema: type, error: BaseException) -> str:
         inner = inner.__cause__ or inner.__context__
     key = getattr(root, "full_key", None)
     if key and isinstance(root, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(schema):
-        return file + _unknown(stage, schema, key)
+        return file + unknown(stage, schema, key)
     if key:
         return f"{file}{key}: {str(root).strip().splitlines()[0]}"
     return " ".join(str(error).split())

@@ -1,13 +1,23 @@
-"""How words of the command line are written: quoted text, and lists."""
+"""How words of the command line are written, and what Hydra is given for them.
+
+Text is taken as it is written and a list is `[a,'b, c']`; other values keep Hydra's grammar. `quoted` and `swept` write
+a word so that Hydra reads just that.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+import typing
+from typing import Any, NamedTuple
 
+from hyperdb import options
+from hyperdb.options import EXPERIMENT, SCALARS, TEXT, type_of, without_none
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import is_path
 
 CLOSING = {"[": "]", "(": ")", "{": "}"}
+
+# --- text and lists ---------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
@@ -83,3 +93,134 @@ def _closed(text: str, start: int) -> int:
         if depth == 0:
             return i
     return start
+
+
+# --- what Hydra is given -----------------------------------------------------------------------------
+
+
+def parsed(word: str) -> Any:
+    """Return Hydra's reading of a word, or None if its grammar refuses it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def _kind(schema: type, key: str) -> tuple[Any, bool]:
+    """Return a setting's type and whether it may be null; (None, False) for a group's or Hydra's own."""
+    try:
+        return without_none(type_of(schema, key.lstrip("+")))
+    except KeyError:
+        return None, False
+
+
+def _of_text(kind: Any) -> bool:
+    return typing.get_origin(kind) is list and typing.get_args(kind)[0] in TEXT
+
+
+def _entries(key: str, value: str) -> list[Entry] | None:
+    try:
+        return entries(value)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def _text_list(key: str, value: str) -> str:
+    """Return Hydra's writing of a list of text."""
+    listed = _entries(key, value)
+    texts = [value] if listed is None else [one.text for one in listed]
+    return f"[{','.join(map(literal, texts))}]"
+
+
+def quoted(schema: type, word: str) -> str:
+    """Quote the value of `key=value` if that setting is text, so that it means what it says.
+
+    `str` and `Path` take everything literally; with `| None` the word null is None. `list[str]` takes what is written
+    as a list (`entries`), and anything else as its only element. Other types keep Hydra's grammar.
+    """
+    key, _, value = word.partition("=")
+    if key in options.FOLDERS and key in options.groups(schema):
+        return f"{options.folder(key)}={value}"
+    kind, optional = _kind(schema, key)
+    if kind is None or (optional and value == "null"):
+        return word
+    if kind in TEXT:
+        return f"{key}={literal(value)}"
+    if _of_text(kind):
+        return f"{key}={_text_list(key, value)}"
+    override = parsed(word)
+    if override is None:
+        raise UserError(f"{key}: cannot read the value {value!r}")
+    if override.is_sweep_override():
+        as_list = f"; a list is written {key}=[{value}]" if typing.get_origin(kind) is list else ""
+        raise UserError(f"{key}: {value!r} is several values; add -m to run one after the other{as_list}")
+    return word
+
+
+def swept(schema: type, word: str) -> str:
+    """Quote the value of `key=value` for a sweep: text is literal there too, and a list of it is several values.
+
+    A list of a setting that is a list is several values if all its entries are lists. Other types keep Hydra's
+    grammar, in which commas separate values, and may be written as a list as well.
+    """
+    key, _, value = word.partition("=")
+    if key in options.FOLDERS and key in options.groups(schema):
+        return quoted(schema, word)
+    kind, optional = _kind(schema, key)
+    listed = _entries(key, value)
+    if listed is None or not (kind in TEXT or kind in SCALARS or typing.get_origin(kind) is list):
+        return quoted(schema, word) if kind in TEXT or _of_text(kind) else word
+    if typing.get_origin(kind) is list:
+        several = bool(listed) and all(not one.quoted and entries(one.text) is not None for one in listed)
+        lists = [one.text for one in listed] if several else [value]
+        choices = [_text_list(key, one) for one in lists] if _of_text(kind) else lists
+    elif len(listed) == 1 and not listed[0].quoted:  # `[V]`
+        choices = [literal(value) if kind in TEXT else listed[0].text]
+    else:
+        bare = [not one.quoted and (kind in SCALARS or (optional and one.text == "null")) for one in listed]
+        choices = [one.text if as_is else literal(one.text) for one, as_is in zip(listed, bare, strict=True)]
+    return f"{key}={','.join(choices)}"
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def unknown(stage: str, schema: type, key: str) -> str:
+    """Say that a stage has no such setting, and which one may have been meant."""
+    names = [name for name, _ in options.settings(schema) if name != key] + [EXPERIMENT]  # key: of another choice
+    hint = options.closest(key, names)
+    if not hint:  # the right name without its branch: `path` for `diffusion.path`
+        same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = f"; did you mean {same[0]!r}?" if same else ""
+    return f"{stage} has no setting {key!r}{hint or f'; `hyperdb {stage} --help` lists them'}"
+
+
+def check_word(stage: str, schema: type, word: str, sweep: bool = False) -> None:
+    """Raise `UserError` for a word that is not `key=value` of this stage."""
+    key, equals, value = word.partition("=")
+    if not equals or not key or word[0] in "-~":
+        raise UserError(f"{word!r} is not key=value; `hyperdb {stage} --help` lists the settings")
+    key = key.lstrip("+")
+    if re.match(r"hydra[./]", key):
+        if not sweep:
+            raise UserError(f"{key} concerns sweeps only; add -m")
+        return
+    branches = options.groups(schema)
+    if key == EXPERIMENT or key in branches:
+        names = options.choices(key)
+        optional = key == EXPERIMENT or without_none(type_of(schema, key.replace("/", ".")))[1]
+        other = (value == "null" and optional) or value[:1] in ("[", "{")  # left to Hydra's grammar
+        if not (sweep or other or value in names):
+            listed = ", ".join(names) or "none"
+            raise UserError(f"no {key} {value!r}{options.closest(value, names)}; there is: {listed}")
+        return
+    try:
+        type_of(schema, key)
+    except KeyError:
+        raise UserError(unknown(stage, schema, key)) from None
+    # names of files may be of any bytes; text goes into headers and tokenizers
+    if re.search(r"[\ud800-\udfff]", value) and not is_path(dict(options.settings(schema, annotated=True)).get(key)):
+        raise UserError(f"{key} has characters that are not UTF-8 text; type it again")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hyperdb import config
+from hyperdb import config, options
 
 ROOT = Path(__file__).parent.parent
 PACKAGES_OF_CONFIGS = [
@@ -58,7 +58,7 @@ def test_every_stage_is_in_the_table():
 
 def test_stages_with_a_dry_run_say_their_passes():
     modules = {name: config.stage_module(name) for name in config.available()}
-    dry = {name for name, module in modules.items() if "dry_run" in dict(config.settings(module.Config))}
+    dry = {name for name, module in modules.items() if "dry_run" in dict(options.settings(module.Config))}
     assert dry >= {"demo", "personalize", "generate", "precompute", "train_hypernet", "evaluate"}
     assert {name for name, module in modules.items() if hasattr(module, "passes")} == dry
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from hyperdb import cli, config
+from hyperdb import cli, config, options
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
 
@@ -107,7 +105,7 @@ def toy(in_tmp, monkeypatch):
     monkeypatch.setitem(sys.modules, "toy_stage", module)
     monkeypatch.setitem(config.STAGES, "toy", ("toy_stage", "a toy"))
     monkeypatch.setitem(config.STAGES, "needy", ("toy_stage", "a toy without its setting"))
-    monkeypatch.setattr(config, "conf_dir", lambda: conf)
+    monkeypatch.setattr(options, "conf_dir", lambda: conf)
     work = in_tmp / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -161,20 +159,6 @@ LITERAL = [
 def test_text_survives(toy, text):
     found = ran(toy, *(f"{key}={text}" for key in ("prompt", "engine.path", "loss.label", "labels.sex")))
     assert [found.prompt, found.engine.path, found.loss.label, found.labels["sex"]] == [text] * 4
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(alphabet="\\${}'\"ab ,[:=") | st.text(st.characters(exclude_categories=("Cs",))))
-def test_any_text_survives_both_grammars(text):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-
-    if text == "???":  # OmegaConf's mark of a missing value cannot be escaped
-        return
-    word = config.quoted(Config, f"name={text}")
-    value = OverridesParser.create().parse_override(word).value()
-    node = OmegaConf.create({"name": value, "out": "runs/${name}"})
-    assert OmegaConf.to_container(node, resolve=True) == {"name": text, "out": f"runs/{text}"}
 
 
 def test_optional_text_takes_null_and_plain_text_does_not(toy):

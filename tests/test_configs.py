@@ -1,23 +1,76 @@
-"""Every yaml in conf/ composes to its dataclass, says what it is, and names only stages that exist."""
+"""Every yaml in conf/ composes to its dataclass, says what it is, and names only stages that exist.
+
+    python tests/test_configs.py      writes bases.txt anew: what differs between the bases, stage by stage
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from hyperdb import config
+from hyperdb import config, options
+from hyperdb.runtime.errors import UserError
 
-CONF = config.conf_dir()
+CONF = options.conf_dir()
 STAGES = list(config.available())
-EXPERIMENTS = config.options(config.EXPERIMENT)
+EXPERIMENTS = options.choices(options.EXPERIMENT)
+BASES = options.choices("diffusion")
+DIFFERENCES = Path(__file__).with_name("bases.txt")
+HEAD = """\
+What differs between the bases, stage by stage; written by `python tests/test_configs.py`.
+The settings of a group stand once, at the first stage that has them."""
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of every leaf; what is missing is left out."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, list) and value and isinstance(value[0], str):  # a text a line
+            value = {str(i): one for i, one in enumerate(value)}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return {key: value for key, value in found.items() if value != "???"}
+
+
+def values(node: Any, resolve: bool = True) -> dict[str, Any]:
+    return flat(OmegaConf.to_container(node, resolve=resolve))
+
+
+def recipe_groups() -> list[str]:
+    """Return the groups that have a yaml a base, chosen by `${diffusion}`."""
+    return [path.name for path in sorted(CONF.iterdir()) if path.is_dir() and options.choices(path.name) == BASES]
+
+
+def differences() -> str:
+    """Return a table a stage: the settings that a base changes, with their values."""
+    tables, above = [HEAD], set()
+    for stage in STAGES:
+        if "diffusion" not in options.groups(config.stage_module(stage).Config):
+            continue
+        found = [values(config.compose(stage, [f"diffusion={base}"])) for base in BASES]
+        rows = [(key, *(shown(one.get(key)) for one in found)) for key in dict.fromkeys(k for f in found for k in f)]
+        rows = [row for row in rows if len(set(row[1:])) > 1 and row not in above]
+        above |= {row for row in rows if "." in row[0]}
+        if rows:
+            lines = [(stage, *BASES), *[(f"  {row[0]}", *row[1:]) for row in rows]]
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            padded = (map(str.ljust, line, widths) for line in lines)
+            tables.append("\n".join("  ".join(line).rstrip() for line in padded))
+    return "\n\n".join(tables) + "\n"
+
+
+def shown(value: Any) -> str:
+    return json.dumps(value).strip('"')
 
 
 def of_stage(raw: dict, stage: str) -> bool:
     """Whether every key of an experiment is a setting of this stage."""
-    known = {key for key, _ in config.settings(config.stage_module(stage).Config)}
+    known = {key for key, _ in options.settings(config.stage_module(stage).Config)}
     return set(raw) - {"defaults"} <= known
 
 
@@ -41,9 +94,9 @@ def test_values_in_force_are_accepted(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_option_of_every_group_composes(stage):
-    for group in config.groups(config.stage_module(stage).Config):
-        assert config.options(group), f"conf/{group} has no yaml"
-        for name in config.options(group):
+    for group in options.groups(config.stage_module(stage).Config):
+        assert options.choices(group), f"conf/{group} has no yaml"
+        for name in options.choices(group):
             raw = config.compose(stage, [f"{group}={name}"])
             node = raw
             for part in group.split("/"):
@@ -64,7 +117,7 @@ def test_experiment_is_accepted_by_a_stage(name):
             missing = [f"{key}=x" for key, value in raw.items_ex(resolve=False) if value == "???"]
             config.load(stage, [f"experiment={name}", *missing])
             composed += 1
-        except config.UserError as error:  # another stage of the same keys without one of its groups
+        except UserError as error:  # another stage of the same keys without one of its groups
             last = error
     assert composed, last
 
@@ -77,3 +130,35 @@ def test_yaml_begins_with_what_it_is(path: Path):
 
 def test_no_yaml_without_a_stage():
     assert {path.stem for path in CONF.glob("*.yaml")} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_value_stands_once(stage):
+    """What a yaml sets has no default in the stage's dataclass, or the same one."""
+    defaults = values(OmegaConf.structured(config.stage_module(stage).Config))
+    composed = values(config.compose(stage))
+    assert {key: composed[key] for key in defaults if key in composed} == defaults
+
+
+@pytest.mark.parametrize("group", recipe_groups())
+def test_bases_say_the_same_settings(group):
+    """So none gets a value that was meant for another."""
+    said = [set(flat(yaml.safe_load((CONF / group / f"{base}.yaml").read_text()))) for base in BASES]
+    assert all(keys == said[0] for keys in said), [sorted(keys ^ said[0]) for keys in said]
+
+
+def test_a_base_is_chosen_in_one_word():
+    """Every stage takes from the groups of recipes what is of its base."""
+    for path in CONF.glob("*.yaml"):
+        for choice in yaml.safe_load(path.read_text())["defaults"]:
+            for group, option in choice.items() if isinstance(choice, dict) else ():
+                assert group == "diffusion" or group not in recipe_groups() or option == "${diffusion}", path
+
+
+def test_bases_differ_in_what_is_written():
+    """A change of a recipe shows here; `python tests/test_configs.py` writes the file anew."""
+    assert differences() == DIFFERENCES.read_text()
+
+
+if __name__ == "__main__":
+    DIFFERENCES.write_text(differences())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hyperdb import config
+from hyperdb import config, options
 from hyperdb.report.table import markdown
 from hyperdb.runtime.files import load_json
 
@@ -45,7 +45,7 @@ def test_every_command_named_is_a_stage_with_those_settings():
     for stage, rest in lines:
         assert stage in config.STAGES, stage
         keys = [w.partition("=")[0] for w in re.findall(r"[a-z_.]+=", rest)]
-        known = {key for key, _ in config.settings(config.stage_module(stage).Config)} | {"experiment"}
+        known = {key for key, _ in options.settings(config.stage_module(stage).Config)} | {"experiment"}
         assert set(keys) <= known, (stage, keys)
 
 

@@ -13,12 +13,12 @@ from diffusers import StableDiffusionPipeline
 import hyperdb
 from hyperdb import config
 from hyperdb.adapters.layout import Layout
-from hyperdb.diffusion import resolve
 from hyperdb.diffusion.digest import FORMER
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.files import load_json, load_metadata, load_tensors, save_json
+from hyperdb.runtime.paths import resolve
 from hyperdb.tuning.prior import load_prior
 
 EMBEDDED = resolve("package:embedded")

@@ -1,11 +1,34 @@
-"""One grammar for every list that is written as a word."""
+"""Text reaches Hydra as it is written; one grammar for every list that is written as a word."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.words import entries
+from hyperdb.words import entries, quoted
+
+
+@dataclass
+class Named:
+    name: str = "ada"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="\\${}'\"ab ,[:=") | st.text(st.characters(exclude_categories=("Cs",))))
+def test_any_text_survives_both_grammars(text):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    if text == "???":  # OmegaConf's mark of a missing value cannot be escaped
+        return
+    word = quoted(Named, f"name={text}")
+    value = OverridesParser.create().parse_override(word).value()
+    node = OmegaConf.create({"name": value, "out": "runs/${name}"})
+    assert OmegaConf.to_container(node, resolve=True) == {"name": text, "out": f"runs/{text}"}
 
 
 @pytest.mark.parametrize(

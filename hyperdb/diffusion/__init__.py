@@ -6,7 +6,6 @@ The configuration lives here and imports no torch; `load` reads the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.diffusion.guidance import Guidance, without_subject
@@ -20,30 +19,22 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # the paper's 
 PLACEHOLDER = "[V]"  # stands for the rare token in every prompt
 
 
-def resolve(path: str) -> Path:
-    """Return the folder meant by `path`; `package:NAME` is a folder shipped inside hyperdb."""
-    if path.startswith("package:"):
-        return Path(__file__).parent.parent / path.removeprefix("package:")
-    return Path(path).expanduser()
-
-
 @dataclass
 class DiffusionConfig:
     """A base model and how it is asked for pictures.
 
     `path` is a folder, a hub id, `package:NAME`, or one `.safetensors` checkpoint as other tools use them, of which
-    `config` (a folder or hub id; null: Stable Diffusion 1.5's) gives configuration and tokenizer; `hypernet` the
-    hypernetwork's folder for this base, if any; `[V]` in prompts stands for `rare_token`; `crop` scales the FFHQ crop
-    that photos of faces get (1 = FFHQ) and `size` is the side of the images in pixels. `attention` is sdpa or eager;
-    eager trains 3 times faster on a CPU at 16 x 16 latents, where the fused backward in bf16 is slow. With
-    `checkpointing` the UNet's activations are computed again in the backward pass instead of being kept. `guidance` is
-    towards the prompt; with `subject_guidance` it is the base alone that is guided there, and this one is from
-    anybody to the person (`hyperdb.diffusion.guidance`); null guides the personalised network towards both at once.
+    `config` (a folder or hub id; null: Stable Diffusion 1.5's) gives configuration and tokenizer; `[V]` in prompts
+    stands for `rare_token`; `crop` scales the FFHQ crop that photos of faces get (1 = FFHQ) and `size` is the side of
+    the images in pixels. `attention` is sdpa or eager; eager trains 3 times faster on a CPU at 16 x 16 latents, where
+    the fused backward in bf16 is slow. With `checkpointing` the UNet's activations are computed again in the backward
+    pass instead of being kept. `guidance` is towards the prompt; with `subject_guidance` it is the base alone that is
+    guided there, and this one is from anybody to the person (`hyperdb.diffusion.guidance`); null guides the
+    personalised network towards both at once.
     """
 
     path: FilePath = "package:embedded/base"
     config: FilePath | None = None
-    hypernet: FilePath | None = None
     variant: str | None = None
     revision: str | None = None
     rare_token: str = "sks"

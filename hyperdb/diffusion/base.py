@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from hyperdb.diffusion import STABLE_DIFFUSION, DiffusionConfig, resolve
+from hyperdb.diffusion import STABLE_DIFFUSION, DiffusionConfig
 from hyperdb.diffusion.digest import digest_base
 from hyperdb.diffusion.targets import find_set, find_targets
 from hyperdb.runtime.errors import NonFiniteError, UserError
 from hyperdb.runtime.files import load_shapes
+from hyperdb.runtime.paths import resolve
 from hyperdb.runtime.precision import autocast
 
 PIXELS = 2**18  # in one pass of the autoencoder, whose memory grows with them

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,6 @@ def load_directions(path: str, person: Personalization) -> dict[str, Tensor]:
     """
     import torch
 
-    from hyperdb.diffusion import resolve
     from hyperdb.runtime.files import load_tensors
 
     file = resolve(path)

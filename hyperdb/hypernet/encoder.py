@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hyperdb.diffusion import resolve
 from hyperdb.hypernet import EncoderConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors
+from hyperdb.runtime.paths import resolve
 
 
 class Encoder(nn.Module):

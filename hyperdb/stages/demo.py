@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WRITES = ("rendered.png", "astronaut.png")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(PersonalizerConfig):
     """`person`: a seed of the validation or test split; the photo is scikit-image's astronaut (NASA, public domain)."""
 

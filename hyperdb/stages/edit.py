@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from hyperdb.formats.directions import ATTRIBUTES, load_directions
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 
 if TYPE_CHECKING:
     from hyperdb.formats.native import Personalization
@@ -60,7 +60,6 @@ class Config:
 
 def run(config: Config) -> Path:
     """Write `out/adapter.safetensors` and return `out`."""
-    from hyperdb.diffusion import resolve
     from hyperdb.formats.native import Personalization, find_adapter
     from hyperdb.runtime.files import hash_files
     from hyperdb.runtime.output import claim

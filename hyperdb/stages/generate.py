@@ -14,7 +14,7 @@ import hashlib
 import math
 import re
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,11 @@ IN_GRID = 64
 KEPT = "finished pictures are kept"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """What to draw and of whom; `[V]` in prompts stands for the person."""
 
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig
     adapter: FilePath | None = None  # a file of `hyperdb personalize` or its folder; null: the base alone
     prompt: str = "a photo of a [V] face"
     negative_prompt: str = ""

@@ -7,7 +7,7 @@ The layers that it adapts beyond the paper's are kept too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hyperdb.adapters import LiDBConfig
@@ -18,13 +18,13 @@ from hyperdb.runtime.paths import FilePath
 WRITES = ("adapter.safetensors",)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """`path`: a safetensors file, or a folder of diffusers or PEFT; `words`: its trigger phrase."""
 
     path: FilePath = "???"
     words: str | None = None  # that call the person; null: those that the file states, else diffusion's own
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig
     name: str = "default"
     out: FilePath = "runs/import/default"
 

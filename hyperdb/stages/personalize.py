@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WRITES = photos.WRITES
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config(PersonalizerConfig):
     """`image`: a photo in any common format; `hypernet`: a trained one's folder, `default` (the base's own) or null.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hyperdb.adapters import AdapterConfig, LiDBConfig
+from hyperdb.adapters import AdapterConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
@@ -22,11 +22,11 @@ WRITES = ("fits-*.safetensors", "statistics.safetensors", "index.json", "prior.s
 KEPT = "finished shards are kept"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StoreFitConfig(FitConfig):
     """How an adapter is fitted; that of a person on the first `views` photos, an image's on it alone."""
 
-    views: int = 1
+    views: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +34,7 @@ class StoreFitConfig(FitConfig):
             raise UserError(f"fit.views={self.views}: expected at least 1")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """Fit every photo of `identities` people from number `first` on, `batch` of them in one pass of the UNet.
 
@@ -44,19 +44,19 @@ class Config:
     person's fit from any photo of that person.
     """
 
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    adapter: AdapterConfig = field(default_factory=LiDBConfig)
-    fit: StoreFitConfig = field(default_factory=StoreFitConfig)
-    prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
-    data: FilePath = "data/heads"
+    diffusion: DiffusionConfig
+    adapter: AdapterConfig
+    fit: StoreFitConfig
+    prior: PriorConfig
+    data: FilePath
     name: str = "default"
     out: FilePath = "runs/precompute/default"
-    split: str | None = None
-    by: str = "image"
-    identities: int | None = 256  # null: all there are
+    split: str | None
+    by: str
+    identities: int | None = 96  # null: all there are
     first: int = 0
     photos: int | None = None  # with by=image, the first so many of these people's; null: all
-    batch: int = 16
+    batch: int
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
     def __post_init__(self) -> None:

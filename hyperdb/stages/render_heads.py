@@ -34,9 +34,9 @@ class Config:
 
     out: FilePath = "data/heads"
     split: str = "train"
-    identities: int = 4000
+    identities: int = 10000
     views: int = 6
-    photo_views: int = 2
+    photo_views: int = 3
     size: int = 64
     seed: int = 0
     first: int = 0

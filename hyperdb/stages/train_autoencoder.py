@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hyperdb.hypernet import EncoderConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Config:
     channels: list[int] = field(default_factory=lambda: [32, 64, 128])
     latent_channels: int = 4
     steps: int = 2000
-    batch: int = 32
+    batch: int = 16
     rate: float = 1.5e-3
     kl: float = 3e-4
     face_weight: float = 1.2  # extra weight of the middle of the frame, where the face is
@@ -100,7 +100,6 @@ def run(config: Config) -> Path:
     from diffusers import AutoencoderKL
 
     from hyperdb.data.people import load_people
-    from hyperdb.diffusion import resolve
     from hyperdb.diffusion.base import pick_device
     from hyperdb.hypernet.encoder import Encoder
     from hyperdb.runtime.files import hash_files, save_json, writing

@@ -39,12 +39,12 @@ class Config:
     text_width: int = 128
     text_layers: int = 4
     text_length: int = 24
-    steps: int = 4000
+    steps: int = 1100
     batch: int = 64
-    rate: float = 8e-4
+    rate: float = 1e-3
     warmup: int = 200
     decay: float = 0.6  # the last fraction of the steps, over which the rate falls
-    ema: float = 0.999
+    ema: float = 0.995
     prompt_dropout: float = 0.1
     logit_normal: list[float] | None = None  # mean and standard deviation of logit(noise level); null: uniform
     save_every: int = 250

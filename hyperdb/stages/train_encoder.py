@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.hypernet import EncoderConfig
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,6 @@ def run(config: Config) -> Path:
     from torch.optim.swa_utils import update_bn
 
     from hyperdb.data.people import load_people
-    from hyperdb.diffusion import resolve
     from hyperdb.diffusion.base import pick_device
     from hyperdb.hypernet.encoder import Encoder
     from hyperdb.runtime.errors import UserError

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperdb.adapters import AdapterConfig, LiDBConfig
+from hyperdb.adapters import AdapterConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.prior import PriorConfig
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ WRITES = (
 KEPT = "its last checkpoint is kept"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """L = alpha * diffusion + beta * weight space (eq. 2), with `prior_weight` times the class prior.
 
@@ -50,47 +50,47 @@ class Config:
     prompt, which guidance subtracts with the same adapter in place.
     """
 
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    adapter: AdapterConfig = field(default_factory=LiDBConfig)
-    model: HypernetConfig = field(default_factory=HypernetConfig)
-    prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
-    data: FilePath = "data/heads"
-    validation: FilePath | None = "data/heads_validation"
-    weights: FilePath | None = "runs/precompute/default"
+    diffusion: DiffusionConfig
+    adapter: AdapterConfig
+    model: HypernetConfig
+    prior: PriorConfig
+    data: FilePath
+    validation: FilePath | None
+    weights: FilePath | None
     validation_weights: FilePath | None = None
     people: int | None = None
     init: FilePath | None = None  # a hypernetwork file to go on from
     name: str = "default"
     out: FilePath = "runs/train_hypernet/default"
-    alpha: float = 1.0
-    beta: float = 0.1
+    alpha: float = 1.0  # open in the paper
+    beta: float = 0.1  # open in the paper
     fit_share: float = 0.25  # share of a batch drawn from the people who have a fit
-    weight_loss: str = "gauge_free"  # or plain, the L2 of eq. 2
-    target_view: str = "other"
-    target_style: str = "same"
-    signal_weight: float | None = None  # as in the fine-tuning, see `FitConfig`; null: the base's own loss
-    face_weight: float = 0.0  # extra weight of the middle of the frame in the diffusion loss
-    identity_weight: float = 0.0
+    weight_loss: str = "gauge_free"  # of the residuals: (cA, B/c) is the same one; or plain, the L2 of eq. 2
+    target_view: str
+    target_style: str
+    signal_weight: float | None  # as in the fine-tuning, see `FitConfig`; null: the base's own loss
+    face_weight: float  # extra weight of the middle of the frame in the diffusion loss
+    identity_weight: float
     identity_people: int = 8  # of a step's, who are drawn
     identity_steps: int = 4  # of their sampling; the gradient goes through the last
-    prior_weight: float = 0.25
-    prior_rows: int = 1  # a person a step
-    prompt_dropout: float = 0.0
-    flips: bool = False
-    steps: int = 2000
-    batch: int = 16  # people a step
-    levels: int = 2  # noise levels a person a step
-    logit_normal: list[float] | None = None  # mean and standard deviation of logit(noise level); null: uniform
-    rate: float = 5e-4
-    matrix_rate: float | None = None  # of orthogonal steps for the decoder's matrices; null: AdamW for all
-    encoder_rate: float = 0.0  # 0: the encoder stays as it is, and its features as the decoder knows them
-    warmup: int = 100
-    decay: float = 0.5
-    ema: float = 0.995
-    default_spread: float = 0.1
-    validate_every: int = 500
-    validation_people: int = 16
-    save_every: int = 100
+    prior_weight: float
+    prior_rows: int  # a person a step
+    prompt_dropout: float
+    flips: bool
+    steps: int
+    batch: int  # people a step
+    levels: int  # noise levels a person a step
+    logit_normal: list[float] | None  # mean and standard deviation of logit(noise level); null: uniform
+    rate: float
+    matrix_rate: float | None  # of orthogonal steps for the decoder's matrices; null: AdamW for all
+    encoder_rate: float  # 0: the encoder stays as it is, and its features as the decoder knows them
+    warmup: int
+    decay: float
+    ema: float
+    default_spread: float
+    validate_every: int
+    validation_people: int
+    save_every: int
     tracker: str | None = None  # wandb or tensorboard
     seed: int = 0
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
@@ -158,7 +158,6 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.data.weights import load_store, made_from
-    from hyperdb.diffusion import resolve
     from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
     from hyperdb.hypernet import loss as weight_space
     from hyperdb.hypernet.model import Hypernet

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hyperdb.diffusion import DiffusionConfig
@@ -12,16 +12,16 @@ WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "judge.safet
 KEPT = "its last checkpoint is kept"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """Half of the pictures go through the autoencoder, as every generated picture has."""
 
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig
     data: FilePath = "data/heads"
     held_out: int = 200  # people kept aside to measure on
     name: str = "default"
     out: FilePath = "runs/train_judge/default"
-    steps: int = 600
+    steps: int = 400
     batch: int = 64
     rate: float = 2e-3
     save_every: int = 200

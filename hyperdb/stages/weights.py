@@ -35,7 +35,7 @@ WRITES = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Config:
     """The hypernetwork predicts adapters of `people` of `data`, and of `edited` of `unseen`, who are changed.
 
@@ -43,8 +43,9 @@ class Config:
     standard deviations of an attribute over people.
     """
 
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: DiffusionConfig
     hypernet: FilePath = "default"
+    default_hypernet: FilePath | None  # the base's own, if any: what `default` means
     data: FilePath = "data/heads"
     unseen: FilePath = "data/heads_validation"
     weights: FilePath | None = None
@@ -173,7 +174,7 @@ def run(config: Config) -> Path:
     from hyperdb.tuning.personalizer import hypernet_folder, load_hypernet
 
     # --- adapters of many people, and of unseen ones
-    folder = hypernet_folder(config.hypernet, config.diffusion)
+    folder = hypernet_folder(config.hypernet, config.default_hypernet, config.diffusion.path)
     assert folder is not None  # only null means none
     base = config.diffusion.load()
     model = load_hypernet(folder, base, Layout.of(base.targets()))

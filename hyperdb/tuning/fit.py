@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hyperdb.tuning.prior import Prior
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FitConfig:
     """How an adapter is trained on a person's images.
 
@@ -25,10 +25,10 @@ class FitConfig:
     of all levels, ask that on class prompts the network predict what it predicts without the adapter.
     """
 
-    steps: int = 40
-    levels: int = 4
+    steps: int
+    levels: int
     noise: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    rate: float = 1e-3
+    rate: float
     warmup: int = 0  # the first steps, over which the rate rises: Adam's first are as long for noise as for a face
     decay: float = 0.3  # the last fraction of the steps, over which the rate falls
     # power of alpha_bar that weights the error of v, whatever the base predicts; 0.5 hears all noise levels alike, 1 is

@@ -202,7 +202,7 @@ class Sketch:
 
     def personalize(self, config: PersonalizerConfig, people: int) -> None:
         """Measure what a `Personalizer` does to so many people at once: prediction, then the fast fine-tuning."""
-        folder = hypernet_folder(config.hypernet, config.diffusion)
+        folder = hypernet_folder(config.hypernet, config.default_hypernet, config.diffusion.path)
         if folder is not None:
             path = folder / "hypernet.safetensors"
             self.add_hypernet(*header(path, load_metadata(path)))

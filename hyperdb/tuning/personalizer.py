@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hyperdb.adapters import AdapterConfig, LiDBConfig, LoRAConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.prior import Prior, PriorConfig
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Picture = str | Path | np.ndarray
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PersonalizerConfig:
     """How people are personalised: what every stage that does so can be told.
 
@@ -42,6 +42,7 @@ class PersonalizerConfig:
     name: str = "default"
     out: FilePath = "runs/personalize/default"
     hypernet: FilePath | None = "default"
+    default_hypernet: FilePath | None  # the base's own, if any: what `default` means
     start: FilePath | None = None  # an adapter's file or folder to begin at, instead of the hypernetwork's prediction
     face: int | None = None  # which face, 1 is the largest; null: the largest, with a notice
     align: bool = True  # false: the picture is already an aligned crop
@@ -56,11 +57,11 @@ class PersonalizerConfig:
             "a watercolour painting of a [V] face",
         ]
     )
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    adapter: AdapterConfig = field(default_factory=LiDBConfig)
+    diffusion: DiffusionConfig
+    adapter: AdapterConfig
     relaxed: LoRAConfig = field(default_factory=LoRAConfig)
-    finetune: FitConfig = field(default_factory=FitConfig)
-    prior: PriorConfig = field(default_factory=lambda: PriorConfig(prompts=["a face"]))
+    finetune: FitConfig
+    prior: PriorConfig
     seed: int = 0
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
@@ -77,14 +78,15 @@ class PersonalizerConfig:
             self.hypernet = None
 
 
-def hypernet_folder(hypernet: str | None, diffusion: DiffusionConfig) -> Path | None:
-    """Return the folder of the hypernetwork asked for, None for none. Raises `UserError` if there is no such."""
-    from hyperdb.diffusion import resolve
+def hypernet_folder(hypernet: str | None, default: str | None, base: str) -> Path | None:
+    """Return the folder of the hypernetwork asked for, None for none; `default` is that of the base called `base`.
 
-    name = diffusion.hypernet if hypernet == "default" else hypernet
+    Raises `UserError` if there is no such.
+    """
+    name = default if hypernet == "default" else hypernet
     if name is None and hypernet is not None:
         raise UserError(
-            f"no hypernetwork is known for the base {diffusion.path}: train one with "
+            f"no hypernetwork is known for the base {base}: train one with "
             "`hyperdb train_hypernet` and set hypernet=FOLDER, or run the fast fine-tuning alone with hypernet=null"
         )
     folder = resolve(name) if name is not None else None
@@ -122,7 +124,7 @@ class Personalizer:
             words = {key: getattr(self.start, key) for key in ("rare_token", "class_word")}
             config = replace(config, diffusion=replace(config.diffusion, **words))
         self.config = config
-        self.folder = folder = hypernet_folder(config.hypernet, config.diffusion)
+        self.folder = folder = hypernet_folder(config.hypernet, config.default_hypernet, config.diffusion.path)
         # the start's words for a person, of an imported LoRA say, may be any
         self.base: Base = config.diffusion.load() if self.start is None else Base.load(config.diffusion)
         self.layout = Layout.of(self.base.targets())
@@ -158,13 +160,12 @@ class Personalizer:
     @cached_property
     def prior(self) -> Prior | None:
         """What the fast fine-tuning keeps as it is; made on first use, as it may be drawn and written to `out`."""
-        from hyperdb.diffusion import resolve
         from hyperdb.tuning.prior import load_prior
 
         config = self.config
         if config.finetune.prior_weight <= 0:
             return None
-        known = self.folder or (resolve(config.diffusion.hypernet) if config.diffusion.hypernet else None)
+        known = self.folder or (resolve(config.default_hypernet) if config.default_hypernet else None)
         shipped = known / "prior.safetensors" if known is not None else None
         return load_prior(self.base, config.prior, Path(config.out) / "prior.safetensors", shipped)
 

@@ -21,7 +21,7 @@ class PriorConfig:
     """
 
     prompts: list[str]
-    images: int = 64
+    images: int
     levels: int = 8
     seed: int = 0
 

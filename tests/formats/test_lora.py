@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from hyperdb.adapters.base import delta
 from hyperdb.adapters.inject import Injection
-from hyperdb.diffusion import resolve
 from hyperdb.diffusion.targets import find_sites, find_targets
 from hyperdb.formats import lora
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_metadata
+from hyperdb.runtime.paths import resolve
 
 
 @pytest.fixture(params=["random", "embedded"])

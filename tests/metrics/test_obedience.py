@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hyperdb.diffusion import resolve
 from hyperdb.metrics.obedience import Judge
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import resolve
 
 SHIPPED = "package:embedded/judge.safetensors"
 

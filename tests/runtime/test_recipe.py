@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from hyperdb import config
+from hyperdb import config, options
+from hyperdb.runtime.paths import is_path
 from hyperdb.runtime.recipe import AROUND, differences, recipe
-from hyperdb.stages import train_hypernet
 
 
 def test_what_is_around_a_training_does_not_count():
-    one = train_hypernet.Config(weights=None)
+    one = config.load("train_hypernet")
     more = {"name": "b", "out": "b", "save_every": 7, "validate_every": 7, "validation_people": 3, "dry_run": True}
     more |= {"data": "elsewhere", "validation": None, "init": "x", "weights": "x", "validation_weights": "x"}
     other = dataclasses.replace(one)
@@ -25,7 +25,7 @@ def test_what_is_around_a_training_does_not_count():
 
 @pytest.mark.parametrize("changed", [{"rate": 1.0}, {"seed": 1}, {"steps": 9}, {"batch": 3}, {"alpha": 2.0}])
 def test_what_counts(changed):
-    one = train_hypernet.Config(weights=None)
+    one = config.load("train_hypernet")
     assert differences(recipe(one), recipe(dataclasses.replace(one, **changed))) == list(changed)
     other = dataclasses.replace(one, diffusion=dataclasses.replace(one.diffusion, size=128))
     assert differences(recipe(one), recipe(other)) == ["diffusion.size"]
@@ -40,18 +40,19 @@ def test_differences_are_those_of_json():
 
 def test_every_name_that_does_not_count_is_a_setting():
     names = {key.rpartition(".")[2] for stage in config.available()
-             for key, _ in config.settings(config.stage_module(stage).Config)}  # fmt: skip
+             for key, _ in options.settings(config.stage_module(stage).Config)}  # fmt: skip
     assert names >= AROUND
 
 
 def test_every_setting_that_names_a_place_is_a_path():
     """`~` is expanded in them, and they do not count."""
-    places = {"adapter", "config", "data", "directions", "hypernet", "identity_file", "image", "init", "out", "path",
-              "results", "source", "unseen", "vae", "validation", "validation_weights", "weights"}  # fmt: skip
+    places = {"adapter", "config", "data", "default_hypernet", "directions", "hypernet", "identity_file", "image",
+              "init", "out", "path", "results", "source", "unseen", "vae", "validation", "validation_weights",
+              "weights"}  # fmt: skip
     for stage in config.available():
         schema = config.stage_module(stage).Config
         for (key, annotated), (_, plain) in zip(
-            config.settings(schema, annotated=True), config.settings(schema), strict=True
+            options.settings(schema, annotated=True), options.settings(schema), strict=True
         ):
             if key.rpartition(".")[2] in places and not dataclasses.is_dataclass(plain):
-                assert config.is_path(annotated), f"{stage}: {key}"
+                assert is_path(annotated), f"{stage}: {key}"

@@ -494,7 +494,7 @@ def test_a_start_that_does_not_go_is_named(made, photo, tmp_path):
 
 def test_a_base_without_hypernetwork_says_so(made, photo, tmp_path):
     with pytest.raises(UserError, match="hypernet=null"):
-        _personalize(made, photo, tmp_path / "out", "diffusion.hypernet=null")
+        _personalize(made, photo, tmp_path / "out", "default_hypernet=null")
     assert not (tmp_path / "out").exists()
 
 

@@ -35,7 +35,7 @@ def base(tiny_base: Path) -> Base:
 @pytest.fixture
 def config(tiny_base: Path, tmp_path: Path) -> Config:
     diffusion = DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu", steps=3)
-    return Config(diffusion, num_images=3, batch=2, out=str(tmp_path / "out"))
+    return Config(diffusion=diffusion, num_images=3, batch=2, out=str(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")

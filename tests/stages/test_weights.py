@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hyperdb import config as configuration
+from hyperdb.diffusion import DiffusionConfig
 from hyperdb.formats.directions import ATTRIBUTES
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
@@ -48,7 +49,7 @@ def test_ridge_finds_a_linear_function():
 @pytest.mark.parametrize("bad", [{"people": 4}, {"components": 5000}, {"shifts": [1.0]}, {"sampled": 1}])
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(UserError, match="expected"):
-        Config(**bad)
+        Config(diffusion=DiffusionConfig(), default_hypernet=None, **bad)
 
 
 def test_weights_draws_measures_and_saves_new_people(tmp_path, in_tmp):

@@ -53,7 +53,7 @@ def test_only_the_noise_levels_asked_for_are_learned_from(base, lidb, moments, p
     seen: list[torch.Tensor] = []
     wanted = loss.target
     monkeypatch.setattr(loss, "target", lambda s, z, n, t: seen.append(t) or wanted(s, z, n, t))
-    config = FitConfig(steps=20, levels=4, prior_weight=0.1, noise=noise)
+    config = FitConfig(steps=20, levels=4, rate=1e-3, prior_weight=0.1, noise=noise)
     fit(base, lidb, moments[:1], config, prior=prior)
     t = torch.stack(seen)
     low, high = (1000 * x for x in noise)
@@ -66,7 +66,7 @@ def test_only_the_noise_levels_asked_for_are_learned_from(base, lidb, moments, p
 @pytest.mark.parametrize("noise", [[0.5], [0.5, 0.5], [-0.1, 0.5], [0.0, 1.1], [0.7, 0.2]])
 def test_a_range_of_noise_levels_that_is_none_is_refused(noise):
     with pytest.raises(UserError, match="noise="):
-        FitConfig(noise=noise)
+        FitConfig(steps=1, levels=1, rate=1e-3, noise=noise)
 
 
 def test_fitting_lowers_the_loss(base, lidb, moments):
@@ -82,7 +82,7 @@ def test_a_warm_up_begins_with_small_steps(base, lidb, moments):
 
     assert moved(4) == pytest.approx(moved(0) / 4, rel=1e-3)
     with pytest.raises(UserError, match="warmup=-1"):
-        FitConfig(warmup=-1)
+        FitConfig(steps=1, levels=1, rate=1e-3, warmup=-1)
 
 
 def test_the_same_signal_weight_is_the_same_loss_for_a_base_of_epsilon(base, lidb, moments, monkeypatch):
@@ -111,7 +111,7 @@ def test_face_weight_makes_the_rim_count_less(base, lidb, moments):
     rim = (y[:, None] ** 2 + x[None, :] ** 2 > 1).float()
     losses: list[float] = []
     for weight in (0.0, 1000.0):
-        config = FitConfig(steps=1, levels=2, face_weight=weight)
+        config = FitConfig(steps=1, levels=2, rate=1e-3, face_weight=weight)
         fit(base, lidb, moments[:1] + 9 * rim, config, progress=lambda _, loss: losses.append(loss))
     assert losses[1] < 0.5 * losses[0]
 
@@ -128,7 +128,7 @@ def test_the_frozen_part_is_under_the_trained_one(base, lidb, moments):
 
 
 def test_no_gradient_for_frozen_weights_and_no_hooks_left(base, lidb, moments):
-    fit(base, lidb, moments[:1], FitConfig(steps=1, levels=1))
+    fit(base, lidb, moments[:1], FitConfig(steps=1, levels=1, rate=1e-3))
     for module in (base.unet, base.text_encoder, base.vae):
         assert all(p.grad is None and not p.requires_grad for p in module.parameters())
     assert not any(m._forward_hooks for m in base.targets().values())
@@ -145,4 +145,4 @@ def test_a_strong_prior_keeps_the_base(base, lidb, moments, prior):
 
 def test_a_fit_that_diverges_says_so(base, lidb, moments):
     with pytest.raises(UserError, match=r"the loss is \w+ at step \d+; lower the rate \(1e\+30\)"):
-        fit(base, lidb, moments[:1], FitConfig(steps=20, rate=1e30))
+        fit(base, lidb, moments[:1], FitConfig(steps=20, levels=4, rate=1e30))

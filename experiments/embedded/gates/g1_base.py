@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from hyperdb import config
 from hyperdb.data.people import load_people
-from hyperdb.diffusion import resolve
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.faces.image import grid, save_png
@@ -29,6 +28,7 @@ from hyperdb.metrics.feature import detection_rate
 from hyperdb.metrics.obedience import Judge
 from hyperdb.metrics.score import frechet
 from hyperdb.runtime.files import save_json
+from hyperdb.runtime.paths import resolve
 from hyperdb.runtime.provenance import provenance
 
 PHOTOS, EACH = 200, 16

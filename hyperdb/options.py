@@ -1,0 +1,104 @@
+"""What can be set: the tree of settings under a dataclass, and the groups of yamls in `conf/`.
+
+A field that holds a dataclass and has a folder of its name under `conf/` is a *group*: `diffusion=sd15` picks
+`conf/diffusion/sd15.yaml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEXT = (str, Path)
+SCALARS = (int, float, bool)
+FOLDERS = {"adapter": "adapters"}  # `adapter=FILE` of other stages would be a choice of the group to Hydra
+EXPERIMENT = "experiment"  # the group of named overrides; every stage's yaml ends with `experiment: null`
+
+
+def conf_dir() -> Path:
+    """Return the folder of yaml files: inside the installed package, else beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def folder(group: str) -> str:
+    """Return the folder of a group, of the same name but for `FOLDERS`."""
+    return FOLDERS.get(group, group)
+
+
+def choices(group: str) -> list[str]:
+    """Return the names that can be chosen in a group."""
+    return sorted(path.stem for path in (conf_dir() / folder(group)).glob("*.yaml"))
+
+
+def closest(word: str, words: typing.Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the most similar word, else nothing."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def without_none(kind: Any) -> tuple[Any, bool]:
+    """Split `X | None` into (X, True); anything else is (kind, False)."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        rest = [k for k in typing.get_args(kind) if k is not type(None)]
+        if len(rest) < len(typing.get_args(kind)):
+            return (rest[0] if len(rest) == 1 else typing.Union[tuple(rest)]), True  # noqa: UP007 (dynamic)
+    return kind, False
+
+
+def family(schema: type) -> list[type]:
+    """Return a dataclass and every subclass of it: the types that a group's options may have."""
+    members = [schema]
+    subclass: type
+    for subclass in schema.__subclasses__():
+        members += family(subclass)
+    return members
+
+
+def settings(schema: type, prefix: str = "", annotated: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, type) of every setting under a dataclass, branches before their leaves.
+
+    `annotated` keeps `FilePath` apart from other text.
+    """
+    seen = set()
+    for kind in family(schema):
+        hints = typing.get_type_hints(kind, include_extras=annotated)
+        for field in dataclasses.fields(kind):
+            if field.name in seen:
+                continue
+            seen.add(field.name)
+            key, hint = prefix + field.name, hints[field.name]
+            yield key, hint
+            inner = without_none(hint)[0]
+            if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+                yield from settings(inner, key + ".", annotated)
+
+
+def groups(schema: type) -> dict[str, type]:
+    """Return path -> dataclass of the settings that have a folder in `conf/`."""
+    found = {}
+    for key, hint in settings(schema):
+        kind, path = without_none(hint)[0], key.replace(".", "/")
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and (conf_dir() / folder(path)).is_dir():
+            found[path] = kind
+    return found
+
+
+def type_of(schema: type, key: str) -> Any:
+    """Return the type of a dotted key; raises KeyError if there is no such setting."""
+    known = dict(settings(schema))
+    if key in known:
+        return known[key]
+    parent, _, _ = key.rpartition(".")
+    kind = without_none(type_of(schema, parent))[0] if parent else None
+    if typing.get_origin(kind) in (dict, list):  # an entry of a dict[str, X] or list[X]
+        return typing.get_args(kind)[-1]
+    if kind in (Any, dict, list):
+        return Any
+    raise KeyError(key)
