@@ -56,7 +56,7 @@ def test_a_batch_that_does_not_divide_is_an_error(linear: nn.Linear) -> None:
         ({"l": factors_of(1)["l"][::-1]}, "takes down"),
         ({"l": (torch.zeros(6), torch.zeros(4))}, "takes down"),
         ({"l": (torch.zeros(2, 1, 6), torch.zeros(3, 4, 1))}, "takes down"),
-        ({"l": factors_of(1)["l"], "k": factors_of(2)["l"]}, r"identities: \[1, 2\]"),
+        ({"l": factors_of(3)["l"], "k": factors_of(2)["l"]}, r"identities: \[2, 3\]"),
     ],
 )
 def test_factors_that_do_not_fit_are_refused(linear: nn.Linear, wrong: Factors, message: str) -> None:
