@@ -28,8 +28,8 @@ def personalised(tiny_base, tmp_path_factory):
     def make(way: str, *words: str):
         if (way, words) not in made:
             out = folder / f"{way}{len(made)}"
-            run = [f"image={photo}", "align=false", f"adapter={way}", f"out={out}", f"diffusion.path={tiny_base}", *TINY]
-            run += ["finetune.steps=4", "finetune.rate=0.05", "preview=false", *words]
+            run = [f"image={photo}", "align=false", f"adapter={way}", f"out={out}", f"diffusion.path={tiny_base}"]
+            run += [*TINY, "finetune.steps=4", "finetune.rate=0.05", "preview=false", *words]
             made[way, words] = config.run("personalize", run)
         return made[way, words]
 
