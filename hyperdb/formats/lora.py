@@ -71,16 +71,22 @@ def _diffusers_name(name: str) -> str:
 
 
 def write(
-    path: Path, factors: Factors, format: str, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32
-) -> Path:
+    path: Path, factors: Factors, format: str, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32,
+    magnitudes: Mapping[str, Tensor] | None = None,
+) -> Path:  # fmt: skip
     """Write the residual of one person in one of `FORMATS`; `path` is a file, for peft a folder.
 
-    `metadata` are strings for the header. Raises `UserError` for several identities or numbers beyond `dtype`.
+    `metadata` are strings for the header; `magnitudes` `[m]` of every layer make it a DoRA. Raises `UserError` for
+    several identities, numbers beyond `dtype`, and a DoRA in kohya's format, whose loaders disagree on it.
     """
     ready = _stacked(factors, dtype)
     rank = rank_of(factors)
+    extra = {name: x.view(1, -1, 1, 1) if ready[name][0].ndim == 4 else x for name, x in (magnitudes or {}).items()}
+    extra = {name: x.to(dtype).contiguous() for name, x in extra.items()}
     if format == "peft":
-        return _write_peft(path, ready, rank, metadata)
+        return _write_peft(path, ready, rank, metadata, extra)
+    if extra and format == "kohya":
+        raise UserError("a DoRA is written as format=diffusers or format=peft: loaders of kohya's disagree on it")
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in ready.items():
         if format == "kohya":
@@ -90,6 +96,8 @@ def write(
         elif format == "diffusers":
             key = _diffusers_name(name)
             tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+            if name in extra:
+                tensors[f"{key}.lora_magnitude_vector"] = extra[name]
         else:
             raise UserError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
     text = {**metadata, "format": "pt"}
@@ -100,18 +108,22 @@ def write(
             f"{part}.{key}": value
             for part in _PARTS
             if any(name.startswith(part) for name in ready)
-            for key, value in _peft_settings(part, ready, rank).items()
+            for key, value in _peft_settings(part, ready, rank, bool(extra)).items()
         })  # fmt: skip
     return save_tensors(path, tensors, text)
 
 
-def _peft_settings(part: str, ready: Mapping[str, object], rank: int) -> dict[str, object]:
+def _peft_settings(part: str, ready: Mapping[str, object], rank: int, dora: bool) -> dict[str, object]:
     """Return what PEFT's `LoraConfig` takes; its names of layers fit with and without `text_model.`."""
     paths = sorted(_split(name)[1] for name in ready if name.startswith(part))
-    return {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "target_modules": paths}
+    settings = {"r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "target_modules": paths}
+    return settings | ({"use_dora": True} if dora else {})
 
 
-def _write_peft(folder: Path, ready: dict[str, tuple[Tensor, Tensor]], rank: int, metadata: Mapping[str, str]) -> Path:
+def _write_peft(
+    folder: Path, ready: dict[str, tuple[Tensor, Tensor]], rank: int, metadata: Mapping[str, str],
+    magnitudes: Mapping[str, Tensor],
+) -> Path:  # fmt: skip
     import transformers
 
     for part in _PARTS:
@@ -124,6 +136,8 @@ def _write_peft(folder: Path, ready: dict[str, tuple[Tensor, Tensor]], rank: int
                 f"base_model.model.{path}.lora_A.weight": down,
                 f"base_model.model.{path}.lora_B.weight": up,
             }
+            if (magnitude := magnitudes.get(f"{part}.{path}")) is not None:
+                tensors[f"base_model.model.{path}.lora_magnitude_vector"] = magnitude
         # the text encoder's names depend on the version of transformers
         text = {**metadata, "format": "pt", "transformers_version": transformers.__version__}
         save_tensors(folder / part / _WEIGHTS, tensors, text)
@@ -131,7 +145,7 @@ def _write_peft(folder: Path, ready: dict[str, tuple[Tensor, Tensor]], rank: int
             "peft_type": "LORA",
             "task_type": None,
             "inference_mode": True,
-            **_peft_settings(part, ready, rank),
+            **_peft_settings(part, ready, rank, bool(magnitudes)),
         }
         save_json(folder / part / _SETTINGS, settings)
     return folder

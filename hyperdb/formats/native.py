@@ -194,7 +194,10 @@ class Personalization:
         changes = self.changes()
         for part in self.parts:
             if not all(isinstance(change, LowRank) for change in part.changes().values()):
-                raise UserError(f"{self.source} is an adapter of kind {part.kind}, which has no low-rank factors")
+                raise UserError(
+                    f"{self.source} is an adapter of kind {part.kind}, which has no low-rank factors that another tool "
+                    "could load; use it with `hyperdb generate`, or with Personalization.load(FILE).apply(pipe)"
+                )
         return dict(changes)  # type: ignore[arg-type]
 
     def apply(self, target: Any, strength: float = 1.0) -> Injection:

@@ -1,4 +1,8 @@
-"""Write an adapter as a file that other tools load: kohya (ComfyUI, Forge, A1111), diffusers, PEFT, or our own."""
+"""Write an adapter as a file that other tools load: kohya (ComfyUI, Forge, A1111), diffusers, PEFT, or our own.
+
+What is of low rank is folded into one LoRA. A DoRA is written as one for diffusers and PEFT, a word vector as an
+embedding, and what has no form that other tools read is refused.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,17 @@ import glob
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
-    from hyperdb.formats.native import Personalization
+    from torch import Tensor
 
-FORMATS = ("kohya", "diffusers", "peft", "native")
+    from hyperdb.formats.native import Part, Personalization
+
+FORMATS = ("kohya", "diffusers", "peft", "native", "textual_inversion")
 PEFT_FILES = ("model.safetensors", "config.json")
 DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 SD15_LAYOUT = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
@@ -51,8 +57,8 @@ def run(config: Config) -> Path:
     """Write `out/NAME.safetensors` (peft: `out/unet`, `out/text_encoder`) and a model card; return `out`."""
     import torch
 
-    from hyperdb.adapters.base import scale
-    from hyperdb.formats import lora
+    from hyperdb.adapters.base import LowRank, scale
+    from hyperdb.formats import embedding, lora
     from hyperdb.formats.native import Personalization, find_adapter
     from hyperdb.runtime.files import hash_files, save_text
     from hyperdb.runtime.output import claim, is_free
@@ -68,6 +74,8 @@ def run(config: Config) -> Path:
     names.append(glob.escape(card))
     out, dtype = claim(config.out, names, made_from), getattr(torch, DTYPES[config.dtype])
     words = f"{person.rare_token} {person.class_word}"
+    if config.format == "textual_inversion":
+        words = f"{embedding.word(config.name)} {person.class_word}"
     target = out if config.format == "peft" else out / f"{config.name}.safetensors"
     if config.format == "native":
         _scaled(person, config.strength).save(target, dtype)
@@ -86,10 +94,39 @@ def run(config: Config) -> Path:
                 "ss_base_model_version": "sd_v1",
                 "ss_v2": "False",
             }
-        lora.write(target, scale(person.factors(), config.strength), config.format, metadata, dtype)
+        if config.format == "textual_inversion":
+            embedding.write(target, config.name, _vector(person, config.strength), metadata, dtype)
+        elif (turned := _turned(person, config.strength)) is not None:
+            factors = {name: LowRank(*change.tensors[:2]) for name, change in turned.items()}
+            magnitudes = {name: change.tensors[2][0] for name, change in turned.items()}
+            lora.write(target, factors, config.format, metadata, dtype, magnitudes)
+        else:
+            lora.write(target, scale(person.factors(), config.strength), config.format, metadata, dtype)
     save_text(out / card, _card(config, person, words))
     print(f"{config.format} adapter in {target}; the words that call the person: {words!r}")
     return out
+
+
+def _only(person: Personalization, kind: str, strength: float) -> Part:
+    """Return the only thing that a person is made of. Raises `UserError` for more, or another strength than 1."""
+    parts = [part for part in person.parts if part.kind == kind]
+    if len(parts) != 1 or len(person.parts) > 1 or person.tokens is not None or person.relaxed:
+        raise UserError(f"{person.source} is not one adapter of kind {kind} alone: other tools have no file like it")
+    if strength != 1:
+        raise UserError(f"strength={strength:g} cannot be baked into an adapter of kind {kind}; set it where it is used")
+    return parts[0]
+
+
+def _turned(person: Personalization, strength: float) -> dict[str, Any] | None:
+    """Return the changes of a DoRA, None for a person without one."""
+    if not any(part.kind == "dora" for part in person.parts):
+        return None
+    return dict(_only(person, "dora", strength).changes())
+
+
+def _vector(person: Personalization, strength: float) -> Tensor:
+    """Return the word vector `[C]` of a person of Textual Inversion."""
+    return _only(person, "token", strength).params["vector"][0]
 
 
 def _scaled(person: Personalization, strength: float) -> Personalization:
@@ -111,6 +148,7 @@ def _card(config: Config, person: Personalization, words: str) -> str:
     files = "the folders unet/ and text_encoder/" if config.format == "peft" else f"`{config.name}.safetensors`"
     use = {
         "peft": 'PeftModel.from_pretrained(pipe.unet, "unet")  # and the same for pipe.text_encoder',
+        "textual_inversion": f'pipe.load_textual_inversion("{config.name}.safetensors")',
         "native": 'Personalization.load("FILE").apply(pipe)  # hyperdb.formats.native',
     }.get(config.format, f'pipe.load_lora_weights("{config.name}.safetensors")')
     return f"""---

@@ -20,12 +20,6 @@ def lidb(base):
     return LiDB(Layout.of(base.targets()), a=12, b=8)
 
 
-@pytest.fixture(scope="module")
-def moments(base):
-    g = torch.Generator().manual_seed(3)
-    return torch.rand(3, 1, 2, *base.latent_shape, generator=g)
-
-
 def test_a_person_does_not_depend_on_the_batch(base, lidb, moments, prior):
     config = FitConfig(steps=3, levels=2, rate=1e-2, prior_weight=0.5, prior_rows=1)
     together = fit(base, lidb, moments, config, prior=prior)["tokens"]

@@ -1,0 +1,25 @@
+"""A word vector as other tools load it: diffusers' `load_textual_inversion`, A1111, ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import save_tensors
+
+
+def word(name: str) -> str:
+    """Return the new word that stands for the vector in prompts: it may be none that the vocabulary has."""
+    return f"<{name}>"
+
+
+def write(path: Path, name: str, vector: Tensor, metadata: Mapping[str, str], dtype: torch.dtype) -> Path:
+    """Write one vector `[C]` under its word. Raises `UserError` for numbers beyond `dtype`."""
+    ready = vector[None].to(dtype)  #                                                  [1, C]
+    if not ready.isfinite().all():
+        raise UserError(f"the vector has numbers too large for {dtype}; export in fp32")
+    return save_tensors(path, {word(name): ready}, {**metadata, "format": "pt"})
