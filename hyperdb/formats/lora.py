@@ -97,7 +97,7 @@ def write(
             key = _diffusers_name(name)
             tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
             if name in extra:
-                tensors[f"{key}.lora_magnitude_vector"] = extra[name]
+                tensors[f"{key}.lora_magnitude_vector.weight"] = extra[name]
         else:
             raise UserError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
     text = {**metadata, "format": "pt"}

@@ -136,3 +136,76 @@ def test_textual_inversion_leaves_every_other_word_alone(personalised, tiny_base
     (rare,) = base.tokenizer(base.config.rare_token, add_special_tokens=False).input_ids
     assert torch.equal(after[ids != rare], before[ids != rare])
     assert not torch.equal(after[ids == rare], before[ids == rare])
+
+
+# --- in the loaders of other tools
+
+
+@pytest.fixture
+def pipeline(tiny_base):
+    """Return a function that draws with diffusers, from a fresh pipeline that something was done to."""
+    from diffusers import StableDiffusionPipeline
+
+    def draw(prompt, change=lambda pipe: None):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        change(pipe)
+        g = torch.Generator().manual_seed(2)
+        return torch.from_numpy(pipe(prompt, num_inference_steps=2, generator=g, output_type="np").images)
+
+    return draw
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers so
+def test_diffusers_and_peft_load_a_dora(personalised, pipeline, tmp_path):
+    from peft import PeftModel
+
+    file, prompt = personalised("dora") / "adapter.safetensors", "a sks face"
+    plain, ours = pipeline(prompt), pipeline(prompt, Personalization.load(file).apply)
+    assert (plain - ours).abs().max() > 1e-2
+    out = config.run("export", [f"adapter={file}", "format=diffusers", "dtype=fp32", f"out={tmp_path / 'a'}"])
+    loaded = pipeline(prompt, lambda pipe: pipe.load_lora_weights(str(out / "default.safetensors")))
+    assert torch.allclose(loaded, ours, atol=1e-4)
+    folder = config.run("export", [f"adapter={file}", "format=peft", "dtype=fp32", f"out={tmp_path / 'b'}"])
+
+    def as_peft(pipe):
+        pipe.unet = PeftModel.from_pretrained(pipe.unet, str(folder / "unet")).base_model.model
+        pipe.text_encoder = PeftModel.from_pretrained(pipe.text_encoder, str(folder / "text_encoder")).base_model.model
+
+    assert torch.allclose(pipeline(prompt, as_peft), ours, atol=1e-4)
+
+
+def test_diffusers_loads_a_word_vector(personalised, pipeline, tmp_path):
+    file = personalised("textual_inversion", "finetune.rate=1.0") / "adapter.safetensors"
+    plain, ours = pipeline("a sks face"), pipeline("a sks face", Personalization.load(file).apply)
+    assert (plain - ours).abs().max() > 1e-3
+    words = [f"adapter={file}", "format=textual_inversion", "name=ada", "dtype=fp32", f"out={tmp_path / 'a'}"]
+    out = config.run("export", words)
+    assert "`<ada> face`" in (out / "README.md").read_text()
+    loaded = pipeline("a <ada> face", lambda pipe: pipe.load_textual_inversion(str(out / "ada.safetensors")))
+    assert torch.allclose(loaded, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("way", "words", "message"),
+    [
+        ("dora", ["format=kohya"], "format=diffusers or format=peft"),
+        ("dora", ["format=diffusers", "strength=0.5"], "strength=0.5 cannot be baked"),
+        ("lora", ["format=textual_inversion"], "is not one adapter of kind token alone"),
+        ("svdiff", ["format=native", "strength=0.5"], "strength=0.5 cannot be baked"),
+        ("svdiff", ["format=native", "dtype=int8"], "int8 is a format of LiDB's numbers"),
+    ],
+)
+def test_what_other_tools_cannot_read_is_refused(personalised, tmp_path, way, words, message):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=message):
+        config.run("export", [f"adapter={personalised(way)}", f"out={out}", *words])
+    assert not list(out.glob("*.safetensors"))
+
+
+def test_a_lora_is_exported_as_every_low_rank_adapter(personalised, pipeline, tmp_path):
+    file = personalised("lora") / "adapter.safetensors"
+    ours = pipeline("a sks face", Personalization.load(file).apply)
+    out = config.run("export", [f"adapter={file}", "dtype=fp32", f"out={tmp_path / 'a'}"])
+    loaded = pipeline("a sks face", lambda pipe: pipe.load_lora_weights(str(out / "default.safetensors")))
+    assert torch.allclose(loaded, ours, atol=1e-4)
