@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hyperdb.adapters.base import identities_of, select
-from hyperdb.adapters.inject import Injection
+from hyperdb.adapters.inject import Injection, settled
 from hyperdb.diffusion.sample import sample, start_noise
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def draw(
     64 of 64 px, 4 of 512 px.
     """
     injection, guide = Injection(base.sites(changes or ())), base.config.guide(changes is not None)
+    alone = changes is not None and identities_of(changes) == 1
+    if changes is not None and alone:
+        changes = settled(changes, injection.sites)
     noise = start_noise(base, seeds)
     group = max(1, (batch or together(base.config.size)) // len(prompts))
     found = []
@@ -47,7 +50,7 @@ def draw(
         for first in range(0, people, group):
             count = min(group, people - first)
             if changes is not None:
-                part = select(changes, slice(first, first + count)) if identities_of(changes) > 1 else changes
+                part = changes if alone else select(changes, slice(first, first + count))
                 injection.set(part, strength, repeat=guide.adapted, plain=guide.plain)
             noises = noise.repeat(count, 1, 1, 1)
             latents = sample(base, prompts * count, noises, steps, subject_guidance=guide.subject)

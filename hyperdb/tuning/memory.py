@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.site import Site
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
 from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
@@ -30,7 +31,8 @@ from hyperdb.runtime.files import load_metadata
 from hyperdb.tuning.personalizer import hypernet_folder
 
 if TYPE_CHECKING:
-    from hyperdb.adapters.base import Factors
+    from hyperdb.adapters import AdapterConfig
+    from hyperdb.adapters.base import Changes, Factors
     from hyperdb.adapters.lidb import LiDB
     from hyperdb.hypernet import HypernetConfig
     from hyperdb.tuning.personalizer import PersonalizerConfig
@@ -165,11 +167,20 @@ class Sketch:
             pairs[layer.name] = LowRank(down.requires_grad_(trained), up.requires_grad_(trained))
         return pairs
 
-    def denoise(self, rows: int, factors: Factors | None = None, repeat: int = 1) -> None:
-        """Run text encoder and UNet on so many rows; with factors that are trained, backward too."""
-        base, trained = self.base, factors is not None and next(iter(factors.values()))[0].requires_grad
-        injection = Injection(base.targets())
-        injection.set(factors or {}, repeat=repeat)
+    def changes(self, settings: AdapterConfig, people: int) -> tuple[Changes, list[Tensor]]:
+        """Return the changes of an adapter in training for so many people, and what AdamW keeps of its numbers."""
+        sites = {name: Site(name, module) for name, module in self.base.places(settings.where()).items()}
+        fitting = {name: site for name, site in sites.items() if site.kind in settings.kinds}
+        adapter = settings.bound([0], [0]).build(Layout.listing(fitting))
+        params = {name: torch.empty(people, *shape).requires_grad_() for name, shape in adapter.shapes().items()}
+        return adapter.changes(params), [torch.empty_like(p) for p in params.values() for _ in range(2)]
+
+    def denoise(self, rows: int, changes: Changes | None = None, repeat: int = 1) -> None:
+        """Run text encoder and UNet on so many rows; with changes that are trained, backward too."""
+        base = self.base
+        trained = any(x.requires_grad for change in (changes or {}).values() for x in change)
+        injection = Injection(base.sites(changes or ()))
+        injection.set(changes or {}, repeat=repeat)
         with torch.set_grad_enabled(trained):
             with self.autocast():
                 noisy = torch.empty(rows, *base.latent_shape)
@@ -211,9 +222,12 @@ class Sketch:
         with self.measure("encoding photos"):
             self.encode()
         with self.measure("fast fine-tuning"):
-            lidb = config.adapter.rank if isinstance(config.adapter, LiDBConfig) else 0
-            rank = lidb + config.relaxed.rank
-            self.denoise(people * rows(config.finetune), self.factors(people, rank, trained=True))
+            if isinstance(config.adapter, LiDBConfig):
+                rank = config.adapter.rank + config.relaxed.rank
+                self.denoise(people * rows(config.finetune), self.factors(people, rank, trained=True))
+            else:
+                changes, _optimizer = self.changes(config.adapter, people)  # alive while the pass runs
+                self.denoise(people * rows(config.finetune), changes)
 
 
 def rows(fit: Any) -> int:

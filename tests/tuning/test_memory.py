@@ -125,3 +125,14 @@ def test_a_dry_run_names_what_is_missing(tmp_path: Path) -> None:
     settings = ["diffusion=sd15", "diffusion.path=nobody/nothing", "dry_run=true"]
     with pytest.raises(UserError, match=r"`hf download nobody/nothing`.*diffusion=embedded"):
         configuration.run("generate", settings)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "svdiff", "dreambooth", "textual_inversion"])
+def test_a_dry_run_knows_every_adapter(weightless: Path, adapter: str) -> None:
+    settings = configuration.load("personalize", [*words(weightless), "image=none", f"adapter={adapter}"])
+    found = needed("personalize", settings, "cpu").passes["fast fine-tuning"]
+    bare = configuration.load("personalize", [*words(weightless), "image=none", "adapter=textual_inversion"])
+    assert found >= needed("personalize", bare, "cpu").passes["fast fine-tuning"] > 0
+    if adapter == "dreambooth":  # the numbers, their gradients and two averages of AdamW are alive at once
+        numbers = sum(p.numel() for p in Sketch(settings, "cpu").base.unet.parameters())
+        assert found > 4 * 4 * numbers
