@@ -111,9 +111,9 @@ def _only(person: Personalization, kind: str, strength: float) -> Part:
     """Return the only thing that a person is made of. Raises `UserError` for more, or another strength than 1."""
     parts = [part for part in person.parts if part.kind == kind]
     if len(parts) != 1 or len(person.parts) > 1 or person.tokens is not None or person.relaxed:
-        raise UserError(f"{person.source} is not one adapter of kind {kind} alone: other tools read no such file")
+        raise UserError(f"{person.source} is not one adapter of kind {kind} alone: no other tool reads that")
     if strength != 1:
-        raise UserError(f"strength={strength:g} cannot be baked into an adapter of kind {kind}; set it where it is used")
+        raise UserError(f"strength={strength:g} cannot be baked into an adapter of kind {kind}; set it in its use")
     return parts[0]
 
 
