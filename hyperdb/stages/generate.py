@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # spell many a word that it knows well.
 SMALL_VOCABULARY = 10_000
 IN_GRID = 64
+FAR = 3.0  # a strength beyond which faces fall apart
 KEPT = "finished pictures are kept"
 
 
@@ -141,6 +142,8 @@ def _notices(config: Config, base: Base, guidance: Guidance) -> list[str]:
             found.append(f"{name} has words that this base was never taught and cannot draw: {words}")
     if config.negative_prompt and guidance.text == 1:
         found.append("negative_prompt has no effect at guidance=1")
+    if config.adapter is not None and abs(config.strength) > FAR:
+        found.append(f"strength={config.strength:g} is far from 1, the adapter as trained: expect no picture of a face")
     if config.adapter is None and config.strength != 1:
         found.append(f"strength={config.strength} has no effect without adapter")
     if config.adapter is None and config.subject_guidance is not None:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hyperdb.tuning.prior import Prior
 
 
+TOO_LARGE = 1e4  # an adapter's numbers are of the size of weights and of their norms
+
+
 @dataclass(kw_only=True)
 class FitConfig:
     """How an adapter is trained on a person's images.
@@ -131,7 +134,11 @@ def fit(
                 progress(step + 1, error[:, :levels].mean().item())
     finally:
         injection.remove()
-    return {k: v.detach() for k, v in params.items()}
+    found = {k: v.detach() for k, v in params.items()}
+    largest = max(x.abs().max().item() for x in found.values())
+    if not largest < TOO_LARGE:
+        raise NonFiniteError(f"what was trained holds numbers of {largest:.3g}: lower the rate ({config.rate})")
+    return found
 
 
 def _tile(people: int, *rows: Tensor) -> list[Tensor]:

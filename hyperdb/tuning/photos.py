@@ -100,11 +100,12 @@ def personalize(config: PersonalizerConfig) -> Path:
         seconds[phase] = round(now - clock, 3)
         clock = now
 
+    start = None if config.start is None else find_adapter(config.start)  # before the photo is searched
     crops = np.stack([crop_face(one, config) for one in photos(config.image)])
     lap("crop")
     model = Personalizer(config)
     weights = None if model.folder is None else hash_files([model.folder / "hypernet.safetensors"])
-    begun = None if config.start is None else hash_files([find_adapter(config.start)])
+    begun = None if start is None else hash_files([start])
     contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
     contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
     out = claim(config.out, WRITES, {**recipe(config), **contents})

@@ -373,7 +373,8 @@ def test_refused_before_anything_is_written(config: Config, in_tmp: Path, wrong:
 
 
 def test_pictures_of_nothing_are_refused(config: Config, adapter: Path) -> None:
-    with pytest.raises(NonFiniteError, match=r"adapter=.*ada strength=1e\+30: .* is NaN, .* after 3 steps"):
+    error = pytest.raises(NonFiniteError, match=r"adapter=.*ada strength=1e\+30: .* is NaN, .* after 3 steps")
+    with pytest.warns(UserWarning, match=r"strength=1e\+30 is far from 1"), error:
         run(replace(config, adapter=str(adapter), strength=1e30))
     with pytest.raises(NonFiniteError, match=r"^what was drawn is NaN, infinite .* guidance=1e\+39: lower"):
         run(replace(config, guidance=1e39))

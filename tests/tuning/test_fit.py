@@ -140,3 +140,5 @@ def test_a_strong_prior_keeps_the_base(base, lidb, moments, prior):
 def test_a_fit_that_diverges_says_so(base, lidb, moments):
     with pytest.raises(UserError, match=r"the loss is \w+ at step \d+; lower the rate \(1e\+30\)"):
         fit(base, lidb, moments[:1], FitConfig(steps=20, levels=4, rate=1e30))
+    with pytest.raises(UserError, match=r"holds numbers of 1e\+30: lower the rate"):  # seen by no loss any more
+        fit(base, lidb, moments[:1], FitConfig(steps=1, levels=4, rate=1e30))
