@@ -28,20 +28,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Return a function that compares named lists of numbers with a text file of tests/golden.
 
-    With --write-golden it writes the file instead. Each line holds a name and its numbers.
+    With --write-golden it writes the file instead. A line holds a name, a colon and its numbers.
     """
 
     def compare(name: str, found: Mapping[str, Sequence[float]], **tolerance: float) -> None:
         path = GOLDEN / f"{name}.txt"
         if request.config.getoption("--write-golden"):
             path.parent.mkdir(exist_ok=True, parents=True)
-            path.write_text("".join(f"{key} {' '.join(f'{x:.6f}' for x in row)}\n" for key, row in found.items()))
-        known = {key: row for key, *row in map(str.split, path.read_text().splitlines())}
+            path.write_text("".join(f"{key}: {' '.join(f'{x:.6f}' for x in row)}\n" for key, row in found.items()))
+        lines = [line.partition(": ")[::2] for line in path.read_text().splitlines()]
+        known = {key: [float(x) for x in row.split()] for key, row in lines}
         assert list(found) == list(known), f"{path} has other rows"
         for key, row in found.items():
-            assert row == pytest.approx(list(map(float, known[key])), **tolerance), (
-                f"{key} is not what {path} says; see {GOLDEN / 'README.md'}"
-            )
+            assert row == pytest.approx(known[key], **tolerance), f"{key} is not what {path} says; see its README.md"
 
     return compare
 

@@ -17,6 +17,7 @@ from hyperdb.adapters.lora import LoRA
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime import precision
 from hyperdb.runtime.journal import Journal
+from hyperdb.stages import evaluate
 from hyperdb.stages.finetune import FitConfig, PriorConfig, fit, load_prior
 
 STEPS = 10
@@ -66,10 +67,11 @@ def base(tiny_base):
 def test_losses_of_a_fit(base, tmp_path, golden, kind):
     """Of two people at once, with everything that a fit has: weights of levels and of the face, a prior, a warm-up."""
     settings = FitConfig(
-        steps=STEPS, levels=3, noise=[0.1, 0.8], rate=0.03, warmup=3, signal_weight=0.5, face_weight=2.0,
+        steps=STEPS, levels=3, noise=[0.1, 0.8], rate=0.1, warmup=3, signal_weight=0.5, face_weight=2.0,
         prior_weight=0.5, prior_rows=1,
     )  # fmt: skip
     moments = torch.rand(2, 2, 2, *base.latent_shape, generator=torch.Generator().manual_seed(0))
+    moments[:, :, 1] *= 0.1
     config = PriorConfig(prompts=["a photo of a face", "a pencil sketch of a face"], images=2, levels=4)
     prior = load_prior(base, config, tmp_path / "prior.safetensors")
     lidb, found = LiDB(Layout.of(base.targets()), a=12, b=8), []
@@ -79,8 +81,8 @@ def test_losses_of_a_fit(base, tmp_path, golden, kind):
     else:
         g = torch.Generator().manual_seed(1)
         tokens = torch.randn(2, *lidb.mask.shape, generator=g)
-        frozen = lidb.factors({"tokens": lidb.init(2)["tokens"] + 0.1 * tokens})
-        fit(base, LoRA(lidb.layout, 2), moments, replace(settings, rate=0.01), frozen, **how)
+        frozen = lidb.factors({"tokens": lidb.init(2)["tokens"] + 0.3 * tokens})
+        fit(base, LoRA(lidb.layout, 2), moments, replace(settings, rate=0.03), frozen, **how)
     golden(f"fit_{kind}", rows(found), rel=1e-3)
 
 
@@ -97,8 +99,8 @@ def fits(tiny_base, rendered, tmp_path_factory):
     [
         ("diffusion", ["weights=null", "prior_weight=0.5", "flips=true", "prompt_dropout=0.3", "target_style=any"]),
         ("weights", ["alpha=0", "target_style=same"]),
-        ("identity", ["identity_weight=1", "identity_people=2", "identity_steps=2", "matrix_rate=0.01",
-                      "encoder_rate=0.001", "beta=0.5", "fit_share=0.5"]),
+        ("identity", ["identity_weight=1", "identity_people=2", "identity_steps=2", "matrix_rate=0.005",
+                      "encoder_rate=0.0003", "beta=0.5", "fit_share=0.5"]),
     ],
 )  # fmt: skip
 def test_losses_of_the_hypernetwork(tiny_base, rendered, fits, losses, tmp_path, golden, kind, words):
@@ -121,11 +123,31 @@ def vae(tiny_base):
         ("train_base", "train_base", ["channels=[16,32]", "heads=[1,2]", "text_width=32", "text_layers=1",
                                       "vae={vae}", "warmup=1", "rate=0.003", "prompt_dropout=0.3"]),
         ("train_encoder", "train_encoder",
-         ["held_out=1", "portrait=16", "rate=0.03", "workers=1", "encoder.size=32"]),
-        ("train_judge", "train_judge", ["held_out=1", "rate=0.03", "diffusion.path={base}", "diffusion.size=32"]),
+         ["held_out=1", "portrait=16", "rate=0.003", "workers=1", "encoder.size=32"]),
+        ("train_judge", "train_judge", ["held_out=1", "rate=0.01", "diffusion.path={base}", "diffusion.size=32"]),
     ],
 )  # fmt: skip
 def test_losses_of_the_other_trainings(tiny_base, rendered, vae, losses, tmp_path, golden, name, stage, words):
     words = [word.format(vae=vae, base=tiny_base) for word in words]
     configuration.run(stage, [f"data={rendered}", f"out={tmp_path}", f"steps={STEPS}", "batch=4", *words])
     golden(name, rows(losses), rel=1e-3)
+
+
+def test_figures_of_an_evaluation(tmp_path, golden):
+    """Every row on the embedded base, whose pictures have faces: no figure is that of a picture without one."""
+    words = ["split=test", "identities=3", "views=17", "photo_views=3", "workers=1"]
+    people = configuration.run("render_heads", [*words, f"out={tmp_path / 'people'}"])
+    words = [f"data={people}", f"out={tmp_path}", f"rows=[{','.join(evaluate.ROWS)}]", "people=3", "images=2", "views=1"]
+    words += ["styled=[sketch]", "diffusion.dtype=fp32", "diffusion.device=cpu", "diffusion.steps=4"]
+    words += ["finetune.steps=2", "converged.steps=2", "prior.images=2", "prior.levels=2"]
+    result = json.loads(configuration.run("evaluate", words).read_text())
+    found = {f"{row} {name}": x for row, figures in result["values"].items() for name, (x,) in figures.items()}
+    found |= {f"{row} bytes": [figures["bytes"]] for row, figures in result["rows"].items()}
+    found |= {f"{pair} cosine": [x["mean"], x["lo"], x["hi"]] for pair, x in result["paired"].items()}
+    found |= {f"{row} closed": [x] for row, x in result["closed"].items()}
+    golden("evaluate", found, abs=3e-3)
+    means = {row: figures["cosine"]["mean"] for row, figures in result["rows"].items()}
+    way = means["ceiling"] - means["floor"]
+    assert way > 0.1
+    for row in set(means) - {"floor", "ceiling"}:
+        assert result["closed"][row] == pytest.approx((means[row] - means["floor"]) / way, abs=2e-3)
