@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +17,13 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime import precision
 from hyperdb.runtime.journal import Journal
 from hyperdb.stages import evaluate
-from hyperdb.stages.finetune import FitConfig, PriorConfig, fit, load_prior
+from hyperdb.tuning.fit import FitConfig, fit
+from hyperdb.tuning.prior import PriorConfig, load_prior
 
 STEPS = 10
 TINY = [
     "diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "diffusion.device=cpu", "prior.images=2",
-    "prior.prompts=[a photo of a face,a pencil sketch of a face]", "lidb.a=12", "lidb.b=8",
+    "prior.prompts=[a photo of a face,a pencil sketch of a face]", "adapter.a=12", "adapter.b=8",
 ]  # fmt: skip
 HYPER = [
     *TINY, "validation=null", "model.width=32", "model.heads=2", "model.iterations=2", "model.summary=2",
@@ -81,7 +81,7 @@ def test_losses_of_a_fit(base, tmp_path, golden, kind):
     else:
         g = torch.Generator().manual_seed(1)
         tokens = torch.randn(2, *lidb.mask.shape, generator=g)
-        frozen = lidb.factors({"tokens": lidb.init(2)["tokens"] + 0.3 * tokens})
+        frozen = lidb.changes({"tokens": lidb.init(2)["tokens"] + 0.3 * tokens})
         fit(base, LoRA(lidb.layout, 2), moments, replace(settings, rate=0.03), frozen, **how)
     golden(f"fit_{kind}", rows(found), rel=1e-3)
 
@@ -137,8 +137,8 @@ def test_figures_of_an_evaluation(tmp_path, golden):
     """Every row on the embedded base, whose pictures have faces: no figure is that of a picture without one."""
     words = ["split=test", "identities=3", "views=17", "photo_views=3", "workers=1"]
     people = configuration.run("render_heads", [*words, f"out={tmp_path / 'people'}"])
-    words = [f"data={people}", f"out={tmp_path}", f"rows=[{','.join(evaluate.ROWS)}]", "people=3", "images=2", "views=1"]
-    words += ["styled=[sketch]", "diffusion.dtype=fp32", "diffusion.device=cpu", "diffusion.steps=4"]
+    words = [f"data={people}", f"out={tmp_path}", f"rows=[{','.join(evaluate.ROWS)}]", "people=3", "images=2"]
+    words += ["views=1", "styled=[sketch]", "diffusion.dtype=fp32", "diffusion.device=cpu", "diffusion.steps=4"]
     words += ["finetune.steps=2", "converged.steps=2", "prior.images=2", "prior.levels=2"]
     result = json.loads(configuration.run("evaluate", words).read_text())
     found = {f"{row} {name}": x for row, figures in result["values"].items() for name, (x,) in figures.items()}

@@ -21,7 +21,8 @@ NUMBERS = ("age", "yaw", "pitch")
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
     """Return pictures `[36, 32, 32, 3]` of four people, and what is said of each."""
-    config = Config(str(tmp_path_factory.mktemp("people")), identities=4, views=9, size=32, workers=1)
+    folder = str(tmp_path_factory.mktemp("people"))
+    config = Config(out=folder, identities=4, views=9, photo_views=2, size=32, workers=1)
     tensors, text = load_tensors(run(config) / "shard-00000.safetensors")
     names = json.loads(text["columns"])
     coefficients = tensors["coefficients"].double()
@@ -51,12 +52,12 @@ def test_every_word_is_drawn(people):
 
 
 def test_the_pictures_of_a_name_stay(people, kept):
-    """All but one pixel in a thousand to a level: other processors round an edge to another side."""
+    """Equal on every processor tried; a few pixels and levels are left to compilers of another kind."""
     drawn = grid(list(people[0]), 9)
     assert drawn.shape == kept[0].shape
     apart = np.abs(drawn.astype(int) - kept[0]).max(2)
-    assert (apart > 1).mean() < 1e-3, "the pictures are others: give heads.ALGORITHM another name"
-    assert apart.mean() < 0.02, "the pictures are others: give heads.ALGORITHM another name"
+    assert (apart > 1).mean() < 2e-4, "the pictures are others: give heads.ALGORITHM another name"
+    assert apart.mean() < 1e-3, "the pictures are others: give heads.ALGORITHM another name"
 
 
 def test_the_labels_and_captions_of_a_name_stay(people, kept):
