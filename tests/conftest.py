@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,35 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+GOLDEN = Path(__file__).parent / "golden"
+Golden = Callable[..., None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden/ from what the code does now")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Return a function that compares named lists of numbers with a text file of tests/golden.
+
+    With --write-golden it writes the file instead. A line holds a name, a colon and its numbers.
+    """
+
+    def compare(name: str, found: Mapping[str, Sequence[float]], **tolerance: float) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--write-golden"):
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_text("".join(f"{key}: {' '.join(f'{x:.6f}' for x in row)}\n" for key, row in found.items()))
+        lines = [line.partition(": ")[::2] for line in path.read_text().splitlines()]
+        known = {key: [float(x) for x in row.split()] for key, row in lines}
+        assert list(found) == list(known), f"{path} has other rows"
+        for key, row in found.items():
+            assert row == pytest.approx(known[key], **tolerance), f"{key} is not what {path} says; see its README.md"
+
+    return compare
 
 
 @pytest.fixture

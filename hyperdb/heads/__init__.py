@@ -10,7 +10,7 @@ from hyperdb.heads.captions import (
     vocabulary,
 )
 from hyperdb.heads.identity import AGES, CUTS, HAIRS, SEXES, SKINS, Identity
-from hyperdb.heads.render import render
+from hyperdb.heads.render import ALGORITHM, render
 from hyperdb.heads.split import SPLITS, split_of
 from hyperdb.heads.view import ACCESSORIES, CROP, EXPRESSIONS, PLACES, STYLES, View, sample_view
 
@@ -18,6 +18,7 @@ __all__ = [
     "ACCESSORIES",
     "ACCESSORY_PHRASES",
     "AGES",
+    "ALGORITHM",
     "CROP",
     "CUTS",
     "EXPRESSIONS",

@@ -9,6 +9,10 @@ from hyperdb.heads import scene, shade, styles
 from hyperdb.heads.identity import Identity
 from hyperdb.heads.view import View
 
+# The name of what this code and heads.npz draw. Every data set carries it, and those of two names are never mixed. It
+# changes with any pixel, label or caption, and with nothing else: tests/heads/test_golden_people.py keeps pictures.
+ALGORITHM = "d3c370320a9a893a7fc266ebe002834f207f22af4774dc3cae6ffed44db8e5b0"
+
 _SUPERSAMPLE = 2
 
 

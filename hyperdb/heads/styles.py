@@ -150,7 +150,7 @@ def _bronze(stage: Stage) -> np.ndarray:
     return _sculpt(stage, (0.12, 0.15, 0.11), (0.52, 0.33, 0.14), 0.75, 9)
 
 
-def _strokes(image: np.ndarray, rng: np.random.Generator, count: int, length: float, thick: int):
+def _strokes(image: np.ndarray, rng: np.random.Generator, count: int, length: float, thick: int) -> np.ndarray:
     """Repaint an image with straight brush strokes along its contours."""
     size = len(image)
     gray = cv2.GaussianBlur(image.mean(2).astype(np.float32), (0, 0), 2.0 * size / 128)
