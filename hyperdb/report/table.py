@@ -49,7 +49,8 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     over = "people and seeds" if results.get("seeds", 1) > 1 else "people"
     lines += ["", f"| paired difference | mean [95 % interval over {over}] |", "| --- | --- |"]
-    lines += [f"| {name.replace('-', ' − ')} | {_interval(value)} |" for name, value in results["paired"].items()]
+    for name, value in results["paired"].items():
+        lines.append(f"| {' − '.join(ROWS[row] for row in name.split('-'))} | {_interval(value)} |")
     return "\n".join(lines)
 
 
