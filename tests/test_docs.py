@@ -1,22 +1,28 @@
-"""The README's figures are those of the results files, its commands exist, and the tree stays light."""
+"""The documents' figures are those of the results files, their commands and diffs exist, and the tree stays light."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+import yaml
+
 from hyperdb import config, options
 from hyperdb.report.table import markdown
 from hyperdb.runtime.files import load_json
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 
 
 def test_the_table_is_the_results_files():
     results = load_json(ROOT / "experiments" / "embedded" / "likeness" / "results.json")
-    assert markdown(results) in README
+    rows, _, _ = markdown(results).partition("\n\n")
+    assert rows in README
     assert markdown(results) in (ROOT / "hyperdb" / "embedded" / "MODEL_CARD.md").read_text()
+    for found in results["paired"].values():
+        assert f"{found['mean']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}]" in README
 
 
 def test_the_tables_of_memory_are_the_results_files():
@@ -31,22 +37,56 @@ def test_the_tables_of_memory_are_the_results_files():
 
 
 def test_the_rows_of_the_study_of_guidance_are_its_results():
-    rows = load_json(ROOT / "experiments" / "embedded" / "guidance" / "results.json")["rows"]
+    folder = ROOT / "experiments" / "embedded" / "guidance"
+    rows, text = load_json(folder / "results.json")["rows"], (folder / "README.md").read_text()
     figures = ("rank1", "rank1_styled", "style_accuracy", "copy_pose", "copy_background")
     named = {"40 of all, guidance 3": "ordinary guidance", "40 of 0-0.65, guidance 3 and 3": "the default**"}
     for name, label in named.items():
         rest = " | ".join(f"{rows[name][k]['mean']:.2f}" for k in figures)
-        assert f"{label} | {rows[name]['cosine']['mean']:.3f} | {rest} |" in README
+        assert f"{label} | {rows[name]['cosine']['mean']:.3f} | {rest} |" in text
+    then, now = (rows[name] for name in named)
+    for key, digits in (("cosine", 3), ("rank1_styled", 2), ("copy_pose", 2)):
+        old, new = (f"{row[key]['mean']:.{digits}f}".lstrip("0") for row in (then, now))
+        assert f"{old}, now {new}" in " ".join(README.split())
 
 
-def test_every_command_named_is_a_stage_with_those_settings():
-    lines = re.findall(r"^hyperdb ([a-z_]+)([^\n#]*)", README, flags=re.MULTILINE)
-    assert lines
+def test_the_table_of_adapters_is_their_yamls():
+    for path in sorted((ROOT / "conf" / "adapters").glob("*.yaml")):
+        line = next(line for line in README.splitlines() if line.startswith(f"| `{path.stem}`"))
+        if (recipe := yaml.safe_load(path.read_text()).get("finetune")) is not None:
+            assert f"| {recipe['steps']} | {recipe['rate']:.1e} |".replace("e-0", "e-") in line
+
+
+def test_the_table_of_sizes_is_the_benchmarks():
+    text = (ROOT / "docs" / "formats.md").read_text()
+    found = load_json(ROOT / "benchmarks" / "adapter_sizes.json")
+    for precision in ("fp32", "fp16", "int8"):
+        sizes = (found["bytes"][base][precision] for base in ("other", "embedded"))
+        cells = [size[file] for size in sizes for file in ("lidb", "adapter")]
+        assert f"| {precision} | {' | '.join(f'{size:,}' for size in cells)} | " in text
+
+
+def test_the_diffs_shown_are_in_the_tree():
+    """Each block of CONTRIBUTING.md, its lines in their order."""
+    blocks = re.findall(r"^```diff\n(.*?)^```", CONTRIBUTING, flags=re.MULTILINE | re.DOTALL)
+    files = [part for block in blocks for part in re.split(r"^--- .*\n", block, flags=re.MULTILINE)[1:]]
+    assert len(files) > 10
+    for part in files:
+        head, *lines = part.splitlines()
+        there = iter((ROOT / head.removeprefix("+++ b/")).read_text().splitlines())
+        for line in lines:
+            assert line.startswith("@@") or line[1:] in there, f"{head}: {line}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/formats.md", "docs/imports.md", "docs/stable_diffusion.md"])
+def test_every_command_named_is_a_stage_with_those_settings(page):
+    lines = re.findall(r"^(?:    )?hyperdb ([a-z_]+)([^\n#]*)", (ROOT / page).read_text(), flags=re.MULTILINE)
     for stage, rest in lines:
         assert stage in config.STAGES, stage
         keys = [w.partition("=")[0] for w in re.findall(r"[a-z_.]+=", rest)]
         known = {key for key, _ in options.settings(config.stage_module(stage).Config)} | {"experiment"}
         assert set(keys) <= known, (stage, keys)
+    assert lines
 
 
 def test_weights_in_the_tree_stay_light():
