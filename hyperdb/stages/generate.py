@@ -40,23 +40,31 @@ KEPT = "finished pictures are kept"
 
 @dataclass(kw_only=True)
 class Config:
-    """What to draw and of whom; `[V]` in prompts stands for the person."""
+    """What to draw, and of whom.
+
+    `[V]` in a prompt stands for the person; without `adapter` it is a rare word that means nobody. Picture i is made
+    from the noise of `seed` + i, so that it does not depend on `batch` or on how many pictures are drawn.
+
+    Two guidances can be set apart. `guidance` is the usual classifier-free guidance towards the prompt.
+    `subject_guidance` is from anybody towards this person (hybrid guidance, `hyperdb.diffusion.guidance`). Where a
+    setting is null, the base's own value in `diffusion` is used.
+    """
 
     diffusion: DiffusionConfig
-    adapter: FilePath | None = None  # a file of `hyperdb personalize` or its folder; null: the base alone
+    adapter: FilePath | None = None  # file or folder that `hyperdb personalize` wrote; null: draw with the base alone
     prompt: str = "a photo of a [V] face"
-    negative_prompt: str = ""
+    negative_prompt: str = ""  # what guidance leads away from, in place of the empty prompt
     num_images: int = 8
-    strength: float = 1.0  # of the adapter: 0 is the base, 1 as trained
-    steps: int | None = None  # null: diffusion.steps
-    guidance: float | None = None  # towards the prompt; null: diffusion.guidance; 1 is without guidance
-    subject_guidance: float | None = None  # towards the person; null: diffusion.subject_guidance
+    strength: float = 1.0  # factor on the adapter's change: 0 is the base, 1 the person as trained
+    steps: int | None = None  # of the sampler; null: diffusion.steps
+    guidance: float | None = None  # 1 is without guidance; null: diffusion.guidance
+    subject_guidance: float | None = None  # null: diffusion.subject_guidance
     scheduler: str = "ddim"  # ddim, dpm, euler, pndm or unipc
-    seed: int = 0  # picture i has seed + i
-    batch: int = 8  # pictures drawn at once; changes the memory needed, not the pictures
+    seed: int = 0
+    batch: int = 8  # pictures drawn in one pass: more need more memory and look the same
     name: str = "default"
     out: FilePath = "runs/generate/default"
-    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
+    dry_run: bool = False  # load nothing: say which networks would be loaded, where, and in how much memory
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_images <= 10_000:

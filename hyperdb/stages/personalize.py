@@ -20,12 +20,21 @@ WRITES = photos.WRITES
 
 @dataclass(kw_only=True)
 class Config(PersonalizerConfig):
-    """`image`: a photo in any common format; `hypernet`: a trained one's folder, `default` (the base's own) or null.
+    """Whose photo, what is learned from it, and where the learning begins.
 
-    Several photos of one person are written `[a.jpg,b.jpg]`: their predictions are averaged, and the fine-tuning
-    sees all of them, `finetune.steps` iterations a photo. Without a hypernetwork the fast fine-tuning runs alone, or
-    begins at another adapter, `start`: an average of people made by `hyperdb edit`, or an earlier fit. `adapter`
-    chooses another way to personalise: dreambooth, lora, textual_inversion, svdiff or dora.
+    `image` is a photo in any common format. Photos of one person are written `[a.jpg,b.jpg]`. The hypernetwork's
+    predictions for them are averaged, and the fine-tuning sees all of them, with `finetune.steps` iterations for each.
+    Of several faces in a photo the largest is taken; `face=2` takes the next largest. `align=false` says that the
+    picture is a crop as FFHQ has them already.
+
+    `adapter` is `lidb`, the paper's way, or another yaml of conf/adapters: `lora`, `dora`, `svdiff`, `dreambooth` or
+    `textual_inversion`. LiDB is predicted by the hypernetwork, and `finetune` trains the low-rank factors `relaxed` on
+    top of it. The others have no hypernetwork, so `finetune` trains them from nothing, as their references do.
+
+    `hypernet` is the folder of a trained hypernetwork, `default` for the one that belongs to the base, or null for none.
+    `start` is an adapter that takes the place of the prediction: an average of people made by `hyperdb edit`, or an
+    earlier result of this command. The settings of `finetune` are explained in `hyperdb.tuning.fit.FitConfig`. `prior`
+    says which class pictures the fine-tuning keeps as the base draws them.
     """
 
 

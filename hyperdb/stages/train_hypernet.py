@@ -38,62 +38,75 @@ KEPT = "its last checkpoint is kept"
 
 @dataclass(kw_only=True)
 class Config:
-    """L = alpha * diffusion + beta * weight space (eq. 2), with `prior_weight` times the class prior.
+    """Whom the hypernetwork learns from, what it is asked for, and how long.
 
-    `weights`: a store of `hyperdb precompute`, or null (beta is then not used): the fit of an image is asked for when
-    that image conditions, the fit of a person whenever a photo of theirs does; `validation_weights`: one of the
-    validation people, for their weight-space loss; `people`: how many identities of `data`; `target_view`: same
-    denoises the conditioning photo (the paper), other another photo of that person; `target_style`: any takes that
-    person's pictures in other styles along, each under its own caption (renders have some, photos have none).
-    `identity_weight` times `identity_loss` is added (not in the paper). `flips` turns half of the people left to right,
-    the conditioning photo and what is denoised alike. `prompt_dropout` is the share of rows denoised under the empty
-    prompt, which guidance subtracts with the same adapter in place.
+    In each step the hypernetwork sees one photo of each of `batch` people, the conditioning photo, and predicts an
+    adapter for each. The loss is that of the paper (eq. 2) and two terms that the paper does not have:
+
+        L = alpha * diffusion + beta * weight space + prior_weight * prior + identity_weight * identity
+
+    - *Diffusion*: the base with the predicted adapter denoises pictures of the person under the prompt "a [V] face".
+      `target_view` says which pictures: `same` is the conditioning photo, as in the paper, and `other` another photo of
+      the person. With `target_style=any` they include pictures of the person in other styles, each under its own
+      caption. Rendered people have such pictures, photographed ones do not.
+    - *Weight space*: the distance from a fit that `hyperdb precompute` made before. `weights` names the store of fits;
+      null leaves the term out. A fit of one image is compared with the prediction for that image, a fit of a person
+      with the prediction for any photo of that person.
+    - *Prior*: on class pictures the adapted network shall predict what the base predicts (`hyperdb.tuning.prior`).
+    - *Identity*: the encoder compares pictures drawn with the prediction with the person's photos (`identity_loss`).
+
+    `flips` turns half of the people left to right, the conditioning photo and the pictures alike. `prompt_dropout` is
+    the share of pictures that are denoised under the empty prompt. Classifier-free guidance later subtracts what the
+    network predicts there with the same adapter in place.
+
+    The training is measured on the people of `validation`, who are never trained on.
     """
 
     diffusion: DiffusionConfig
-    adapter: AdapterConfig
+    adapter: AdapterConfig  # what is predicted; today LiDB alone can be
     model: HypernetConfig
     prior: PriorConfig
-    data: FilePath
-    validation: FilePath | None
+    data: FilePath  # folder of people to learn from
+    validation: FilePath | None  # folder of people to measure on; null: measure nothing
     weights: FilePath | None
-    validation_weights: FilePath | None = None
-    people: int | None = None
-    init: FilePath | None = None  # a hypernetwork file to go on from
+    validation_weights: FilePath | None = None  # store of fits of the validation people, for their weight-space loss
+    people: int | None = None  # how many identities of `data` to use; null: all
+    init: FilePath | None = None  # file of a hypernetwork to go on from; null: begin anew
     name: str = "default"
     out: FilePath = "runs/train_hypernet/default"
     alpha: float = 1.0  # open in the paper
     beta: float = 0.1  # open in the paper
-    fit_share: float = 0.25  # share of a batch drawn from the people who have a fit
-    weight_loss: str = "gauge_free"  # of the residuals: (cA, B/c) is the same one; or plain, the L2 of eq. 2
+    fit_share: float = 0.25  # share of a batch that is drawn from the people who have a fit
+    # The same change of a layer has many pairs of factors: A times c and B over c are one of them.
+    weight_loss: str = "gauge_free"  # compares the changes, so that all such pairs are equal; plain: L2 of the factors
     target_view: str
     target_style: str
-    signal_weight: float | None  # as in the fine-tuning, see `FitConfig`; null: the base's own loss
+    signal_weight: float | None  # how much each noise level counts, as in `FitConfig`; null: the base's own loss
     face_weight: float  # extra weight of the middle of the frame in the diffusion loss
     identity_weight: float
-    identity_people: int = 8  # of a step's, who are drawn
-    identity_steps: int = 4  # of their sampling; the gradient goes through the last
+    identity_people: int = 8  # people of each step whose pictures are drawn for the identity loss
+    identity_steps: int = 4  # sampling steps of these pictures; the gradient goes through the last one
     prior_weight: float
-    prior_rows: int  # a person a step
+    prior_rows: int  # class pictures for each person in each step
     prompt_dropout: float
     flips: bool
     steps: int
-    batch: int  # people a step
-    levels: int  # noise levels a person a step
-    logit_normal: list[float] | None  # mean and standard deviation of logit(noise level); null: uniform
-    rate: float
-    matrix_rate: float | None  # of orthogonal steps for the decoder's matrices; null: AdamW for all
-    encoder_rate: float  # 0: the encoder stays as it is, and its features as the decoder knows them
-    warmup: int
-    decay: float
-    ema: float
-    default_spread: float
-    validate_every: int
+    batch: int  # people in each step
+    levels: int  # noise levels for each person in each step, a picture at each
+    logit_normal: list[float] | None  # mean and standard deviation of the logit of the noise level; null: uniform
+    rate: float  # learning rate of the decoder
+    matrix_rate: float | None  # rate of orthogonal steps (Muon) for the decoder's matrices; null: AdamW for all
+    encoder_rate: float  # learning rate of the image encoder; 0: it stays as it was pretrained
+    warmup: int  # steps over which the rates rise from 0
+    decay: float  # share of the steps, at the end, over which the rates fall as a cosine
+    ema: float  # decay of the running average of the weights, which is what is written
+    default_spread: float  # scale of the predicted numbers where there are no fits to take it from
+    validate_every: int  # steps
     validation_people: int
-    save_every: int
+    save_every: int  # steps between checkpoints, from which the same command goes on
     tracker: str | None = None  # wandb or tensorboard
     seed: int = 0
-    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
+    dry_run: bool = False  # load nothing: say which networks would be loaded, where, and in how much memory
 
     def __post_init__(self) -> None:
         self.adapter.require_predictable()

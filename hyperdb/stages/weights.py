@@ -37,24 +37,29 @@ WRITES = (
 
 @dataclass(kw_only=True)
 class Config:
-    """The hypernetwork predicts adapters of `people` of `data`, and of `edited` of `unseen`, who are changed.
+    """Whose adapters are studied, and what is made of them.
 
-    `weights`: a store of `hyperdb precompute`, whose fits of people of `data` make the space instead. `shifts` are in
-    standard deviations of an attribute over people.
+    The hypernetwork predicts an adapter for each of `people` in the folder `data`. The principal components of these
+    adapters are the space of people. With `weights`, a store of `hyperdb precompute`, the space is made of the fits in
+    it instead.
+
+    Three things are then measured in the space. Attributes such as age are shifted in the adapters of `edited` people
+    of the folder `unseen`, by each of `shifts`; a shift of 1 is one standard deviation of the attribute over people.
+    `sampled` new people are drawn from a Gaussian. And pictures are drawn on the way from one person to another.
     """
 
     diffusion: DiffusionConfig
-    hypernet: FilePath = "default"
-    default_hypernet: FilePath | None  # the base's own, if any: what `default` means
+    hypernet: FilePath = "default"  # folder of a trained one; `default`: the base's own
+    default_hypernet: FilePath | None  # folder that `hypernet=default` means; null: the base has no hypernetwork
     data: FilePath = "data/heads"
     unseen: FilePath = "data/heads_validation"
     weights: FilePath | None = None
     people: int = 1000
-    components: int = 100
-    edited: int = 12  # unseen people, whose attributes are shifted
+    components: int = 100  # principal components that are kept
+    edited: int = 12
     shifts: list[float] = field(default_factory=lambda: [-4.0, -2.0, 0.0, 2.0, 4.0])
-    sampled: int = 24  # new people
-    images: int = 4  # pictures a person and adapter
+    sampled: int = 24
+    images: int = 4  # pictures drawn with each adapter
     name: str = "default"
     out: FilePath = "runs/weights/default"
     seed: int = 0

@@ -23,23 +23,31 @@ TOO_LARGE = 1e4  # an adapter's numbers are of the size of weights and of their 
 class FitConfig:
     """How an adapter is trained on a person's images.
 
-    `levels` noise levels a step, one from each stratum of `noise`, fractions of all the levels: the highest decide pose
-    and backdrop, and learning from them copies the photo's. With `prior_weight` > 0, `prior_rows` further rows a step,
-    of all levels, ask that on class prompts the network predict what it predicts without the adapter.
+    Each step denoises the images at `levels` noise levels under the prompt "a [V] face" and takes one step of AdamW.
+    The levels are spread evenly over the range `noise`, which is given in fractions of the base's schedule: 0 is the
+    clean image and 1 pure noise. The highest levels decide pose and backdrop. Whoever learns from them copies those
+    of the photo.
+
+    A `prior_weight` above 0 keeps what the base knows, as DreamBooth's class pictures do. Each step then holds
+    `prior_rows` class pictures more, at noise levels from the whole range. For them the adapted network is asked to
+    predict what the base predicts without the adapter.
+
+    `signal_weight` decides how much each noise level counts. A number p weights the squared error of v by alpha_bar^p,
+    whatever the base predicts. With 0.5 all noise levels have a gradient of about the same length, and 1 is the error
+    of epsilon. null leaves the base's own loss as it is.
     """
 
     steps: int
-    levels: int
-    noise: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    rate: float
-    warmup: int = 0  # the first steps, over which the rate rises: Adam's first are as long for noise as for a face
-    decay: float = 0.3  # the last fraction of the steps, over which the rate falls
-    # power of alpha_bar that weights the error of v, whatever the base predicts; 0.5 hears all noise levels alike, 1 is
-    # the error of epsilon, null the base's own loss
+    levels: int  # noise levels in each step
+    noise: list[float] = field(default_factory=lambda: [0.0, 1.0])  # lowest and highest level to learn from
+    rate: float  # AdamW's learning rate
+    # Adam's first steps are as long for noise as for a face. A slow rise of the rate makes them shorter.
+    warmup: int = 0  # steps over which the rate rises from 0
+    decay: float = 0.3  # share of the steps, at the end, over which the rate falls as a cosine
     signal_weight: float | None = None
-    face_weight: float = 0.0  # extra weight of the middle of the frame, where the photo's crop has the face
+    face_weight: float = 0.0  # extra weight of the middle of the frame, where the aligned crop has the face
     prior_weight: float = 0.0
-    prior_rows: int = 2
+    prior_rows: int = 2  # class pictures in each step
     seed: int = 0
 
     def __post_init__(self) -> None:

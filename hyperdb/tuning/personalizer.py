@@ -30,23 +30,26 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class PersonalizerConfig:
-    """How people are personalised: what every stage that does so can be told.
+    """How a person is personalised: the settings that every stage which does so has.
 
-    `adapter` is what is learned of a person. With lidb, the paper's, the hypernetwork predicts it and the fast
-    fine-tuning trains the factors `relaxed` on top; any other is trained on the photo itself, as `finetune` says.
-    `hypernet` is a trained one's folder, `default` for the base's own, or null. Without one the fine-tuning runs alone,
-    or begins at another adapter, `start`.
+    `adapter` says what is learned of the person. LiDB is the paper's: the hypernetwork predicts it from the photo, and
+    the fast fine-tuning trains low-rank factors, `relaxed`, on top of the prediction. No hypernetwork predicts any
+    other adapter, so it is trained on the photo from nothing. In both cases `finetune` says how the training goes, and
+    `prior` which class pictures it keeps as the base draws them.
+
+    `hypernet` is the folder of a trained hypernetwork. `default` means the one that belongs to the base, and null means
+    none. Without a hypernetwork the training begins at nothing, or at the adapter that `start` names.
     """
 
-    image: FilePath = "???"
+    image: FilePath = "???"  # the photo, in any common format
     name: str = "default"
     out: FilePath = "runs/personalize/default"
     hypernet: FilePath | None = "default"
-    default_hypernet: FilePath | None  # the base's own, if any: what `default` means
-    start: FilePath | None = None  # an adapter's file or folder to begin at, instead of the hypernetwork's prediction
-    face: int | None = None  # which face, 1 is the largest; null: the largest, with a notice
-    align: bool = True  # false: the picture is already an aligned crop
-    preview: bool = True
+    default_hypernet: FilePath | None  # folder that `hypernet=default` means; null: the base has no hypernetwork
+    start: FilePath | None = None  # file or folder of an adapter that takes the place of the prediction
+    face: int | None = None  # which face of the photo, 1 is the largest; null: the largest, with a notice of others
+    align: bool = True  # find the face and crop it as FFHQ does; false: the picture is such a crop already
+    preview: bool = True  # draw the person in `preview_styles`, as a check by eye
     preview_styles: list[str] = field(
         default_factory=lambda: [
             "a pencil sketch of a [V] face",
@@ -63,7 +66,7 @@ class PersonalizerConfig:
     finetune: FitConfig
     prior: PriorConfig
     seed: int = 0
-    dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
+    dry_run: bool = False  # load nothing: say which networks would be loaded, where, and in how much memory
 
     def __post_init__(self) -> None:
         if self.start is not None:
