@@ -1,7 +1,7 @@
 """What a personalisation is: changes of a frozen network's weights, with a leading identity axis. Knows no base model.
 
-One file a kind, its configuration first; none imports torch before it is used. A new kind is such a file, its line in
-`KINDS` and its yaml in conf/adapter.
+Each kind is one file that begins with its configuration. No file imports torch before it is used. A new kind is such a
+file, its line in `KINDS` and its yaml in conf/adapters (CONTRIBUTING.md shows one).
 """
 
 from __future__ import annotations

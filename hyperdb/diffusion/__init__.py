@@ -21,33 +21,38 @@ PLACEHOLDER = "[V]"  # stands for the rare token in every prompt
 
 @dataclass
 class DiffusionConfig:
-    """A base model and how it is asked for pictures.
+    """A base model, and how it is asked for pictures.
 
-    `path` is a folder, a hub id, `package:NAME`, or one `.safetensors` checkpoint as other tools use them, of which
-    `config` (a folder or hub id; null: Stable Diffusion 1.5's) gives configuration and tokenizer; `[V]` in prompts
-    stands for `rare_token`; `crop` scales the FFHQ crop that photos of faces get (1 = FFHQ) and `size` is the side of
-    the images in pixels. `attention` is sdpa or eager; eager trains 3 times faster on a CPU at 16 x 16 latents, where
-    the fused backward in bf16 is slow. With `checkpointing` the UNet's activations are computed again in the backward
-    pass instead of being kept. `guidance` is towards the prompt; with `subject_guidance` it is the base alone that is
-    guided there, and this one is from anybody to the person (`hyperdb.diffusion.guidance`); null guides the
-    personalised network towards both at once.
+    `path` is a folder in diffusers' format, a hub id, `package:NAME` for one that ships with hyperdb, or one
+    `.safetensors` checkpoint as other tools use them. A checkpoint has no configuration and no tokenizer. They are
+    taken from `config`, a folder or hub id, where null means those of Stable Diffusion 1.5.
+
+    `[V]` in a prompt stands for `rare_token`. The person is "a [V] face", where `class_word` is the noun. Photos are
+    cropped as FFHQ crops faces, with a frame `crop` times as large, and resized to `size`.
+
+    `guidance` is classifier-free guidance towards the prompt. A number for `subject_guidance` parts it in two (hybrid
+    guidance, `hyperdb.diffusion.guidance`): `guidance` then leads the base alone towards the prompt, and
+    `subject_guidance` leads from anybody to the person. null guides the personalised network towards both at once.
+
+    On a CPU with 16 x 16 latents `attention=eager` trains 3 times faster than `sdpa`, whose fused backward pass is slow
+    in bf16. With `checkpointing` the UNet's activations are not kept for the backward pass but computed again.
     """
 
     path: FilePath = "package:embedded/base"
     config: FilePath | None = None
-    variant: str | None = None
-    revision: str | None = None
+    variant: str | None = None  # of the hub's files, such as fp16
+    revision: str | None = None  # of the hub's repository
     rare_token: str = "sks"
     class_word: str = "face"
-    size: int = 64
-    crop: float = 0.8
-    dtype: str = "bf16"
-    steps: int = 20
+    size: int = 64  # side of the images in pixels
+    crop: float = 0.8  # 1 is the FFHQ crop
+    dtype: str = "bf16"  # fp32, bf16 or fp16
+    steps: int = 20  # of the sampler
     guidance: float = 3.0
     subject_guidance: float | None = None
-    attention: str = "sdpa"
+    attention: str = "sdpa"  # sdpa or eager
     checkpointing: bool = False
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda or mps
 
     def __post_init__(self) -> None:
         if self.dtype not in ("fp32", "bf16", "fp16"):

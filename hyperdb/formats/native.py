@@ -6,8 +6,9 @@ The bases are not stored; their algorithm, seed and fingerprint are. Everything 
 As int8 the largest of each layer's A and of its B is 127, the largest of each relaxed direction too, and the float32
 scales that undo it are in one tensor each.
 
-A file of version 1 holds LiDB's numbers and low-rank factors. One of version 2 may hold further parts: the header
-describes each by its kind, configuration and layout, and its tensors are called `part0:NAME`.
+A file of version 1 holds LiDB's numbers and low-rank factors. One of version 2 may lack LiDB's numbers and hold parts:
+the header describes each by its kind, configuration and layout, and its tensors are called `part0:NAME`
+(docs/formats.md).
 """
 
 from __future__ import annotations
@@ -128,12 +129,14 @@ class Part:
 class Personalization:
     """A person, for one kind of model: what `personalize` writes and `generate` reads.
 
-    `tokens` [N, D] are the LiDB numbers as `config` lays them out, None where there are none; `relaxed` are the factors
-    of the fast fine-tuning, or of an imported LoRA, which may adapt layers and convolutions beyond the layout; `parts`
-    are adapters of other kinds. `layout` lists the paper's layers of the model, of whatever kind the adapter is.
-    `fingerprint` is
-    `LiDB.fingerprint` ("" = compute when needed); `base` is `hyperdb.diffusion.targets.base_hash` of the
-    model it was made for ("" = unknown). Raises `UserError` for shapes that do not fit and values not finite.
+    `tokens` [N, D] are the LiDB numbers as `config` lays them out, None where there are none. `relaxed` are the factors
+    of the fast fine-tuning or of an imported LoRA. They may adapt layers and convolutions beyond the layout. `parts`
+    are adapters of other kinds. All these changes add up.
+
+    `layout` lists the paper's layers of the model, of whatever kind the adapter is. `fingerprint` is that of LiDB's
+    random bases (`LiDB.fingerprint`), or "" to compute it when needed. `base` is the hash of the model that the person
+    was made for (`hyperdb.diffusion.targets.base_hash`), or "" if unknown. Raises `UserError` for shapes that do not
+    fit and for numbers that are not finite.
     """
 
     layout: Layout

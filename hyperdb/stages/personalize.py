@@ -31,10 +31,10 @@ class Config(PersonalizerConfig):
     `textual_inversion`. LiDB is predicted by the hypernetwork, and `finetune` trains the low-rank factors `relaxed` on
     top of it. The others have no hypernetwork, so `finetune` trains them from nothing, as their references do.
 
-    `hypernet` is the folder of a trained hypernetwork, `default` for the one that belongs to the base, or null for none.
-    `start` is an adapter that takes the place of the prediction: an average of people made by `hyperdb edit`, or an
-    earlier result of this command. The settings of `finetune` are explained in `hyperdb.tuning.fit.FitConfig`. `prior`
-    says which class pictures the fine-tuning keeps as the base draws them.
+    `hypernet` is the folder of a trained hypernetwork, `default` for the one that belongs to the base, or null for
+    none. `start` is an adapter that takes the place of the prediction: an average of people made by `hyperdb edit`, or
+    an earlier result of this command. The settings of `finetune` are explained in `hyperdb.tuning.fit.FitConfig`.
+    `prior` says which class pictures the fine-tuning keeps as the base draws them.
     """
 
 

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class PriorConfig:
-    """The base's own pictures of class prompts, DreamBooth's class images: what an adapter should leave as it is.
+    """Pictures of class prompts by the base itself, DreamBooth's class images: what an adapter should leave as it is.
 
-    Each of `images` pictures is kept at `levels` noise levels, with what the base predicts there.
+    `images` pictures are drawn in all, of the `prompts` in turn. Each is kept at `levels` noise levels together with
+    what the base predicts there. A training that keeps the prior asks for the same prediction with the adapter in
+    place.
     """
 
     prompts: list[str]
