@@ -99,6 +99,8 @@ def type_of(schema: type, key: str) -> Any:
     kind = without_none(type_of(schema, parent))[0] if parent else None
     if typing.get_origin(kind) in (dict, list):  # an entry of a dict[str, X] or list[X]
         return typing.get_args(kind)[-1]
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and key not in known:  # inside such an entry
+        return dict(settings(kind, f"{parent}."))[key]
     if kind in (Any, dict, list):
         return Any
     raise KeyError(key)

@@ -121,6 +121,12 @@ def _of_text(kind: Any) -> bool:
     return typing.get_origin(kind) is list and typing.get_args(kind)[0] in TEXT
 
 
+def _added(schema: type, word: str) -> str:
+    """Return a word that sets an entry of a mapping of anything, whether it has that entry already or not."""
+    parent = word.partition("=")[0].rpartition(".")[0]
+    return f"++{word}" if parent and word[0] != "+" and _kind(schema, parent)[0] == dict[str, Any] else word
+
+
 def _entries(key: str, value: str) -> list[Entry] | None:
     try:
         return entries(value)
@@ -157,7 +163,7 @@ def quoted(schema: type, word: str) -> str:
     if override.is_sweep_override():
         as_list = f"; a list is written {key}=[{value}]" if typing.get_origin(kind) is list else ""
         raise UserError(f"{key}: {value!r} is several values; add -m to run one after the other{as_list}")
-    return word
+    return _added(schema, word)
 
 
 def swept(schema: type, word: str) -> str:
@@ -172,7 +178,7 @@ def swept(schema: type, word: str) -> str:
     kind, optional = _kind(schema, key)
     listed = _entries(key, value)
     if listed is None or not (kind in TEXT or kind in SCALARS or typing.get_origin(kind) is list):
-        return quoted(schema, word) if kind in TEXT or _of_text(kind) else word
+        return quoted(schema, word) if kind in TEXT or _of_text(kind) else _added(schema, word)
     if typing.get_origin(kind) is list:
         several = bool(listed) and all(not one.quoted and entries(one.text) is not None for one in listed)
         lists = [one.text for one in listed] if several else [value]

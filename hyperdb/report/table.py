@@ -8,16 +8,16 @@ from typing import Any
 
 from hyperdb.runtime.files import load_json
 
-ROWS = {
+EARLIER = {  # rows and labels of files that do not say their own; {steps} are those of the row's fit
     "floor": "base without adapter",
     "mean": "the average of these people's predictions",
     "shuffled": "hypernetwork, another person's photo",
     "hyper_only": "hypernetwork alone",
-    "shuffled_40": "40 iterations begun at another person's prediction",
-    "mean_40": "40 iterations begun at the average prediction",
-    "hyper_40": "hypernetwork + 40 iterations",
-    "no_hyper_40": "40 iterations without the hypernetwork",
-    "lidb_fit": "LiDB fitted to the photo, 200 iterations",
+    "shuffled_40": "{steps} iterations begun at another person's prediction",
+    "mean_40": "{steps} iterations begun at the average prediction",
+    "hyper_40": "hypernetwork + {steps} iterations",
+    "no_hyper_40": "{steps} iterations without the hypernetwork",
+    "lidb_fit": "LiDB fitted to the photo, {steps} iterations",
     "copy": "the given photo through the autoencoder",
     "ceiling": "the person's renders through the autoencoder",
 }
@@ -38,15 +38,25 @@ def _rate(value: float | dict[str, float]) -> str:
     return f"{value['mean'] if isinstance(value, dict) else value:.2f}"
 
 
+def labels(results: dict[str, Any]) -> dict[str, str]:
+    """Return the label of each row of an evaluation, in the order of the table."""
+    rows = results["rows"]
+    if all("label" in row for row in rows.values()):
+        return {name: row["label"] for name, row in rows.items()}
+    fits = results["fits"]
+    steps = {name: fits.get(name, fits["finetune"])["steps"] for name in EARLIER}
+    return {name: label.format(steps=steps[name]) for name, label in EARLIER.items() if name in rows}
+
+
 def markdown(results: dict[str, Any]) -> str:
     """Return the likeness table of an evaluation, of the rows and columns that it has."""
     further = {name: label for name, label in FURTHER.items() if name in next(iter(results["rows"].values()))}
     lines = [f"| {' | '.join(['embedded base', 'face cosine', 'rank-1', *further.values()])} |"]
     lines.append("| --- | --- | --- |" + " --- |" * len(further))
-    for name, label in ROWS.items():
-        if (row := results["rows"].get(name)) is not None:
-            cells = [label, _interval(row["cosine"]), _rate(row["rank1"]), *(_rate(row[key]) for key in further)]
-            lines.append(f"| {' | '.join(cells)} |")
+    for name, label in labels(results).items():
+        row = results["rows"][name]
+        cells = [label, _interval(row["cosine"]), _rate(row["rank1"]), *(_rate(row[key]) for key in further)]
+        lines.append(f"| {' | '.join(cells)} |")
     over = "people and seeds" if results.get("seeds", 1) > 1 else "people"
     lines += ["", f"| paired difference | mean [95 % interval over {over}] |", "| --- | --- |"]
     for name, value in results["paired"].items():

@@ -4,48 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.fit import FitConfig
+from hyperdb.tuning.methods import MethodConfig
 from hyperdb.tuning.personalizer import PersonalizerConfig
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
-    from hyperdb.adapters.base import Factors
     from hyperdb.data.people import People
-    from hyperdb.metrics.feature import Feature
     from hyperdb.tuning.memory import Sketch
     from hyperdb.tuning.personalizer import Personalizer
 
-    Scores = dict[str, dict[str, NDArray[Any]]]  # row: figure: [I, S]
-
-ROWS = (
-    "floor", "shuffled", "mean", "hyper_only", "shuffled_40", "mean_40", "hyper_40", "no_hyper_40", "lidb_fit", "copy",
-    "ceiling",
-)  # fmt: skip
-TRAINED = ("shuffled_40", "mean_40", "hyper_40", "no_hyper_40", "lidb_fit")
-PICTURES = ("copy", "ceiling")  # not drawn: no seed changes them
-PAIRS = (
-    ("hyper_only", "floor"),
-    ("hyper_only", "shuffled"),
-    ("hyper_only", "mean"),
-    ("hyper_40", "hyper_only"),
-    ("hyper_40", "shuffled_40"),
-    ("hyper_40", "mean_40"),
-    ("mean_40", "no_hyper_40"),
-    ("hyper_40", "no_hyper_40"),
-    ("hyper_40", "lidb_fit"),
-    ("hyper_40", "copy"),
-)
+PHOTOS = {  # rows of photos through the autoencoder, which no method makes and no seed changes; what people read
+    "copy": "the given photo through the autoencoder",
+    "ceiling": "the person's renders through the autoencoder",
+}
 FURTHER = ("cosine_dlib", "rank1", "rank1_styled", "style_accuracy")  # figures compared in pairs, beside the cosine
-
 
 WRITES = ("rows/*.safetensors", "prior.safetensors")
 KEPT = "the pictures of finished rows are kept"
@@ -58,11 +38,10 @@ class Config(PersonalizerConfig):
 
     `split`: whose people these must be; settings are chosen on those of validation.
 
-    The photos after those (round to the first), through the autoencoder, are the ceiling; the given photo through it is
-    the row copy, the likeness that copying gives. Every other row draws `images` pictures of "a [V] face" a person and
-    one of each of `styled` (a style, or style/place), at the same seeds. The rows that end in 40 are fine-tuned on the
-    given photo, begun at the own prediction, everybody's average, another person's or nothing. Fine-tuning and drawing
-    are repeated with `seeds` seeds, and the intervals are over people and seeds.
+    `rows` names `methods`, each a yaml of conf/methods, which draw `images` pictures of "a [V] face" a person and one
+    of each of `styled` (a style, or style/place), at the same seeds. Fine-tuning and drawing are repeated with `seeds`
+    seeds, and the intervals are over people and seeds. Two further rows are photos through the autoencoder: `ceiling`
+    shows those after the ones that judge (round to the first), `copy` the given one, the likeness that copying gives.
     `recognisers` judge the likeness; the first one's figures have no suffix.
     """
 
@@ -78,9 +57,8 @@ class Config(PersonalizerConfig):
     styled: list[str] = field(default_factory=list)
     recognisers: list[str] = field(default_factory=lambda: ["sface"])
     rows: list[str]
+    methods: dict[str, MethodConfig]
     seeds: int = 1
-    no_hyper_rate: float | None = None  # of the row no_hyper_40; null: the fine-tuning's own
-    converged: FitConfig  # of the row lidb_fit
     results: FilePath = "results.json"
     batch: int = 5  # people fine-tuned in one pass
 
@@ -90,9 +68,19 @@ class Config(PersonalizerConfig):
             raise UserError("start belongs to personalize; the rows of an evaluation say where each begins")
         if self.split not in ("test", "validation"):
             raise UserError(f"split={self.split!r}: expected test or validation")
+        if not self.adapter.predictable:
+            raise UserError("adapter belongs to personalize; the rows of an evaluation say what each trains")
+        known = [*self.methods, *PHOTOS]
+        if odd := [name for name in self.methods if not name.isidentifier() or name in PHOTOS]:
+            raise UserError(f"methods.{odd[0]}: a method is called by letters, digits and _, not {' or '.join(PHOTOS)}")
+        if not self.rows:
+            raise UserError(f"rows=[]: expected of {', '.join(known)}")
         for row in self.rows:
-            if row not in ROWS:
-                raise UserError(f"rows={row!r}: expected of {', '.join(ROWS)}")
+            if row not in known:
+                raise UserError(f"rows={row!r}: expected of {', '.join(known)}")
+            self.fit(row)
+            if unknown := [name for name in self.against(row) if name not in known]:
+                raise UserError(f"methods.{row}.against={unknown[0]!r}: expected of {', '.join(known)}")
         if self.reference < 0 or self.photos < 1 or self.views < 1:
             raise UserError(
                 f"reference={self.reference}, photos={self.photos}, views={self.views}: expected at least 0, 1, 1"
@@ -105,6 +93,17 @@ class Config(PersonalizerConfig):
             if name not in ("sface", "dlib"):
                 raise UserError(f"recognisers={name!r}: expected sface or dlib")
 
+    def fit(self, row: str) -> FitConfig | None:
+        """Return the fine-tuning of a row; None where nothing is trained. Raises `UserError`."""
+        try:
+            return self.methods[row].fit(self.finetune) if row in self.methods else None
+        except UserError as error:
+            raise UserError(f"methods.{row}: {error}") from error
+
+    def against(self, row: str) -> list[str]:
+        """Return the rows that a row is compared with."""
+        return self.methods[row].against if row in self.methods else []
+
 
 def passes(config: Config, sketch: Sketch) -> None:
     """Measure prediction and fine-tuning of a batch of people, and the drawing of a row."""
@@ -113,138 +112,6 @@ def passes(config: Config, sketch: Sketch) -> None:
     sketch.personalize(config, config.batch)
     with sketch.measure("drawing"):
         sketch.draw(together(config.diffusion.size))
-
-
-def run(config: Config) -> Path:
-    """Write `results` with means and 95 % intervals over people and seeds, and a picture sheet beside it.
-
-    Every figure is computed from `values`, a number a row, figure, seed and person, which are written too. The
-    pictures of a row and seed are kept in `out/rows`: a run that was stopped goes on where it was.
-    """
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-
-    from hyperdb.data.people import load_people
-    from hyperdb.faces.image import grid, save_png
-    from hyperdb.heads import PLACE_PHRASES
-    from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
-    from hyperdb.runtime.output import claim
-    from hyperdb.runtime.provenance import provenance
-    from hyperdb.tuning.personalizer import Personalizer
-    from hyperdb.tuning.prior import load_prior
-
-    # --- people: one reference, `views` judges, the rest for the ceiling
-    given, used = config.photos, config.photos + config.views
-    needed = max(used + 1, config.reference + 1)
-    people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
-    rows = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
-    if len(rows) < 2:
-        raise UserError(f"{config.data} needs at least two people with {needed} photos each")
-    shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
-    reference = shown[:, 0]
-    judges = people.images[torch.stack([r[given:used] for r in rows])]  #           [I, K, 3, H, W]
-    cycled = [[r[used + k % (len(r) - used)] for k in range(config.images)] for r in rows]
-    others = people.images[torch.tensor(cycled)]  #                                 [I, images, 3, H, W]
-    words = [word.partition("/")[0] for word in config.styled]
-    if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
-        raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
-    styled = styled_views(people, rows, words)
-    best = torch.cat([others, *(styled[word][:, :1] for word in words)], 1)  #      [I, images + styled, 3, H, W]
-    model = Personalizer(config)
-    if model.hypernet is None:
-        raise UserError("evaluate needs a hypernetwork; set hypernet=FOLDER")
-
-    whole = _made_from(config, model, people)
-    made_from = json.dumps(whole, sort_keys=True, default=str)
-    out = claim(config.out, WRITES, whole)
-    target = results_file(config, made_from)
-    judges_of = Judges(config)  # before the long part: what is missing is said now
-    fits = {"finetune": config.finetune, "no_hyper_40": config.finetune, "lidb_fit": config.converged}
-    if config.no_hyper_rate is not None:
-        fits["no_hyper_40"] = replace(config.finetune, rate=config.no_hyper_rate)
-    if model.prior is None and any(f.prior_weight > 0 for f in fits.values()):
-        model.prior = load_prior(model.base, config.prior, out / "prior.safetensors")
-
-    # --- pictures of every row
-    drawn: dict[str, list[Tensor]] = {}
-    costs: dict[str, dict[str, float]] = {}
-    repeats = {row: 1 if row in PICTURES else config.seeds for row in config.rows}
-    total = len(rows) * sum(count * (2 if row in TRAINED else 1) for row, count in repeats.items())
-    with tqdm(total=total, desc="evaluate", unit="person", dynamic_ncols=True) as bar:
-        for row, count in repeats.items():
-            for seed in range(count):
-                path = out / "rows" / (f"{row}-{seed}.safetensors" if seed else f"{row}.safetensors")
-                tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
-                if metadata.get("made_from") != made_from:
-                    images, cost = _pictures(row, seed, model, config, fits, shown, best, bar.update)
-                    text = {"made_from": made_from, **{k: str(v) for k, v in cost.items()}}
-                    save_tensors(path, {"images": images}, text)
-                    tensors = {"images": images}
-                else:
-                    cost = {k: float(metadata[k]) for k in ("seconds", "bytes")}
-                    bar.update(len(rows) * (2 if row in TRAINED else 1))
-                drawn.setdefault(row, []).append(tensors["images"])
-                costs.setdefault(row, cost)
-
-    # --- scores: a value a person and seed
-    further = {k: v[:, 1:] for k, v in styled.items()}
-    found: dict[str, dict[str, list[Any]]] = {row: {} for row in config.rows}
-    for seed in range(config.seeds):
-        pictures = {row: images[seed] for row, images in drawn.items() if seed < len(images)}
-        for row, score in measure(config, judges_of, reference, judges, further, pictures).items():
-            for name, values in score.items():
-                found[row].setdefault(name, []).append(values.double().numpy().round(6))
-    scores = {row: {name: np.stack(v, 1) for name, v in score.items()} for row, score in found.items()}  # [I, S] each
-    any_row = next(iter(scores.values()))
-    result: dict[str, Any] = {
-        "rows": {row: {**summary(score, config.seed), **costs[row]} for row, score in scores.items()},
-        "paired": _pairs(scores, "cosine", config.seed),
-        "paired_further": {name: _pairs(scores, name, config.seed) for name in FURTHER if name in any_row},
-        "closed": _closed(scores),
-        "slices": slices(people, rows, scores),
-        "people": len(rows),
-        "seeds": config.seeds,
-        "split": config.split,
-        "images_a_person": config.images,
-        "styled": config.styled,
-        "base": model.base.digest,
-        "hypernet": {
-            "digest": _hypernet_digest(model),
-            **{k: model.hypernet.metadata.get(k) for k in ("base", "data", "steps")},
-        },
-        "data": people.digest,
-        "recognisers": config.recognisers,
-        "fits": {name: asdict(fit) for name, fit in fits.items()},
-        "made_from": _short(made_from),
-        **provenance(),
-        "persons": people.seed[torch.stack([r[0] for r in rows])].tolist(),
-        "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [S, I]
-    }
-    save_json(target, result)
-    few = min(len(rows), 12)
-    pixels = list(reference[:few]) + [x for row in config.rows for x in drawn[row][0][:few, 0]]
-    sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *config.rows])
-    save_png(sheet_file(target), sheet, {"software": "hyperdb", "results": hash_files([target])})
-    for row, score in result["rows"].items():
-        c = score["cosine"]
-        print(f"{row:12s} face cosine {c['mean']:.3f} [{c['lo']:.3f}, {c['hi']:.3f}]  rank-1 {score['rank1']:.2f}  "
-              f"face found {score['detected']:.2f}")  # fmt: skip
-    for name, c in result["paired"].items():
-        print(f"{name:24s} {c['mean']:+.3f} [{c['lo']:+.3f}, {c['hi']:+.3f}]")
-    print(f"results in {target}, pictures beside it")
-    return target
-
-
-class Judges:
-    """The recognisers and, if anything is drawn in a style, the judge of styles."""
-
-    def __init__(self, config: Config) -> None:
-        from hyperdb.metrics.face import Dlib, SFace
-        from hyperdb.metrics.obedience import Judge
-
-        self.features: list[Feature] = [SFace() if name == "sface" else Dlib() for name in config.recognisers]
-        self.judge = Judge.load(resolve("package:embedded/judge.safetensors")) if config.styled else None
 
 
 def styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[str, Tensor]:
@@ -265,23 +132,45 @@ def styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[s
     return found
 
 
-def _hypernet_digest(model: Personalizer) -> str:
-    """Return 16 hex digits over the hypernetwork's weights."""
-    assert model.hypernet is not None
-    weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.state_dict().values()))
-    return weights.hexdigest()[:16]
+def _digest(text: bytes) -> str:
+    """Return 16 hex digits."""
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _hypernet_digest(model: Personalizer) -> str | None:
+    """Return 16 hex digits over the hypernetwork's weights, None without one."""
+    if model.hypernet is None:
+        return None
+    return _digest(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.state_dict().values()))
 
 
 def _made_from(config: Config, model: Personalizer, people: People) -> dict[str, Any]:
-    """Return all that decides a row."""
+    """Return all that decides every row; `_described` has what decides one of them."""
     from hyperdb.runtime.recipe import recipe
 
-    what = {k: v for k, v in recipe(config).items() if k not in ("rows", "seeds", "recognisers")}
+    own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers")
+    what = {k: v for k, v in recipe(config).items() if k not in own}
     return {**what, "base": model.base.digest, "hypernet": _hypernet_digest(model), "data": people.digest}
 
 
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _described(config: Config, model: Personalizer, row: str) -> dict[str, Any]:
+    """Return all of a row's method that decides its pictures: where it begins, its adapter and its fine-tuning."""
+    from hyperdb.tuning.trainable import kind_of
+
+    if row in PHOTOS:
+        return {"start": None, "adapter": None, "finetune": None}
+    method, fit = config.methods[row], config.fit(row)
+    settings = {"relaxed": model.learned, "lidb": model.lidb.config, None: method.adapter}[method.train]
+    adapter = None if settings is None else {"kind": kind_of(settings), **asdict(settings)}
+    return {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
+
+
+def _read(config: Config, row: str, described: dict[str, Any]) -> dict[str, Any]:
+    """Return what tables say of a row: its label, where it begins, the kind of adapter and for how many iterations."""
+    steps = described["finetune"]["steps"] if described["finetune"] else 0
+    label = PHOTOS[row] if row in PHOTOS else config.methods[row].text(steps)
+    kind = described["adapter"]["kind"] if described["adapter"] else None
+    return {"label": label, "start": described["start"], "adapter": kind, "steps": steps}
 
 
 def sheet_file(results: Path) -> Path:
@@ -289,17 +178,19 @@ def sheet_file(results: Path) -> Path:
     return results.with_name("people.png" if results.stem == "results" else f"{results.stem}.png")
 
 
-def results_file(config: Config, made_from: str) -> Path:
+def results_file(config: Config, made_from: str, described: dict[str, Any]) -> Path:
     """Return where the results go. Raises `UserError` if others stand there, or some that this run would drop."""
     from hyperdb.faces.image import read_text
     from hyperdb.runtime.files import load_json
     from hyperdb.runtime.output import check
+    from hyperdb.runtime.recipe import plain
 
     target = Path(config.out) / config.results
     check(target.parent)
     sheet = sheet_file(target)
     then = load_json(target) if target.exists() else {}
-    known = isinstance(then, dict) and (not then or then.get("made_from") == _short(made_from))
+    known = isinstance(then, dict) and (not then or then.get("made_from") == made_from)
+    known = known and all(then.get("methods", {}).get(row, how) == plain(how) for row, how in described.items())
     lost = [x for key, now in (("rows", config.rows), ("recognisers", config.recognisers)) for x in then.get(key, [])
             if x not in now] if known else []  # fmt: skip
     lost += [f"{then['seeds']} seeds"] if known and then.get("seeds", 0) > config.seeds else []
@@ -312,159 +203,152 @@ def results_file(config: Config, made_from: str) -> Path:
     return target
 
 
-def _pictures(
-    row: str, seed: int, model: Personalizer, config: Config, fits: dict[str, FitConfig], shown: Tensor, best: Tensor,
-    progress: Any,
-) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """Draw one row, `[I, images + styled, 3, H, W]` uint8, with one seed; say what one person's adapter costs.
+def run(config: Config) -> Path:
+    """Write `results` with means and 95 % intervals over people and seeds, and a picture sheet beside it.
 
-    The seconds are those of a batch of people, divided among them.
+    Every figure is computed from `values`, a number a row, figure, seed and person, which are written too. The
+    pictures of a row and seed are kept in `out/rows`: a run that was stopped goes on where it was.
     """
-    import torch
-
-    from hyperdb.adapters.base import LowRank, concatenate, moved, select
-    from hyperdb.heads import prompt
-    from hyperdb.tuning.draw import draw
-    from hyperdb.tuning.fit import fit
-
-    assert model.hypernet is not None
-    base, lidb, (count, given) = model.base, model.lidb, shown.shape[:2]
-    if row in PICTURES:  # renders of the person, or the photo once for every picture, as the autoencoder lets through
-        shape = best.shape[:2]
-        sent = best if row == "ceiling" else shown[:, :1]
-        images = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent]).expand(*shape, -1, -1, -1)
-        progress(count)
-        return images, {"seconds": 0.0, "bytes": 0.0}
-    began = time.perf_counter()
-    with torch.no_grad(), base.autocast():
-        tokens = model.hypernet(shown.flatten(0, 1)).unflatten(0, (count, given)).mean(1)
-    predicting = (time.perf_counter() - began) / count
-    own: Factors = moved(lidb.factors({"tokens": tokens}))
-    another = select(own, [(i + 1) % count for i in range(count)])
-    average: Factors = moved(lidb.factors({"tokens": tokens.mean(0, keepdim=True).expand_as(tokens)}))
-    lora = config.relaxed.build(model.layout)
-
-    def trained(adapter: Any, settings: FitConfig, frozen: Factors | None) -> Factors:
-        parts, settings = [], replace(settings, seed=settings.seed + seed)
-        for first in range(0, count, config.batch):
-            chosen = slice(first, min(count, first + config.batch))
-            moments = base.moments(shown[chosen].flatten(0, 1)).unflatten(0, (-1, given))
-            under = select(frozen, chosen) if frozen is not None else None
-            parts.append(adapter.changes(fit(base, adapter, moments, settings, under, model.prior)))
-            progress(chosen.stop - chosen.start)
-        made: Factors = {
-            name: LowRank(*(torch.cat([p[name][side] for p in parts]) for side in (0, 1))) for name in parts[0]
-        }
-        return made if frozen is None else concatenate(frozen, made)
-
-    ways: dict[str, Any] = {
-        "floor": lambda: None,
-        "mean": lambda: average,
-        "hyper_only": lambda: own,
-        "shuffled": lambda: another,
-        "shuffled_40": lambda: trained(lora, fits["finetune"], another),
-        "mean_40": lambda: trained(lora, fits["finetune"], average),
-        "hyper_40": lambda: trained(lora, fits["finetune"], own),
-        "no_hyper_40": lambda: trained(lora, fits["no_hyper_40"], None),
-        "lidb_fit": lambda: trained(lidb, fits["lidb_fit"], None),
-    }
-    began = time.perf_counter()
-    factors = ways[row]()
-    seconds = (time.perf_counter() - began) / count
-    relaxed = 4 * config.relaxed.rank * sum(x.in_ + x.out for x in model.layout.layers)
-    tiny = 4 * lidb.numbers
-    bytes_ = {"floor": 0, "no_hyper_40": relaxed}.get(row, tiny + relaxed if row.endswith("_40") else tiny)
-    if row in ("hyper_only", "shuffled", "shuffled_40", "hyper_40"):
-        seconds += predicting
-    instance = [base.config.instance_prompt] * config.images
-    pairs = [word.partition("/")[::2] for word in config.styled]
-    prompts = instance + [prompt(style, "[V]", place or None) for style, place in pairs]
-    noises = [seed * len(prompts) + k for k in range(len(prompts))]
-    images = draw(base, factors, count, prompts, noises, progress=progress)
-    return images, {"seconds": round(seconds, 3), "bytes": float(bytes_)}
-
-
-def measure(
-    config: Config, by: Judges, reference: Tensor, judges: Tensor, styled: dict[str, Tensor],
-    pictures: dict[str, Tensor],
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Return every figure of every row, of the pictures of one seed, a value a person, `[I]`."""
-    import torch
-
-    from hyperdb.metrics import copying
-    from hyperdb.metrics.likeness import galleries
-    from hyperdb.metrics.score import cosine, rank1
-
-    def each(feature: Any, images: Tensor) -> Tensor:
-        return feature(images.flatten(0, 1)).unflatten(0, images.shape[:2])  #      [I, K, C]
-
-    scores: dict[str, dict[str, Any]] = {row: {} for row in pictures}
-    words = [word.partition("/")[0] for word in config.styled]
-    for number, feature in enumerate(by.features):
-        suffix = f"_{feature.name}" if number else ""
-        gallery = galleries(feature, judges)
-        in_style = {style: galleries(feature, views) for style, views in styled.items()}
-        for row, images in pictures.items():
-            photo, rest = each(feature, images).split([config.images, len(words)], 1)
-            score = scores[row]
-            score[f"cosine{suffix}"] = torch.as_tensor(cosine(photo, gallery[:, None])).mean(1)
-            score[f"detected{suffix}"] = photo.isfinite().all(-1).float().mean(1)
-            score[f"rank1{suffix}"] = torch.as_tensor(rank1(photo, gallery))
-            if words:
-                hits = [torch.as_tensor(rank1(rest[:, i, None], in_style[word])) for i, word in enumerate(words)]
-                score[f"rank1_styled{suffix}"] = torch.stack(hits).mean(0)
-                score[f"detected_styled{suffix}"] = rest.isfinite().all(-1).float().mean(1)
-    for row, images in pictures.items():
-        photo, rest = images.split([config.images, len(words)], 1)
-        for name, what in (("background", copying.background), ("pose", copying.pose)):
-            scores[row][f"copy_{name}"] = copying.similarity(each(what, photo), what(reference), each(what, judges))
-        scores[row]["diversity"] = copying.diversity(photo)
-        if by.judge is not None:
-            wanted = torch.tensor([by.judge.words["style"].index(word) for word in words])
-            drawn = by.judge(rest.flatten(0, 1))["style"].view(-1, len(words))
-            scores[row]["style_accuracy"] = (drawn == wanted).float().mean(1)
-    return scores
-
-
-def summary(score: dict[str, NDArray[Any]], seed: int) -> dict[str, Any]:
-    """Return mean and interval of every figure `[I, S]` but the rates, which are means alone."""
-    from hyperdb.metrics.score import bootstrap
-
-    plain = ("rank1", "detected")
-    return {
-        name: round(float(values.mean()), 4) if name.startswith(plain) else bootstrap(values, seed)
-        for name, values in score.items()
-    }
-
-
-def slices(people: People, rows: list[Tensor], scores: Scores) -> dict[str, Any]:
-    """Return every row's mean face cosine by known attribute: `{attribute: {word: {people: n, row: cosine}}}`."""
     import numpy as np
+    import torch
+    from tqdm import tqdm
 
-    from hyperdb.heads import Identity
+    from hyperdb.data.people import load_people
+    from hyperdb.faces.image import grid, save_png
+    from hyperdb.heads import PLACE_PHRASES, Identity, prompt
+    from hyperdb.metrics.face import RECOGNISERS
+    from hyperdb.metrics.figures import Standard, closed, differences, slices, summary
+    from hyperdb.metrics.obedience import Judge
+    from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
+    from hyperdb.runtime.output import claim
+    from hyperdb.runtime.provenance import provenance
+    from hyperdb.tuning.methods import Cohort
+    from hyperdb.tuning.personalizer import Personalizer
+    from hyperdb.tuning.prior import load_prior
 
-    if "sex" not in people.labels:  # photos of real people
-        return {}
-    known = [Identity(int(people.seed[r[0]])).attributes for r in rows]
-    found: dict[str, Any] = {}
-    for name in ("sex", "age", "skin"):
-        for word in sorted({str(person[name]) for person in known}):
-            mine = np.array([person[name] == word for person in known])
-            means = {row: round(float(score["cosine"][mine].mean()), 4) for row, score in scores.items()}
-            found.setdefault(name, {})[word] = {"people": int(mine.sum()), **means}
-    return found
+    methods = {row: config.methods[row] for row in config.rows if row not in PHOTOS}
+    begun = [row for row, method in methods.items() if method.start is not None]
+    if config.hypernet is None and begun:
+        raise UserError(f"rows={begun[0]!r} begins at a prediction, which needs a hypernetwork; set hypernet=FOLDER")
 
+    # --- people: one reference, `views` judges, the rest for the ceiling
+    given, used = config.photos, config.photos + config.views
+    needed = max(used + 1, config.reference + 1)
+    people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
+    rows = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
+    if len(rows) < 2:
+        raise UserError(f"{config.data} needs at least two people with {needed} photos each")
+    shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
+    views = people.images[torch.stack([r[given:used] for r in rows])]  #            [I, K, 3, H, W]
+    cycled = [[r[used + k % (len(r) - used)] for k in range(config.images)] for r in rows]
+    others = people.images[torch.tensor(cycled)]  #                                 [I, images, 3, H, W]
+    pairs = [word.partition("/")[::2] for word in config.styled]
+    styles = [style for style, _ in pairs]
+    if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
+        raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
+    styled = styled_views(people, rows, styles)
+    best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, images + styled, 3, H, W]
+    model = Personalizer(config)
+    base, cohort = model.base, Cohort(model, shown, config.batch)
+    prompts = [base.config.instance_prompt] * config.images
+    prompts += [prompt(style, "[V]", place or None) for style, place in pairs]
 
-def _pairs(scores: Scores, name: str, seed: int) -> dict[str, Any]:
-    from hyperdb.metrics.score import paired
+    whole = _made_from(config, model, people)
+    described = {row: _described(config, model, row) for row in config.rows}
+    made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
+    for row in config.rows:
+        out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), {**whole, **described[row]})
+    claim(config.out, ("prior.safetensors",), whole)
+    target = results_file(config, made_from, described)
+    standard = Standard(  # before the long part: what is missing is said now
+        [RECOGNISERS[name]() for name in config.recognisers],
+        Judge.load(resolve("package:embedded/judge.safetensors")) if styles else None,
+        shown[:, 0], views, styles, {style: renders[:, 1:] for style, renders in styled.items()},
+    )  # fmt: skip
+    fits = {row: config.fit(row) for row in config.rows}
+    if model.prior is None and any(fit is not None and fit.prior_weight > 0 for fit in fits.values()):
+        model.prior = load_prior(base, config.prior, out / "prior.safetensors")
 
-    return {f"{a}-{b}": paired(scores[a][name], scores[b][name], seed) for a, b in PAIRS if a in scores and b in scores}
+    # --- pictures of every row
+    def pictures(row: str, seed: int) -> tuple[Tensor, dict[str, float]]:
+        if row in methods:
+            return cohort.draw(methods[row], fits[row], seed, prompts, bar.update)
+        sent = best if row == "ceiling" else shown[:, :1]  # the given photo stands for every picture
+        through = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent])
+        bar.update(len(rows))
+        return through.expand(*best.shape[:2], -1, -1, -1), {"seconds": 0.0, "bytes": 0.0}
 
+    drawn: dict[str, list[Tensor]] = {}
+    costs: dict[str, dict[str, float]] = {}
+    repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
+    units = {row: len(rows) * (2 if fits[row] is not None else 1) for row in repeats}  # fine-tuned, drawn
+    with tqdm(total=sum(units[row] * n for row, n in repeats.items()), desc="evaluate", unit="person",
+              dynamic_ncols=True) as bar:  # fmt: skip
+        for row, count in repeats.items():
+            key = json.dumps({"made_from": made_from, **described[row]}, sort_keys=True)
+            for seed in range(count):
+                path = out / "rows" / (f"{row}-{seed}.safetensors" if seed else f"{row}.safetensors")
+                tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
+                if metadata.get("made_from") != key:
+                    images, cost = pictures(row, seed)
+                    save_tensors(path, {"images": images}, {"made_from": key, **{k: str(v) for k, v in cost.items()}})
+                    tensors = {"images": images}
+                else:
+                    cost = {k: float(metadata[k]) for k in ("seconds", "bytes")}
+                    bar.update(units[row])
+                drawn.setdefault(row, []).append(tensors["images"])
+                costs.setdefault(row, cost)
 
-def _closed(scores: Scores) -> dict[str, float]:
-    """Return which part of the way from the base to the person's own renders each row goes, by mean face cosine."""
-    mean = {row: float(score["cosine"].mean()) for row, score in scores.items()}
-    way = mean.get("ceiling", 0.0) - mean.get("floor", 0.0)
-    if not {"floor", "ceiling"} <= scores.keys() or way <= 0:
-        return {}
-    return {row: round((x - mean["floor"]) / way, 4) for row, x in mean.items() if row not in ("floor", "ceiling")}
+    # --- scores: a value a person and seed
+    found: dict[str, dict[str, list[Any]]] = {row: {} for row in config.rows}
+    for seed in range(config.seeds):
+        of_seed = {row: images[seed] for row, images in drawn.items() if seed < len(images)}
+        for row, score in standard.measure(of_seed).items():
+            for name, values in score.items():
+                found[row].setdefault(name, []).append(values.double().numpy().round(6))
+    scores = {row: {name: np.stack(v, 1) for name, v in score.items()} for row, score in found.items()}  # [I, S] each
+    figures = ["cosine", *(name for name in FURTHER if name in next(iter(scores.values())))]
+    against = {row: config.against(row) for row in config.rows}
+    paired = {name: differences(scores, against, name, config.seed) for name in figures}
+    known = []
+    if "sex" in people.labels:  # rendered people; of photos of real ones nothing is known
+        persons = [Identity(int(people.seed[r[0]])).attributes for r in rows]
+        known = [{name: person[name] for name in ("sex", "age", "skin")} for person in persons]
+    hypernet = {} if model.hypernet is None else model.hypernet.metadata
+    result: dict[str, Any] = {
+        "rows": {
+            row: {**_read(config, row, described[row]), **summary(score, config.seed), **costs[row]}
+            for row, score in scores.items()
+        },
+        "paired": paired.pop("cosine"),
+        "paired_further": paired,
+        "closed": closed(scores, "floor", "ceiling"),
+        "slices": slices(known, scores),
+        "people": len(rows),
+        "seeds": config.seeds,
+        "split": config.split,
+        "images_a_person": config.images,
+        "styled": config.styled,
+        "base": base.digest,
+        "hypernet": {"digest": whole["hypernet"], **{k: hypernet.get(k) for k in ("base", "data", "steps")}},
+        "data": people.digest,
+        "recognisers": config.recognisers,
+        "methods": described,
+        "made_from": made_from,
+        **provenance(),
+        "persons": people.seed[torch.stack([r[0] for r in rows])].tolist(),
+        "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [S, I]
+    }
+    save_json(target, result)
+    few = min(len(rows), 12)
+    pixels = list(shown[:few, 0]) + [x for row in config.rows for x in drawn[row][0][:few, 0]]
+    sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *config.rows])
+    save_png(sheet_file(target), sheet, {"software": "hyperdb", "results": hash_files([target])})
+    for row, score in result["rows"].items():
+        c = score["cosine"]
+        print(f"{row:12s} face cosine {c['mean']:.3f} [{c['lo']:.3f}, {c['hi']:.3f}]  rank-1 {score['rank1']:.2f}  "
+              f"face found {score['detected']:.2f}")  # fmt: skip
+    for name, c in result["paired"].items():
+        print(f"{name:24s} {c['mean']:+.3f} [{c['lo']:+.3f}, {c['hi']:+.3f}]")
+    print(f"results in {target}, pictures beside it")
+    return target

@@ -121,6 +121,7 @@ class Personalizer:
         from hyperdb.diffusion.base import Base
         from hyperdb.diffusion.targets import base_hash
         from hyperdb.formats.native import Personalization, find_adapter
+        from hyperdb.tuning.trainable import trainable
 
         self.start = Personalization.load(find_adapter(config.start)) if config.start is not None else None
         if self.start is not None:
@@ -144,21 +145,13 @@ class Personalizer:
                 )  # fmt: skip
             self.lidb = self.start.config.build(self.layout)
         self.lidb.to(self.base.device)
-        self.learned, self.trainable = self._trainable()
-
-    def _trainable(self) -> tuple[AdapterConfig, Adapter]:
-        """Return what the fine-tuning trains, its settings and itself: LiDB's relaxed factors, or another adapter."""
-        from hyperdb.adapters.layout import Layout
-        from hyperdb.adapters.site import Site
-
-        settings = self.config.adapter
-        if isinstance(settings, LiDBConfig):
-            return self.config.relaxed, self.config.relaxed.build(self.layout)
-        words = self.config.diffusion.rare_token, self.config.diffusion.class_word
-        settings = settings.bound(*(self.base.tokenizer(word, add_special_tokens=False).input_ids for word in words))
-        sites = {name: Site(name, module) for name, module in self.base.places(settings.where()).items()}
-        fitting = {name: site for name, site in sites.items() if site.kind in settings.kinds}
-        return settings, settings.build(Layout.listing(fitting))
+        # what the fine-tuning trains, its settings and itself: LiDB's relaxed factors, or another adapter
+        self.learned: AdapterConfig
+        self.trainable: Adapter
+        if isinstance(config.adapter, LiDBConfig):
+            self.learned, self.trainable = config.relaxed, config.relaxed.build(self.layout)
+        else:
+            self.learned, self.trainable = trainable(self.base, config.adapter)
 
     @cached_property
     def prior(self) -> Prior | None:

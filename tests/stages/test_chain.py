@@ -20,12 +20,12 @@ from hyperdb.diffusion.sample import start_noise
 from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.hypernet.model import Hypernet
+from hyperdb.metrics.figures import closed, summary
 from hyperdb.metrics.score import paired
-from hyperdb.report.table import ROWS as LABELS
 from hyperdb.report.table import markdown
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
-from hyperdb.stages import evaluate, train_hypernet
+from hyperdb.stages import train_hypernet
 from hyperdb.tuning.photos import photos
 
 TINY = [
@@ -514,25 +514,36 @@ def judged(tmp_path_factory):
     return _three_people(tmp_path_factory, "test", "views=17", "photo_views=3")
 
 
+ROWS = [
+    *("floor", "shuffled", "mean", "hyper_only", "shuffled_40", "mean_40", "hyper_40", "no_hyper_40", "lidb_fit"),
+    *("copy", "ceiling"),
+]
+DRAWN_ONCE = ("copy", "ceiling")
+PAIRS = {
+    *("hyper_only-floor", "hyper_only-shuffled", "hyper_only-mean", "hyper_40-hyper_only", "hyper_40-shuffled_40"),
+    *("hyper_40-mean_40", "mean_40-no_hyper_40", "hyper_40-no_hyper_40", "hyper_40-lidb_fit", "hyper_40-copy"),
+}
+
+
 def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_path):
     words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}", "people=3"]
-    words.append("rows=[" + ",".join(evaluate.ROWS) + "]")
+    words.append(f"rows=[{','.join(ROWS)}]")
     words += ["views=1", "images=2", "batch=2", "styled=[sketch,cartoon/beach]", "seeds=2"]
-    words += ["finetune.steps=1", "converged.steps=1"]
+    words += ["finetune.steps=1", "methods.lidb_fit.finetune.steps=2"]
     configuration.run("evaluate", words)
     result = json.loads((tmp_path / "results.json").read_text())
-    assert list(result["rows"]) == list(evaluate.ROWS)
+    assert list(result["rows"]) == ROWS
     row = result["rows"]["hyper_40"]
     assert {"cosine", "rank1", "rank1_styled", "style_accuracy", "copy_background", "diversity"} <= set(row)
     assert row["bytes"] > result["rows"]["hyper_only"]["bytes"] > 0
-    assert {f"{a}-{b}" for a, b in evaluate.PAIRS} == set(result["paired"])
+    assert set(result["paired"]) == PAIRS
+    told = {name: (row["start"], row["adapter"], row["steps"]) for name, row in result["rows"].items()}
+    assert told["hyper_only"] == ("own", None, 0)
+    assert told["hyper_40"] == ("own", "lora", 1)
+    assert told["no_hyper_40"] == (None, "lora", 1)
+    assert told["lidb_fit"] == (None, "lidb", 2)
+    assert told["ceiling"] == (None, None, 0)
     assert set(result["paired_further"]) == {"rank1", "rank1_styled", "style_accuracy"}
-    means = {name: found["cosine"]["mean"] for name, found in result["rows"].items()}
-    way = means["ceiling"] - means["floor"]
-    if way > 0:  # an untrained base draws nothing a recogniser tells apart
-        assert result["closed"]["hyper_40"] == pytest.approx((means["hyper_40"] - means["floor"]) / way, abs=0.01)
-    else:
-        assert result["closed"] == {}
     for words_of in result["slices"].values():  # each attribute splits the same people
         assert sum(part["people"] for part in words_of.values()) == result["people"]
         mean = sum(part["people"] * part["floor"] for part in words_of.values()) / result["people"]
@@ -544,13 +555,16 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     assert len(result["persons"]) == result["people"] == 3
     for name, figures in result["rows"].items():
         values = {figure: np.array(v).T for figure, v in result["values"][name].items()}
-        assert {v.shape for v in values.values()} == {(3, 1 if name in evaluate.PICTURES else 2)}
-        assert evaluate.summary(values, 0) == {k: v for k, v in figures.items() if k not in ("seconds", "bytes")}
+        assert {v.shape for v in values.values()} == {(3, 1 if name in DRAWN_ONCE else 2)}
+        told = ("label", "start", "adapter", "steps", "seconds", "bytes")
+        assert summary(values, 0) == {k: v for k, v in figures.items() if k not in told}
     values = {name: np.array(figures["cosine"]).T for name, figures in result["values"].items()}
-    for a, b in evaluate.PAIRS:
-        assert result["paired"][f"{a}-{b}"] == paired(values[a], values[b], 0)
+    assert result["closed"] == closed({name: {"cosine": v} for name, v in values.items()}, "floor", "ceiling")
+    for pair in PAIRS:
+        a, b = pair.split("-")
+        assert result["paired"][pair] == paired(values[a], values[b], 0)
     pictures = {p.stem: load_tensors(p)[0]["images"] for p in (tmp_path / "rows").iterdir()}
-    assert set(pictures) == {*evaluate.ROWS, *(f"{r}-1" for r in evaluate.ROWS if r not in evaluate.PICTURES)}
+    assert set(pictures) == {*ROWS, *(f"{r}-1" for r in ROWS if r not in DRAWN_ONCE)}
     for name in ("floor", "hyper_40"):  # another seed draws other pictures
         assert not torch.equal(pictures[name], pictures[f"{name}-1"])
     assert (pictures["copy"] == pictures["copy"][:, :1]).all()
@@ -558,7 +572,9 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
         assert not torch.equal(pictures[one], pictures[other])
     table = markdown(result)
     assert "interval over people and seeds" in table
-    assert all(label in table for label in LABELS.values())
+    assert all(f"| {row['label']} |" in table for row in result["rows"].values())
+    assert "| hypernetwork + 1 iterations |" in table
+    assert "| LiDB fitted to the photo, 2 iterations |" in table
     assert (tmp_path / "people.png").is_file()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
     (tmp_path / "rows" / "mean.safetensors").unlink()
@@ -569,7 +585,9 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     for name, figures in again["values"].items():
         assert figures["cosine"] == result["values"][name]["cosine"][:1]
     assert all((tmp_path / "rows" / n).stat().st_mtime_ns == t for n, t in kept.items() if n != "mean.safetensors")
-    lost = {"rows=[floor]": "would be lost .shuffled", "seeds=1": "would be lost .2 seeds", "images=3": "other images"}
+    lost = {"methods.lidb_fit.finetune.steps=3": "rows/lidb_fit.* with other finetune.steps", "seed=1": "other seed"}
+    lost |= {"finetune.rate=1": "other finetune.rate", "relaxed.rank=2": "other adapter.rank"}
+    lost |= {"rows=[floor]": "would be lost .shuffled", "seeds=1": "would be lost .2 seeds", "images=3": "other images"}
     for other, named in lost.items():
         with pytest.raises(UserError, match=named):
             configuration.run("evaluate", [*words, other])

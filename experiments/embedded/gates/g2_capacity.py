@@ -22,11 +22,14 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.data.people import load_people
 from hyperdb.heads import STYLES, prompt
 from hyperdb.metrics.face import SFace
+from hyperdb.metrics.figures import Standard, summary
 from hyperdb.metrics.likeness import galleries
+from hyperdb.metrics.obedience import Judge
 from hyperdb.metrics.score import rank1
 from hyperdb.runtime.files import load_json, save_json
+from hyperdb.runtime.paths import resolve
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.evaluate import Config, Judges, measure, styled_views, summary
+from hyperdb.stages.evaluate import Config, styled_views
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.fit import FitConfig, fit
 from hyperdb.tuning.prior import load_prior
@@ -46,19 +49,23 @@ def main(specs: list[str]) -> None:
     """Fit, draw, measure, write."""
     whole = config.load("evaluate", [f"styled=[{','.join(STYLED)}]", f"images={PHOTOS}", f"views={JUDGES}"])
     assert isinstance(whole, Config)
+    converged = whole.fit("lidb_fit")
+    assert converged is not None
     base = whole.diffusion.load()
     layout, here = Layout.of(base.targets()), Path(__file__)
     people = load_people("data/heads_capacity", split="validation")
     rows = people.photos
     reference = people.images[torch.stack([r[0] for r in rows])]
-    judges = people.images[torch.stack([r[1 : 1 + JUDGES] for r in rows])]
+    views = people.images[torch.stack([r[1 : 1 + JUDGES] for r in rows])]
     more = people.images[torch.stack([r[1 + JUDGES : 1 + JUDGES + MANY] for r in rows[:PEOPLE]])]
     styled = {k: v[:, 1:] for k, v in styled_views(people, rows, STYLED).items()}
     shown = torch.cat([reference[:PEOPLE, None], more], 1)  #                     [I, 1 + MANY, 3, H, W]
     moments = base.moments(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
     prior = load_prior(base, whole.prior, Path("runs/gates/prior.safetensors"))
-    by, feature = Judges(whole), SFace()
-    gallery = galleries(feature, judges)
+    feature, judge = SFace(), Judge.load(resolve("package:embedded/judge.safetensors"))
+    some = {style: renders[:PEOPLE] for style, renders in styled.items()}
+    standard = Standard([feature], judge, reference[:PEOPLE], views[:PEOPLE], STYLED, some)
+    gallery = galleries(feature, views)
     prompts = [base.config.instance_prompt] * PHOTOS + [prompt(style, "[V]") for style in STYLED]
     path = here.with_name("g2.json")
     result = load_json(path) if path.is_file() else {}
@@ -68,20 +75,19 @@ def main(specs: list[str]) -> None:
         kind, words = parse(spec)
         names = {f.name: int if isinstance(f.default, int) else float for f in dataclasses.fields(FitConfig)}
         settings = {k: names[k](v) for k, v in words.items() if k in names}
-        settings = dataclasses.replace(whole.converged, **settings)
-        views, factors = int(words.get("views", 1)), None
+        settings = dataclasses.replace(converged, **settings)
+        given, factors = int(words.get("views", 1)), None
         base.config.guidance = words.get("guidance", whole.diffusion.guidance)
         if kind == "lidb":
             sizes = (int(words.get(side, getattr(whole.adapter, side))) for side in "ab")
             adapter = LiDBConfig(*sizes).build(layout)
-            factors = adapter.changes(fit(base, adapter, moments[:, :views], settings, None, prior))
+            factors = adapter.changes(fit(base, adapter, moments[:, :given], settings, None, prior))
         elif kind == "lora":
             adapter = LoRAConfig(int(words.get("rank", 4))).build(layout)
-            factors = adapter.changes(fit(base, adapter, moments[:, :views], settings, None, prior))
+            factors = adapter.changes(fit(base, adapter, moments[:, :given], settings, None, prior))
         strength = words.get("strength", 1.0)
         images = draw(base, factors, PEOPLE, prompts, list(range(len(prompts))), strength=strength)
-        some = {k: v[:PEOPLE] for k, v in styled.items()}
-        row = summary(measure(whole, by, reference[:PEOPLE], judges[:PEOPLE], some, {spec: images})[spec], 0)
+        row = summary(standard.measure({spec: images})[spec], 0)
         photos = feature(images[:, :PHOTOS].flatten(0, 1)).view(PEOPLE, PHOTOS, -1)
         row["rank1"] = float(hits(photos, gallery).mean())
         found = [feature(images[:, PHOTOS + i])[:, None] for i in range(len(STYLED))]

@@ -26,10 +26,14 @@ from hyperdb import config
 from hyperdb.adapters.base import Factors, concatenate, select
 from hyperdb.data.people import load_people
 from hyperdb.heads import prompt
+from hyperdb.metrics.face import RECOGNISERS
+from hyperdb.metrics.figures import Standard
+from hyperdb.metrics.obedience import Judge
 from hyperdb.metrics.score import bootstrap, paired
 from hyperdb.runtime.files import load_json, load_tensors, save_json, save_tensors
+from hyperdb.runtime.paths import resolve
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.evaluate import Judges, measure, styled_views
+from hyperdb.stages.evaluate import styled_views
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.fit import fit
 from hyperdb.tuning.personalizer import Personalizer
@@ -116,10 +120,13 @@ class Studio:
             raise SystemExit(f"{data} has {len(rows)} people with {self.config.views + 1} photos, {people} are needed")
         self.shown = everyone.images[torch.stack([r[0] for r in rows[:people]])]  #        [I, 3, H, W]
         self.others = everyone.images[torch.stack([r[0] for r in rows[people:]])]  #       nobody of those judged
-        self.judging = everyone.images[torch.stack([r[1 : 1 + self.config.views] for r in rows[:people]])]
+        views = everyone.images[torch.stack([r[1 : 1 + self.config.views] for r in rows[:people]])]
         words_only = [word.partition("/")[0] for word in STYLES]
-        self.styled = {k: v[:, 1:] for k, v in styled_views(everyone, rows[:people], words_only).items()}
-        self.by = Judges(self.config)
+        styled = {k: v[:, 1:] for k, v in styled_views(everyone, rows[:people], words_only).items()}
+        self.standard = Standard(
+            [RECOGNISERS[name]() for name in self.config.recognisers],
+            Judge.load(resolve("package:embedded/judge.safetensors")), self.shown, views, words_only, styled,
+        )  # fmt: skip
         self.model = Personalizer(self.config)
         self.base = self.model.base
         weights = b"".join(v.cpu().numpy().tobytes() for v in self.model.hypernet.state_dict().values())
@@ -225,7 +232,7 @@ class Studio:
             began = time.perf_counter()
             images = draw(self.base, factors, len(self.shown), prompts, list(range(len(prompts))))
             drawing += (time.perf_counter() - began) / images.shape[:2].numel() / max(1, steps)
-            row = measure(settings, self.by, self.shown, self.judging, self.styled, {"row": images})["row"]
+            row = self.standard.measure({"row": images})["row"]
             found.append({k: torch.as_tensor(v, dtype=torch.float64).nan_to_num(0.0) for k, v in row.items()})
         values = {k: torch.stack([f[k] for f in found]).mean(0) for k in found[0]}  #      a value a person
         save_json(self.path(setting), {

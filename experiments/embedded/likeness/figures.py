@@ -36,11 +36,11 @@ def iterations() -> None:
     """Face cosine against the iterations of the fine-tuning, with 95 % intervals over people, and against copying."""
     results = load_json(RUNS / "likeness" / "results.json")
     whole, found = results["rows"], [results, *(load_json(path) for path in RUNS.glob("after_*/results.json"))]
-    found.sort(key=lambda r: r["fits"]["finetune"]["steps"])
+    found.sort(key=lambda r: r["rows"]["hyper_40"]["steps"])
     start = {"hyper_40": "hyper_only", "no_hyper_40": "floor"}
     figure, (axes, plane) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for row, label in (("hyper_40", "from the prediction"), ("no_hyper_40", "without the hypernetwork")):
-        steps = [0] + [r["fits"]["finetune"]["steps"] for r in found]
+        steps = [0] + [r["rows"]["hyper_40"]["steps"] for r in found]
         points = [whole[start[row]], *(r["rows"][row] for r in found)]
         values = [point["cosine"] for point in points]
         axes.plot(steps, [v["mean"] for v in values], marker="o", label=label)

@@ -1,0 +1,130 @@
+"""The figures of an evaluation: likeness, the person in a style, obedience and copying of pictures, row by row.
+
+A row is one way to make pictures of I people, a figure a value a person and seed, `[I, S]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hyperdb.metrics import copying
+from hyperdb.metrics.feature import Feature
+from hyperdb.metrics.likeness import galleries
+from hyperdb.metrics.obedience import Judge
+from hyperdb.metrics.score import bootstrap, cosine, paired, rank1
+
+Scores = dict[str, dict[str, NDArray[Any]]]  # row: figure: [I, S]
+RATES = ("rank1", "detected")  # figures that are summarised by their mean alone
+
+
+@dataclass
+class Standard:
+    """What people's pictures are measured against.
+
+    `reference [I, 3, H, W]` is the photo of each that was given, `views [I, K, 3, H, W]` are further ones. The last
+    pictures of a person are drawn in `styles`, one each; `styled` has views of everybody in each style.
+    """
+
+    recognisers: list[Feature]  # the figures of the first have no suffix
+    judge: Judge | None  # of styles; None: whether a style is obeyed is not asked
+    reference: Tensor
+    views: Tensor
+    styles: list[str]
+    styled: Mapping[str, Tensor]
+
+    @cached_property
+    def _galleries(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """The people as each recogniser sees them: in the views, and in each style."""
+        return [(galleries(r, self.views), {k: galleries(r, v) for k, v in self.styled.items()})
+                for r in self.recognisers]  # fmt: skip
+
+    def measure(self, pictures: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return {row: {figure: `[I]`}} of the pictures of each row, `[I, K, 3, H, W]` uint8."""
+        return {row: self._likeness(images) | self._further(images) for row, images in pictures.items()}
+
+    def _apart(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Split pictures `[I, K, ...]` into those of the person as such and those in the styles."""
+        plain = images.shape[1] - len(self.styles)
+        return images[:, :plain], images[:, plain:]
+
+    def _likeness(self, images: Tensor) -> dict[str, Tensor]:
+        score: dict[str, Tensor] = {}
+        for number, (recogniser, (gallery, styled)) in enumerate(zip(self.recognisers, self._galleries, strict=True)):
+            suffix = f"_{recogniser.name}" if number else ""
+            photo, rest = self._apart(_each(recogniser, images))
+            score[f"cosine{suffix}"] = torch.as_tensor(cosine(photo, gallery[:, None])).mean(1)
+            score[f"detected{suffix}"] = photo.isfinite().all(-1).float().mean(1)
+            score[f"rank1{suffix}"] = torch.as_tensor(rank1(photo, gallery))
+            if self.styles:
+                hits = [torch.as_tensor(rank1(rest[:, i, None], styled[name])) for i, name in enumerate(self.styles)]
+                score[f"rank1_styled{suffix}"] = torch.stack(hits).mean(0)
+                score[f"detected_styled{suffix}"] = rest.isfinite().all(-1).float().mean(1)
+        return score
+
+    def _further(self, images: Tensor) -> dict[str, Tensor]:
+        score: dict[str, Tensor] = {}
+        photo, rest = self._apart(images)
+        for name, what in (("background", copying.background), ("pose", copying.pose)):
+            others = _each(what, self.views)
+            score[f"copy_{name}"] = copying.similarity(_each(what, photo), what(self.reference), others)
+        score["diversity"] = copying.diversity(photo)
+        if self.judge is not None:
+            wanted = torch.tensor([self.judge.words["style"].index(name) for name in self.styles])
+            drawn = self.judge(rest.flatten(0, 1))["style"].view(-1, len(self.styles))
+            score["style_accuracy"] = (drawn == wanted).float().mean(1)
+        return score
+
+
+def _each(feature: Any, images: Tensor) -> Tensor:
+    """Return a feature of every picture, `[I, K, 3, H, W]` -> `[I, K, C]`."""
+    return feature(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+
+def summary(score: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return mean and interval of every figure, `[I, S]` or `[I]`, of the rates the mean alone."""
+    return {
+        name: round(float(values.mean()), 4) if name.startswith(RATES) else bootstrap(values, seed)
+        for name, values in score.items()
+    }
+
+
+def differences(scores: Scores, against: Mapping[str, Sequence[str]], figure: str, seed: int) -> dict[str, Any]:
+    """Return `{a-b: mean and interval}` of the figure of each row a minus that of each row b that it is set against."""
+    return {
+        f"{a}-{b}": paired(scores[a][figure], scores[b][figure], seed)
+        for a, rows in against.items() for b in rows if a in scores and b in scores
+    }  # fmt: skip
+
+
+def closed(scores: Scores, low: str, high: str) -> dict[str, float]:
+    """Return which part of the way from the row `low` to the row `high` every other goes, by mean face cosine.
+
+    Nothing where one of the two is missing or `high` is not above `low`.
+    """
+    mean = {row: float(score["cosine"].mean()) for row, score in scores.items()}
+    way = mean.get(high, 0.0) - mean.get(low, 0.0)
+    if not {low, high} <= scores.keys() or way <= 0:
+        return {}
+    return {row: round((x - mean[low]) / way, 4) for row, x in mean.items() if row not in (low, high)}
+
+
+def slices(known: Sequence[Mapping[str, Any]], scores: Scores) -> dict[str, Any]:
+    """Return every row's mean face cosine by what is known of the people: {attribute: {word: {people: n, row: x}}}.
+
+    `known` has the attributes of each person, in the order of the scores.
+    """
+    found: dict[str, Any] = {}
+    for name in known[0] if known else ():
+        for word in sorted({str(person[name]) for person in known}):
+            mine = np.array([person[name] == word for person in known])
+            means = {row: round(float(score["cosine"][mine].mean()), 4) for row, score in scores.items()}
+            found.setdefault(name, {})[word] = {"people": int(mine.sum()), **means}
+    return found

@@ -1,0 +1,181 @@
+"""Ways to personalise people as data: where each begins, what it trains on the photos, and what it is called."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from hyperdb.adapters import AdapterConfig
+from hyperdb.runtime.errors import UserError
+from hyperdb.tuning.fit import FitConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperdb.adapters.base import Adapter, Changes, Factors
+    from hyperdb.tuning.personalizer import Personalizer
+
+STARTS = ("own", "average", "another")
+TRAINED = ("relaxed", "lidb")
+HELD = 2**30  # bytes of the adapters that are held at once, if a batch of people does not take more
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """A way to personalise, a row of an evaluation: one yaml of conf/methods.
+
+    `start` is the prediction that it begins at: the person's `own`, everybody's `average`, `another` person's, or null,
+    the base alone. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast
+    fine-tuning, or `lidb` itself; `adapter` describes any other. With neither, nothing is trained.
+    """
+
+    label: str  # what people read; {steps} in it stands for the number of iterations
+    start: str | None = None
+    train: str | None = None
+    adapter: AdapterConfig | None = None
+    finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the stage's fine-tuning
+    against: list[str] = field(default_factory=list)  # rows that it is compared with, person by person
+
+    def __post_init__(self) -> None:
+        if self.start not in (None, *STARTS):
+            raise UserError(f"start={self.start!r}: expected of {', '.join(STARTS)}, or null")
+        if self.train not in (None, *TRAINED):
+            raise UserError(f"train={self.train!r}: expected of {', '.join(TRAINED)}, or null")
+        if self.train is not None and self.adapter is not None:
+            raise UserError(f"train={self.train} and an adapter: a method trains one of them")
+        try:
+            self.text(0)
+        except (LookupError, ValueError) as error:
+            raise UserError(f"label={self.label!r}: the only word in braces is {{steps}}") from error
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained on the photos."""
+        return self.train is not None or self.adapter is not None
+
+    def fit(self, shared: FitConfig) -> FitConfig | None:
+        """Return the fine-tuning, as it differs from `shared`; None if nothing is trained. Raises `UserError`."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        if not self.trains:
+            return None
+        try:
+            found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(shared), self.finetune))
+        except OmegaConfBaseException as error:
+            raise UserError(f"finetune: {str(error).splitlines()[0]}") from error
+        assert isinstance(found, FitConfig)
+        return found
+
+    def text(self, steps: int) -> str:
+        """Return the label of so many iterations."""
+        return self.label.format(steps=steps)
+
+
+def _joined(adapter: Adapter, parts: list[dict[str, Tensor]]) -> Changes:
+    """Return the changes of the people of several passes, of whose parameters `parts` are."""
+    import torch
+
+    from hyperdb.adapters.base import LowRank
+
+    made = [adapter.changes(part) for part in parts]
+    if not all(isinstance(change, LowRank) for change in made[0].values()):
+        return adapter.changes({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    # a product over more people at once may be rounded otherwise: these are the factors that were trained
+    return {
+        name: LowRank(*(torch.cat(side) for side in zip(*(changes[name] for changes in made), strict=True)))
+        for name in made[0]
+    }
+
+
+class Cohort:
+    """I people, whose V photos each `[I, V, 3, H, W]` uint8 are given; `batch` of them are trained in one pass."""
+
+    def __init__(self, model: Personalizer, photos: Tensor, batch: int) -> None:
+        self.model, self.photos, self.batch = model, photos, batch
+
+    @cached_property
+    def _prediction(self) -> tuple[Tensor, float]:
+        """The mean prediction over each person's photos, `[I, N, D]`, and the seconds a person that it took."""
+        import torch
+
+        base, hypernet = self.model.base, self.model.hypernet
+        assert hypernet is not None
+        began = time.perf_counter()
+        with torch.no_grad(), base.autocast():
+            tokens = hypernet(self.photos.flatten(0, 1)).unflatten(0, self.photos.shape[:2]).mean(1)
+        return tokens, (time.perf_counter() - began) / len(self.photos)
+
+    def start(self, name: str | None) -> Factors | None:
+        """Return what everybody begins at, by its name among `STARTS`; None for the base alone."""
+        from hyperdb.adapters.base import moved, select
+
+        if name is None:
+            return None
+        tokens, count = self._prediction[0], len(self.photos)
+        if name == "average":
+            tokens = tokens.mean(0, keepdim=True).expand_as(tokens)
+        factors: Factors = moved(self.model.lidb.factors({"tokens": tokens}))
+        return select(factors, [(i + 1) % count for i in range(count)]) if name == "another" else factors
+
+    def adapter(self, method: MethodConfig) -> Adapter | None:
+        """Return what a method trains."""
+        from hyperdb.tuning.trainable import trainable
+
+        if method.adapter is not None:
+            return trainable(self.model.base, method.adapter)[1]
+        return {None: None, "relaxed": self.model.trainable, "lidb": self.model.lidb}[method.train]
+
+    def train(
+        self, adapter: Adapter, settings: FitConfig, some: slice, start: Factors | None, progress: Callable[[int], Any]
+    ) -> Changes:
+        """Return the trained changes of some people, without the start `[I, ...]` on top of which they were trained."""
+        from hyperdb.adapters.base import select
+        from hyperdb.tuning.fit import fit
+
+        parts, base = [], self.model.base
+        for first in range(some.start, some.stop, self.batch):
+            chosen = slice(first, min(some.stop, first + self.batch))
+            photos = self.photos[chosen]
+            moments = base.moments(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])
+            under = select(start, chosen) if start is not None else None
+            parts.append(fit(base, adapter, moments, settings, under, self.model.prior))
+            progress(len(photos))
+        return _joined(adapter, parts)
+
+    def draw(
+        self, method: MethodConfig, settings: FitConfig | None, seed: int, prompts: list[str],
+        progress: Callable[[int], Any],
+    ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+        """Personalise everybody with one seed, then draw the prompts, `[I, K, 3, H, W]` uint8.
+
+        Returns also what one person's adapter costs: its bytes, and its share of the seconds of a batch of people.
+        """
+        import torch
+
+        from hyperdb.adapters.base import both, select
+        from hyperdb.tuning.draw import draw
+        from hyperdb.tuning.trainable import numbers
+
+        count, base = len(self.photos), self.model.base
+        start, adapter = self.start(method.start), self.adapter(method)
+        size = 4 * (0 if start is None else numbers(self.model.lidb)) + 4 * (0 if adapter is None else numbers(adapter))
+        noises = [seed * len(prompts) + k for k in range(len(prompts))]
+        together = max(self.batch, HELD // max(1, size))
+        images, seconds = [], 0.0
+        for first in range(0, count, together):
+            some = slice(first, min(count, first + together))
+            began = time.perf_counter()
+            changes = select(start, some) if start is not None else None
+            if adapter is not None and settings is not None:
+                seeded = replace(settings, seed=settings.seed + seed)
+                changes = both(changes, self.train(adapter, seeded, some, start, progress))
+            seconds += time.perf_counter() - began
+            images.append(draw(base, changes, some.stop - some.start, prompts, noises, progress=progress))
+        seconds /= count
+        if method.start in ("own", "another"):  # everybody's average is there before the person
+            seconds += self._prediction[1]
+        return torch.cat(images), {"seconds": round(seconds, 3), "bytes": float(size)}

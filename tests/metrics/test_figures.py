@@ -1,0 +1,101 @@
+"""The figures of an evaluation, on pictures and scores whose figures are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hyperdb.metrics.figures import Standard, closed, differences, slices, summary
+
+
+class Mean:
+    """A recogniser that sees a picture's mean colour; a black one has no face."""
+
+    name, dim = "mean", 3
+
+    def __call__(self, images):
+        colour = images.float().mean((2, 3))
+        found = torch.nn.functional.normalize(colour, dim=-1)
+        return torch.where(colour.sum(1, keepdim=True) > 0, found, torch.nan)
+
+
+class Second(Mean):
+    name = "second"
+
+
+class Word:
+    """A judge of styles to whom every picture is a sketch."""
+
+    words = {"style": ("photo", "sketch", "cartoon")}  # noqa: RUF012
+
+    def __call__(self, images):
+        return {"style": torch.ones(len(images), dtype=torch.long)}
+
+
+def colours(*people):
+    """Return pictures `[I, K, 3, 64, 64]` of one colour each, its letter: r, g, b, or k for black."""
+    known = {"r": (200, 0, 0), "g": (0, 200, 0), "b": (0, 0, 200), "k": (0, 0, 0)}
+    pixels = torch.tensor([[known[c] for c in person] for person in people], dtype=torch.uint8)
+    return pixels[..., None, None].expand(*pixels.shape, 64, 64)
+
+
+@pytest.fixture
+def standard():
+    """Two people, a red and a green one, who are blue and red in sketches and cartoons."""
+    styled = {"sketch": colours("b", "r"), "cartoon": colours("b", "r")}
+    views = colours("rr", "gg")
+    return Standard([Mean(), Second()], Word(), views[:, 0], views, ["sketch", "cartoon"], styled)
+
+
+def test_pictures_are_measured_person_by_person(standard):
+    rows = standard.measure({"own": colours("rrbb", "ggrr"), "poor": colours("rgbk", "kkkr")})
+    assert rows["own"]["cosine"].tolist() == pytest.approx([1, 1])
+    assert rows["own"]["rank1"].tolist() == rows["own"]["rank1_styled"].tolist() == [1, 1]
+    poor = rows["poor"]
+    assert poor["cosine"].tolist() == pytest.approx([0.5, 0])  # of red and green; black has no face and counts 0
+    assert poor["rank1"].tolist() == [0.5, 0]
+    assert poor["rank1_styled"].tolist() == [0.5, 0.5]
+    assert poor["detected"].tolist() == [1, 0]
+    assert poor["detected_styled"].tolist() == [0.5, 0.5]
+    assert poor["style_accuracy"].tolist() == [0.5, 0.5]  # of a sketch and a cartoon
+    assert all(torch.equal(poor[name], poor[f"{name}_second"]) for name in ("cosine", "rank1", "rank1_styled"))
+    assert rows["own"]["diversity"].tolist() == [0, 0]
+    assert poor["diversity"][0] > 0
+
+
+def test_without_styles_nothing_is_asked_of_them(standard):
+    alone = Standard([Mean()], None, standard.reference, standard.views, [], {})
+    found = alone.measure({"row": colours("rrrr", "gggg")})["row"]
+    assert set(found) == {"cosine", "detected", "rank1", "copy_background", "copy_pose", "diversity"}
+
+
+SCORES = {
+    name: {"cosine": np.array(values), "rank1": np.array(values)}
+    for name, values in {"floor": [[0.1], [0.3]], "best": [[0.9], [0.7]], "half": [[0.5], [0.5]]}.items()
+}
+
+
+def test_the_way_closed():
+    assert closed(SCORES, "floor", "best") == {"half": 0.5}
+    assert closed(SCORES, "best", "floor") == {}  # no way at all
+    assert closed({"half": SCORES["half"]}, "floor", "best") == {}
+
+
+def test_rows_are_compared_with_those_that_they_are_set_against():
+    found = differences(SCORES, {"best": ["half", "gone"], "gone": ["floor"], "half": []}, "cosine", 0)
+    assert list(found) == ["best-half"]
+    assert found["best-half"]["mean"] == pytest.approx(0.3)
+
+
+def test_rates_are_summarised_by_their_mean_alone():
+    found = summary(SCORES["floor"], 0)
+    assert found["rank1"] == 0.2
+    assert found["cosine"]["lo"] <= found["cosine"]["mean"] == pytest.approx(0.2) <= found["cosine"]["hi"]
+
+
+def test_slices_are_of_the_people_who_have_the_attribute():
+    found = slices([{"sex": "female"}, {"sex": "male"}], SCORES)
+    assert found["sex"]["female"] == {"people": 1, "floor": 0.1, "best": 0.9, "half": 0.5}
+    assert found["sex"]["male"] == {"people": 1, "floor": 0.3, "best": 0.7, "half": 0.5}
+    assert slices([], SCORES) == {}

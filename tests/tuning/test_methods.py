@@ -1,0 +1,74 @@
+"""A method is data: what it may say, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from hyperdb import config, options
+from hyperdb.adapters import LoRAConfig
+from hyperdb.runtime.errors import UserError
+from hyperdb.tuning.fit import FitConfig
+from hyperdb.tuning.methods import MethodConfig
+
+SHARED = FitConfig(steps=40, levels=4, noise=[0.0, 0.65], rate=0.006)
+
+
+def test_a_method_says_how_its_fine_tuning_differs():
+    method = MethodConfig(label="{steps} steps", train="relaxed", finetune={"steps": 3, "noise": [0.1, 0.2]})
+    assert method.fit(SHARED) == FitConfig(steps=3, levels=4, noise=[0.1, 0.2], rate=0.006)
+    assert method.text(3) == "3 steps"
+    assert MethodConfig(label="").fit(SHARED) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"start": "me"}, "expected of own, average, another"),
+        ({"train": "lora"}, "expected of relaxed, lidb"),
+        ({"train": "lidb", "adapter": LoRAConfig()}, "trains one of them"),
+        ({"label": "{iterations}"}, "the only word in braces is {steps}"),
+        ({"label": "{"}, "the only word in braces is {steps}"),
+    ],
+)
+def test_what_no_method_can_be_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        MethodConfig(**{"label": "", **settings})
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("methods.hyper_40.finetune.stepz=3", "methods.hyper_40: finetune: Key 'stepz' not in"),
+        ("methods.hyper_40.finetune.steps=many", "methods.hyper_40: finetune: Value 'many'"),
+        ("methods.hyper_40.finetune.steps=0", "methods.hyper_40: steps and levels must be at least 1"),
+        ("methods.hyper_40.against=[flor]", "methods.hyper_40.against='flor': expected of floor"),
+        ("methods.svdiff.adapter.rank=3", "no setting 'methods.svdiff.adapter.rank'"),
+        ("methods.mine.label=x", "no setting 'methods.mine'"),
+        ("rows=[mine]", "rows='mine': expected of floor"),
+        ("rows=[]", "expected of floor"),
+        ("adapter=svdiff", "the rows of an evaluation say what each trains"),
+    ],
+)
+def test_words_that_are_wrong_are_named(word, message):
+    with pytest.raises(UserError, match=message):
+        config.load("evaluate", [word])
+
+
+def test_a_word_changes_one_method():
+    found = config.load("evaluate", ["methods.hyper_40.finetune.steps=7", "methods.no_hyper_40.finetune.rate=0.5"])
+    assert found.fit("hyper_40").steps == 7
+    assert found.fit("mean_40").steps == found.fit("no_hyper_40").steps == 40
+    assert found.fit("no_hyper_40").rate == 0.5
+    assert found.fit("hyper_40").rate == found.fit("mean_40").rate != 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in options.choices("adapter") if name != "lidb"])
+def test_every_adapter_has_a_row_that_trains_it_as_personalize_does(name):
+    found, alone = config.load("evaluate"), config.load("personalize", [f"adapter={name}", "image=x.png"])
+    assert found.methods[name].adapter == alone.adapter
+    assert found.fit(name) == alone.finetune
+    assert found.methods[name].start is None
+
+
+def test_every_method_is_a_row():
+    assert options.choices("methods") == sorted(config.load("evaluate").methods)
