@@ -59,8 +59,9 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     over = "people and seeds" if results.get("seeds", 1) > 1 else "people"
     lines += ["", f"| paired difference | mean [95 % interval over {over}] |", "| --- | --- |"]
+    known = labels(results)
     for name, value in results["paired"].items():
-        lines.append(f"| {' − '.join(ROWS[row] for row in name.split('-'))} | {_interval(value)} |")
+        lines.append(f"| {' − '.join(known[row] for row in name.split('-'))} | {_interval(value)} |")
     return "\n".join(lines)
 
 

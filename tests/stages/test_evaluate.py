@@ -94,5 +94,5 @@ def test_a_new_method_may_be_a_word(words):
 
 
 def test_rows_that_begin_at_a_prediction_need_a_hypernetwork(words, tmp_path):
-    with pytest.raises(UserError, match="rows='hyper_40' begins at a prediction.*hypernet=FOLDER"):
+    with pytest.raises(UserError, match=r"rows='hyper_40' begins at a prediction.*hypernet=FOLDER"):
         config.run("evaluate", [*words, "rows=[floor,hyper_40]", f"out={tmp_path}"])
