@@ -23,7 +23,7 @@ def test_rows_stand_in_the_files_order_with_the_files_labels():
         "| SVDiff, 7 iterations | 0.500 [0.400, 0.600] | 0.25 |",
         "| hypernetwork + 5 iterations | 0.500 [0.400, 0.600] | 0.25 |",
     ]
-    assert table[-1] == "| svdiff − hyper_40 | 0.500 [0.400, 0.600] |"
+    assert table[-1] == "| SVDiff, 7 iterations − hypernetwork + 5 iterations | 0.500 [0.400, 0.600] |"
 
 
 @pytest.mark.parametrize(("file", "steps"), [("results", 40), ("after_5", 5), ("after_20", 20)])
