@@ -98,6 +98,8 @@ def _describe(schema: type, values: Any, prefix: str = "") -> list[str]:
             if hasattr(kind, "__dataclass_fields__"):
                 lines += _describe(kind, value, f"{prefix}{key}.")
                 continue
+        if isinstance(value, DictConfig) and hasattr(value._metadata.element_type, "__dataclass_fields__"):
+            value = f"{', '.join(map(str, value))}; --cfg job shows them"
         shown = "required" if value == "???" else f"= {'null' if value is None else value!s}"
         head = f"  {prefix}{key}: {_type_name(hints.get(str(key), Any))} {shown}"
         doc = docs.get(str(key), "")

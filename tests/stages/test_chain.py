@@ -597,6 +597,20 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     assert {n: (tmp_path / n).read_bytes() for n in first} == first
 
 
+def test_any_adapter_may_begin_at_the_prediction(made, judged, tmp_path):
+    """The fit's changes are added to the prediction's, whatever they are: a step too small to be seen leaves that."""
+    words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}", "people=3"]
+    words += ["views=1", "images=2", "batch=2", "rows=[floor,hyper_only,svdiff]", "methods.svdiff.start=own"]
+    words += ["methods.svdiff.finetune.steps=1", "methods.svdiff.finetune.rate=1e-9"]
+    configuration.run("evaluate", words)
+    pictures = {p.stem: load_tensors(p)[0]["images"].float() for p in (tmp_path / "rows").iterdir()}
+    moved = (pictures["hyper_only"] - pictures["floor"]).abs().mean()
+    assert (pictures["svdiff"] - pictures["hyper_only"]).abs().mean() < 0.01 * moved
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (rows["svdiff"]["start"], rows["svdiff"]["adapter"]) == ("own", "svdiff")
+    assert rows["svdiff"]["bytes"] > rows["hyper_only"]["bytes"] > 0
+
+
 def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):
     words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}"]
     bad_words = {"rows=[best]": "floor", "styled=[fresco]": "fresco", "styled=[sketch/moon]": "moon"}

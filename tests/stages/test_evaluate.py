@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from hyperdb import config
+from hyperdb import config, options
 from hyperdb.data.people import load_people
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
@@ -87,10 +88,19 @@ def test_a_row_is_added_to_what_is_there(evaluated, words, tmp_path):
     assert all((evaluated / "rows" / name).stat().st_mtime_ns == then for name, then in stamps.items())
 
 
-def test_a_new_method_may_be_a_word(words):
-    mine = "+methods.short={label: '{steps} alone', train: relaxed, finetune: {steps: 2}}"
-    found = config.load("evaluate", [*words, "rows=[short]", mine])
-    assert found.fit("short") == replace(found.finetune, steps=2)
+def test_a_new_row_is_a_yaml_and_a_line(words, tmp_path, monkeypatch):
+    conf = shutil.copytree(options.conf_dir(), tmp_path / "conf")
+    label = '"SVDiff on the prediction, {steps} iterations"'
+    lines = ["# Beginnings meet.", "defaults:", "  - /adapters@both: svdiff", "  - _self_"]
+    lines += ["both:", f"  label: {label}", "  start: own", "  finetune:", "    steps: 2"]
+    (conf / "methods" / "both.yaml").write_text("\n".join(lines))
+    stage = conf / "evaluate.yaml"
+    stage.write_text(stage.read_text().replace("      - svdiff\n", "      - svdiff\n      - both\n"))
+    monkeypatch.setattr(options, "conf_dir", lambda: conf)
+    found = config.load("evaluate", [*words, "rows=[both]"])
+    assert found.methods["both"].start == "own"
+    assert found.methods["both"].adapter == found.methods["svdiff"].adapter
+    assert found.fit("both") == replace(found.fit("svdiff"), steps=2, rate=1e-3, levels=1)
 
 
 def test_rows_that_begin_at_a_prediction_need_a_hypernetwork(words, tmp_path):
