@@ -38,7 +38,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
             path.write_text("".join(f"{key}: {' '.join(f'{x:.6f}' for x in row)}\n" for key, row in found.items()))
         lines = [line.partition(": ")[::2] for line in path.read_text().splitlines()]
         known = {key: [float(x) for x in row.split()] for key, row in lines}
-        assert list(found) == list(known), f"{path} has other rows"
+        assert found.keys() == known.keys(), f"{path} has other rows"
         for key, row in found.items():
             assert row == pytest.approx(known[key], **tolerance), f"{key} is not what {path} says; see its README.md"
 

@@ -16,11 +16,14 @@ from hyperdb.adapters.lora import LoRA
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime import precision
 from hyperdb.runtime.journal import Journal
-from hyperdb.stages import evaluate
 from hyperdb.tuning.fit import FitConfig, fit
 from hyperdb.tuning.prior import PriorConfig, load_prior
 
 STEPS = 10
+ROWS = (
+    "floor", "shuffled", "mean", "hyper_only", "shuffled_40", "mean_40", "hyper_40", "no_hyper_40", "lidb_fit", "copy",
+    "ceiling",
+)  # fmt: skip
 TINY = [
     "diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "diffusion.device=cpu", "prior.images=2",
     "prior.prompts=[a photo of a face,a pencil sketch of a face]", "adapter.a=12", "adapter.b=8",
@@ -137,9 +140,9 @@ def test_figures_of_an_evaluation(tmp_path, golden):
     """Every row on the embedded base, whose pictures have faces: no figure is that of a picture without one."""
     words = ["split=test", "identities=3", "views=17", "photo_views=3", "workers=1"]
     people = configuration.run("render_heads", [*words, f"out={tmp_path / 'people'}"])
-    words = [f"data={people}", f"out={tmp_path}", f"rows=[{','.join(evaluate.ROWS)}]", "people=3", "images=2"]
+    words = [f"data={people}", f"out={tmp_path}", f"rows=[{','.join(ROWS)}]", "people=3", "images=2"]
     words += ["views=1", "styled=[sketch]", "diffusion.dtype=fp32", "diffusion.device=cpu", "diffusion.steps=4"]
-    words += ["finetune.steps=2", "converged.steps=2", "prior.images=2", "prior.levels=2"]
+    words += ["finetune.steps=2", "methods.lidb_fit.finetune.steps=2", "prior.images=2", "prior.levels=2"]
     result = json.loads(configuration.run("evaluate", words).read_text())
     found = {f"{row} {name}": x for row, figures in result["values"].items() for name, (x,) in figures.items()}
     found |= {f"{row} bytes": [figures["bytes"]] for row, figures in result["rows"].items()}

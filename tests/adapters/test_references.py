@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hyperdb.adapters import DoRAConfig, LoRAConfig, SVDiffConfig
+from hyperdb.adapters import DoRAConfig, LoRAConfig, SVDiffConfig, TokenConfig
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
+from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.optim import adamw
 
 LAYERS = ("wide", "conv")
@@ -96,3 +97,17 @@ def test_svdiff_moves_the_singular_values_and_nothing_else(module: nn.Module) ->
     torch.testing.assert_close((weight + change.dense(weight)[0]).flatten(), wanted.flatten(), rtol=1e-4, atol=1e-5)
     nothing = adapter.changes(adapter.init(1))["layer"].dense(weight)
     assert not nothing.any()
+
+
+def test_a_word_vector_begins_at_the_class_word() -> None:
+    embedding = nn.Embedding(7, 4).requires_grad_(False)
+    site = Site("words", embedding)
+    adapter = TokenConfig().bound(rare=[2], noun=[5]).build(Layout.listing({"words": site}))
+    changes = adapter.changes(adapter.init(1, {"words": site}))
+    ids = torch.arange(7)[None]
+    with Injection({"words": site}).using(changes):
+        found = embedding(ids)[0]
+    torch.testing.assert_close(found[2], embedding.weight[5])
+    assert torch.equal(found[[0, 1, 3, 4, 5, 6]], embedding.weight[[0, 1, 3, 4, 5, 6]])
+    with pytest.raises(UserError, match="rare_token is 2 tokens"):
+        TokenConfig().bound(rare=[2, 3], noun=[5])
