@@ -23,7 +23,7 @@ from hyperdb.data.people import load_people
 from hyperdb.data.weights import load_store
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.weights import ridge
+from hyperdb.tuning.space import ridge
 
 FOLDS, PENALTIES, PENALTY = 5, (1.0, 10.0, 100.0, 1000.0), 100.0  # the last is the one that counts
 
