@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.adapters.lidb import LiDB
+    from hyperdb.data.fits import FitStore
     from hyperdb.data.people import People
-    from hyperdb.data.weights import WeightStore
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.loss import WeightSpace
     from hyperdb.hypernet.model import Hypernet
@@ -304,7 +304,7 @@ class Objective:
     """
 
     def __init__(
-        self, config: Config, base: Base, model: Hypernet, lidb: LiDB, fits: WeightStore | None,
+        self, config: Config, base: Base, model: Hypernet, lidb: LiDB, fits: FitStore | None,
         weight_space: WeightSpace | None,
     ) -> None:  # fmt: skip
         from hyperdb.adapters.inject import Injection
@@ -386,9 +386,9 @@ def backward(
     return terms
 
 
-def _fits(config: Config, folder: str, base: Base, layout: Layout, people: People) -> WeightStore:
+def _fits(config: Config, folder: str, base: Base, layout: Layout, people: People) -> FitStore:
     """Load the store of fits of people. Raises `UserError` for fits of another kind than what is to be predicted."""
-    from hyperdb.data.weights import load_store, made_from
+    from hyperdb.data.fits import load_store, made_from
 
     fits = load_store(folder, layout, **made_from(base, people))
     if asdict(fits.lidb.config) != asdict(config.adapter):

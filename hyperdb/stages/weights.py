@@ -138,8 +138,8 @@ def run(config: Config) -> Path:
     from tqdm import tqdm
 
     from hyperdb.adapters.layout import Layout
+    from hyperdb.data.fits import load_store, made_from
     from hyperdb.data.people import load_people
-    from hyperdb.data.weights import load_store, made_from
     from hyperdb.diffusion.targets import base_hash
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
@@ -156,11 +156,11 @@ def run(config: Config) -> Path:
     people = load_people(config.data, config.people, size=config.diffusion.size)
     unseen = load_people(config.unseen, config.edited, "validation", config.diffusion.size)
 
-    store = None
+    fits = None
     if config.weights is not None:
-        store = load_store(config.weights, model.lidb.layout, **made_from(base, people))
+        fits = load_store(config.weights, model.lidb.layout, **made_from(base, people))
     contents = {"base": base.digest, "hypernet": hash_files([folder / "hypernet.safetensors"])}
-    contents |= {"data": people.digest, "unseen": unseen.digest, "weights": store.digest if store is not None else ""}
+    contents |= {"data": people.digest, "unseen": unseen.digest, "weights": fits.digest if fits is not None else ""}
     out = claim(config.out, WRITES, {**recipe(config), **contents})
 
     @torch.no_grad()
@@ -174,15 +174,15 @@ def run(config: Config) -> Path:
 
     own = predict(unseen)
     first = torch.stack([r[0] for r in people.photos])  # the photo that each adapter is of
-    if store is None:
+    if fits is None:
         numbers = predict(people)
     else:
-        if asdict(store.lidb.config) != asdict(model.lidb.config):
-            raise UserError(f"{config.weights} has lidb {asdict(store.lidb.config)}, the hypernetwork has other")
-        fits = store.rows_of(people.keys(store.by, first))
-        if (fits >= 0).sum() < 8:
-            raise UserError(f"{config.weights} holds fits of {int((fits >= 0).sum())} of the people in {config.data}")
-        numbers, first = model.lidb.pack(store.tokens[fits[fits >= 0]]), first[fits >= 0]
+        if asdict(fits.lidb.config) != asdict(model.lidb.config):
+            raise UserError(f"{config.weights} has lidb {asdict(fits.lidb.config)}, the hypernetwork has other")
+        rows = fits.rows_of(people.keys(fits.by, first))
+        if (rows >= 0).sum() < 8:
+            raise UserError(f"{config.weights} holds fits of {int((rows >= 0).sum())} of the people in {config.data}")
+        numbers, first = model.lidb.pack(fits.tokens[rows[rows >= 0]]), first[rows >= 0]
     space = Space(numbers, config.components)
     adapters = len(own) * (2 + len(ATTRIBUTES) * len(config.shifts)) + WAYS * (len(own) // 2)
     adapters += config.sampled + min(KNOWN * config.sampled, len(numbers))

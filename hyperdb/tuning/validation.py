@@ -14,8 +14,8 @@ from torch import Tensor
 from hyperdb.adapters.base import Changes, select
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.lidb import LiDB
+from hyperdb.data.fits import FitStore
 from hyperdb.data.people import People
-from hyperdb.data.weights import WeightStore
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
 from hyperdb.faces.image import grid, save_png
@@ -50,7 +50,7 @@ class Validation:
     logit_normal: list[float] | None
     signal_weight: float | None
     face_weight: float
-    fits: WeightStore | None = None
+    fits: FitStore | None = None
     weight_space: WeightSpace | None = None
     seed: int = 0
 

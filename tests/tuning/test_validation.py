@@ -9,8 +9,8 @@ from torch import nn
 
 from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.layout import Layout
+from hyperdb.data.fits import FitStore
 from hyperdb.data.people import load_people
-from hyperdb.data.weights import WeightStore
 from hyperdb.hypernet.loss import WeightSpace
 from hyperdb.tuning.validation import Validation, verdict
 
@@ -33,13 +33,14 @@ def lidb(base):
 
 @pytest.fixture(scope="module")
 def tokens(lidb):
-    return lidb.template + 0.3 * lidb.mask * torch.randn(4, *lidb.mask.shape, generator=torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(0)
+    return lidb.template + 0.3 * lidb.mask * torch.randn(4, *lidb.mask.shape, generator=g)
 
 
 @pytest.fixture
 def make(base, lidb, rendered):
     def new(**settings) -> Validation:
-        how = {"logit_normal": None, "signal_weight": None, "face_weight": 0.0, "style": "a pencil sketch of a [V] face"}
+        how = {"logit_normal": None, "signal_weight": None, "face_weight": 0.0, "style": "a sketch of a [V] face"}
         return Validation(base=base, lidb=lidb, people=load_people(rendered), **how, **settings)
 
     return new
@@ -74,7 +75,7 @@ def test_unseen_people_are_the_same_and_their_own_adapters_differ(make, tokens, 
 def test_those_who_have_a_fit_are_compared_with_it(make, lidb, tokens, rendered, tmp_path):
     people = load_people(rendered)
     seeds = torch.stack([people.seed[rows[0]] for rows in people.rows])
-    fits = WeightStore(tokens[[2, 0]], seeds[[2, 0]], "person", lidb, {})
+    fits = FitStore(tokens[[2, 0]], seeds[[2, 0]], "person", lidb, {})
     validation = make(fits=fits, weight_space=WeightSpace(lidb, tokens, "plain"))
     assert validation.fit_rows.tolist() == [1, -1, 0, -1]
     scores, _ = validation.measure(Predicts(tokens), tmp_path / "a.png")

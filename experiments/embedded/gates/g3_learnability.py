@@ -19,8 +19,8 @@ from torch.nn.functional import one_hot
 from hyperdb import config
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
+from hyperdb.data.fits import load_store
 from hyperdb.data.people import load_people
-from hyperdb.data.weights import load_store
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
 from hyperdb.tuning.space import ridge
