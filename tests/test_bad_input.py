@@ -151,7 +151,7 @@ def test_damaged_people(in_tmp, tiny_base, capsys, make):
 def test_a_foreign_weight_store(in_tmp, tiny_base, rendered, capsys):
     save_json(in_tmp / "fits" / "index.json", {"shards": 1})
     words = [f"diffusion.path={tiny_base}", "diffusion.size=32", f"data={rendered}", "weights=fits", "validation=null"]
-    _says(capsys, ["train_hypernet", *words], "fits is not a weight store")
+    _says(capsys, ["train_hypernet", *words], "fits is not a store of fits")
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,6 @@ def _inner(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
     return ((A.mT @ A2) * (B @ B2.mT)).sum((-1, -2))
 
 
-def residual_norms(lidb: LiDB, tokens: Tensor) -> Tensor:
-    """Return `||dW||_F^2` a layer, `[I, N]`: exact, because the bases are orthonormal."""
-    A, B = lidb.split(tokens)
-    return _inner(A, B, A, B)
-
-
 def gauge_free(lidb: LiDB, predicted: Tensor, fitted: Tensor, scale: Tensor) -> Tensor:
     """Return `||dW_hat - dW||_F^2` a layer over `scale [N]`, mean over layers, `[I]`.
 
@@ -50,3 +44,23 @@ def scales(lidb: LiDB, tokens: Tensor, kind: str) -> Tensor:
         A2, B2 = lidb.split(mean)
         spread = (_inner(A, B, A, B) + _inner(A2, B2, A2, B2) - 2 * _inner(A, B, A2, B2)).mean(0)
     return spread.clamp_min(1e-8)
+
+
+class WeightSpace:
+    """The distance of predictions from fits by the loss called `kind`, gauge_free or plain; `fits [I, N, D]` scale it.
+
+    These are the fits that are learned from, whichever a prediction is then compared with.
+    """
+
+    def __init__(self, lidb: LiDB, fits: Tensor, kind: str) -> None:
+        self.lidb, self.scale = lidb, scales(lidb, fits, kind)
+        self.distance = {"gauge_free": gauge_free, "plain": plain}[kind]
+
+    def __call__(self, predicted: Tensor, fits: Tensor, rows: Tensor) -> Tensor:
+        """Return how far each of `predicted [I, N, D]` is from its fit, the row of `fits` that `rows [I]` says.
+
+        Where there is none, a row is -1 and the prediction is left out: `[K]`.
+        """
+        has = rows >= 0
+        fitted = fits[rows[has]].to(predicted.device)
+        return self.distance(self.lidb, predicted[has.to(predicted.device)], fitted, self.scale)

@@ -100,7 +100,7 @@ def run(config: Config) -> Path:
     from tqdm import tqdm
 
     from hyperdb.adapters.layout import Layout
-    from hyperdb.data import weights
+    from hyperdb.data import fits
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
@@ -120,7 +120,7 @@ def run(config: Config) -> Path:
     if len(rows) == 0:
         raise UserError(f"{config.data} holds no photos of these people")
     origin = {
-        **weights.made_from(base, people),
+        **fits.made_from(base, people),
         "by": config.by,
         "fit": asdict(config.fit),
         "prior": asdict(config.prior) if config.fit.prior_weight > 0 else None,
@@ -136,13 +136,13 @@ def run(config: Config) -> Path:
     losses: list[float] = []
     with tqdm(total=len(rows), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
         for number, (mine, theirs) in enumerate(shards):
-            key = weights.store_key(**origin, keys=theirs.tolist())
-            if not weights.shard_is_done(out, number, key):
+            key = fits.store_key(**origin, keys=theirs.tolist())
+            if not fits.shard_is_done(out, number, key):
                 losses.clear()
                 params = fit(base, lidb, mine, config.fit, None, prior, lambda _, x: losses.append(x))
-                weights.save_shard(out, number, params["tokens"].cpu(), theirs, key)
+                fits.save_shard(out, number, params["tokens"].cpu(), theirs, key)
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(theirs))
-    weights.finish(out, len(shards), lidb, {**origin, **provenance()})
+    fits.finish(out, len(shards), lidb, {**origin, **provenance()})
     print(f"{len(rows)} fits of {lidb.numbers} numbers each, one a{'n' * (config.by == 'image')} {config.by}, in {out}")
     return out

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,20 @@ from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.prior import PriorConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from accelerate import Accelerator
+    from torch import Tensor, nn
 
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.adapters.lidb import LiDB
+    from hyperdb.data.fits import FitStore
     from hyperdb.data.people import People
-    from hyperdb.data.weights import WeightStore
     from hyperdb.diffusion.base import Base
+    from hyperdb.hypernet.loss import WeightSpace
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.journal import Journal
     from hyperdb.tuning.memory import Sketch
+    from hyperdb.tuning.prior import Prior
+    from hyperdb.tuning.validation import Validation
 
 FEATURE_PHOTOS = 2048  # that the encoder's features are standardised by
 
@@ -162,213 +169,6 @@ def passes(config: Config, sketch: Sketch) -> None:
     sketch.keep_training("image encoder", "hypernetwork decoder")
 
 
-def run(config: Config) -> Path:
-    """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
-    import torch
-    from accelerate import Accelerator
-
-    from hyperdb.adapters.inject import Injection
-    from hyperdb.adapters.layout import Layout
-    from hyperdb.data.people import latent_moments, load_people
-    from hyperdb.data.weights import load_store, made_from
-    from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
-    from hyperdb.hypernet import loss as weight_space
-    from hyperdb.hypernet.model import Hypernet
-    from hyperdb.runtime.files import hash_files, load_json, save_json
-    from hyperdb.runtime.loop import train
-    from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw
-    from hyperdb.runtime.output import claim
-    from hyperdb.runtime.precision import attention
-    from hyperdb.runtime.provenance import provenance
-    from hyperdb.runtime.recipe import recipe
-    from hyperdb.runtime.seed import derive, generator
-    from hyperdb.tuning.prior import load_prior
-
-    # --- base, people, fits
-    base = config.diffusion.load()
-    layout = Layout.of(base.targets())
-    people = load_people(config.data, limit=config.people, size=config.diffusion.size)
-    photos = people.photos
-    usable = torch.tensor([i for i, rows in enumerate(photos) if len(rows)])
-    if len(usable) == 0:
-        raise UserError(f"{config.data} holds no photos of people")
-    fits = config.weights if config.beta > 0 else None
-    store = load_store(fits, layout, **made_from(base, people)) if fits is not None else None
-    if store is not None and asdict(store.lidb.config) != asdict(config.adapter):
-        raise UserError(f"{config.weights} was made with lidb {asdict(store.lidb.config)}; set the same or refit")
-    lidb = store.lidb if store is not None else config.adapter.tokens(layout)
-    lidb = lidb.to(base.device)
-    origin = {"base": base.digest, "data": people.digest, "weights": store.digest if store else ""}
-    # `init` brings its own encoder
-    for part, file in (("init", config.init), ("encoder", None if config.init else config.model.encoder.weights)):
-        if file is not None and resolve(file).is_file():  # else whoever reads it says so
-            origin[part] = hash_files([resolve(file)])
-    whole = {**recipe(config), "made_from": origin}
-    out = claim(config.out, WRITES, whole)
-    moments = latent_moments(base, people, Path(config.data))
-    turned = latent_moments(base, people, Path(config.data), mirrored=True) if config.flips else None
-    prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
-
-    # --- model
-    if config.tracker == "wandb":
-        os.environ.setdefault("WANDB_MODE", "offline")  # `wandb sync` uploads; WANDB_MODE=online does at once
-    accelerator = Accelerator(
-        cpu=base.device.type == "cpu", log_with=config.tracker, project_dir=str(out) if config.tracker else None
-    )
-    if config.tracker:
-        accelerator.init_trackers("hyperdb", config={"name": config.name, "seed": config.seed})
-    torch.manual_seed(derive(config.seed, "hypernet weights"))  # the only way to seed the modules' initialisation
-    if config.init is not None:
-        model = Hypernet.load(resolve(config.init))
-        layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
-        if asdict(model.lidb.config) != asdict(config.adapter):
-            raise UserError(f"{config.init} was made with lidb {asdict(model.lidb.config)}; set the same")
-    else:
-        model = Hypernet(config.model, lidb, config.default_spread)
-        if store is not None and len(store.tokens) > 1:
-            model.standardise(store.tokens)
-        model.to(base.device).standardise_features(people.images[torch.cat(photos)[:FEATURE_PHOTOS]])
-    # whose fit belongs to which photo; what conditions is what was fitted
-    fit_row, every = torch.full((len(people),), -1), torch.cat(photos)
-    if store is not None:
-        fit_row[every] = store.rows_of(people.keys(store.by, every))
-        if (fit_row < 0).all():
-            raise UserError(f"{config.weights} holds no fit of the people in {config.data}; set weights=null or refit")
-    fitted_photos = [rows[fit_row[rows] >= 0] for rows in photos]
-    fitted_people = torch.tensor([i for i, rows in enumerate(fitted_photos) if len(rows)], dtype=torch.long)
-    few_fitted = round(config.batch * config.fit_share) if len(fitted_people) else 0
-    if config.alpha <= 0:  # nobody else has anything to teach
-        few_fitted = config.batch
-    scale = weight_space.scales(lidb, store.tokens.to(base.device), config.weight_loss) if store is not None else None
-    weight_loss = getattr(weight_space, config.weight_loss)
-    if config.encoder_rate == 0:
-        model.encoder.requires_grad_(False)
-    model = model.to(base.device).train()
-    inside = [p for p in model.encoder.parameters() if p.requires_grad]
-    outside = list(model.decoder.parameters())
-    if config.matrix_rate is None:
-        optimizer = adamw(outside, config.rate)
-    else:
-        # positions and biases are vectors, a layer each
-        kinds = {n: n.endswith("weight") and p.ndim > 1 for n, p in model.decoder.named_parameters()}
-        vectors, matrices = ([p for n, p in model.decoder.named_parameters() if kinds[n] is k] for k in (False, True))
-        optimizer = Muon(vectors, config.rate, matrices, config.matrix_rate)
-    if inside:
-        optimizer.add_param_group({"params": inside, "lr": config.encoder_rate})
-    ema = EMA([*outside, *inside], config.ema)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    # see `DiffusionConfig.attention`: the fused backward is slow in bf16 on a CPU
-    fused = config.diffusion.attention != "eager"
-    injection = Injection(base.targets())
-    ids = base.tokenize(_prompts(people, config.diffusion)) if config.target_style == "any" else None
-    instance, nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
-    wanted_from = people.rows if config.target_style == "any" else photos
-    focus = face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
-    validation = _Validation(config, base, lidb) if config.validation is not None else None
-    unseen = None
-    if config.validation_weights is not None and validation is not None:
-        unseen = load_store(config.validation_weights, layout, **made_from(base, validation.people))
-        if (validation.fits_of(unseen) < 0).all():
-            raise UserError(f"{config.validation_weights} holds no fit of the people in {config.validation}")
-
-    # --- train
-    def backward(step: int) -> dict[str, Tensor]:
-        g = generator(config.seed, "hypernet", accelerator.process_index, step)
-        drawn = [fitted_people] * few_fitted + [usable] * (config.batch - few_fitted)
-        who = torch.stack([group[torch.randint(0, len(group), (), generator=g)] for group in drawn])
-        people_now, levels = config.batch, config.levels
-        given = [(fitted_photos if k < few_fitted else photos)[i] for k, i in enumerate(who.tolist())]
-        pictures = [wanted_from[i] for i in who.tolist()]
-        shown, wanted = _views(given, pictures, levels, config.target_view, g)  #    [I], [I, S]
-        asked = ids[wanted] if ids is not None else instance.expand(people_now, levels, -1)
-        t = stratified_timesteps(people_now, levels, base.schedule.config.num_train_timesteps, g, config.logit_normal)
-        latent, images = moments[wanted], people.images[shown]  #                    [I, S, 2, c, h, w], [I, 3, H, W]
-        mirror = torch.zeros(people_now, dtype=torch.bool)
-        if turned is not None:  # a turned photo is another image: those drawn for their fit stay as they are
-            mirror[few_fitted:] = torch.rand(people_now - few_fitted, generator=g) < 0.5
-            latent[mirror], images[mirror] = turned[wanted[mirror]], images[mirror].flip(-1)
-        z_mean, z_std = latent.float().unbind(2)  #                                  [I, S, c, h, w]
-        jitter, noise = (torch.randn(z_mean.shape, generator=g) for _ in "zn")
-        if config.prompt_dropout > 0:
-            dropped = torch.rand(people_now, levels, 1, generator=g) < config.prompt_dropout
-            asked = torch.where(dropped.to(base.device), nothing, asked)
-        rows = [z_mean + z_std * jitter, noise, t, asked]  #                         [I, S, ...] each
-        rows = [x.to(base.device) for x in rows]
-        goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (people_now, levels))
-        if prior is not None:
-            # further rows a person, of the prior: [I, S + P, ...]
-            mixed = torch.randperm(people_now * config.prior_rows, generator=g)
-            kept = prior.draw(len(mixed), config.seed, step)
-            each = [x[mixed].unflatten(0, (people_now, -1)) for x in kept]
-            *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))
-        with base.autocast(), attention(fused):
-            predicted = wrapped(images)  #                                          [I, N, D]
-        # each term goes back as far as the tokens, the first while its factors are in use; then all through the network
-        tokens = predicted.detach().requires_grad_()
-        terms: dict[str, Tensor] = {}
-        # eq. 2, first term: on everyone
-        if config.alpha > 0:
-            with injection.using(lidb.factors({"tokens": tokens})):
-                out_rows = predict(base, *(x.flatten(0, 1) for x in rows)).unflatten(0, (people_now, -1))
-                weight = signal_weight(base.schedule, rows[2], config.signal_weight)[..., None, None, None]
-                square = weight * (out_rows - goal).square()
-                terms["diffusion"] = config.alpha * (square[:, :levels] * focus).mean()
-                if prior is not None:
-                    terms["prior"] = config.prior_weight * square[:, levels:].mean()
-                torch.stack(list(terms.values())).sum().backward()
-        if config.identity_weight > 0:
-            some = slice(config.identity_people)
-            noise = torch.randn((len(who[some]), *base.latent_shape), generator=g)
-            guide, own = config.diffusion.guide(), lidb.factors({"tokens": tokens[some]})
-            with injection.using(own, repeat=guide.adapted, plain=guide.plain), attention(fused):
-                shown_all = [people.images[photos[i]] for i in who[some].tolist()]
-                shown_all = [x.flip(-1) if turn else x for x, turn in zip(shown_all, mirror[some], strict=True)]
-                distance = identity_loss(base, model, noise, shown_all, config.identity_steps)
-                terms["identity"] = config.identity_weight * distance.mean()
-                terms["identity"].backward(inputs=[tokens])  # never the encoder: it would learn to see less
-        # eq. 2, second term: where a fit exists
-        if store is not None and scale is not None:
-            fits = fit_row[shown].where(~mirror, -1)
-            if (fits >= 0).any():
-                fitted = store.tokens[fits[fits >= 0]].to(base.device)
-                distance = weight_loss(lidb, tokens[(fits >= 0).to(base.device)], fitted, scale)
-                terms["weights"] = config.beta * distance.sum() / config.batch
-                terms["weights"].backward()
-        accelerator.backward(predicted, gradient=tokens.grad)
-        return {k: v.detach() for k, v in terms.items()}
-
-    def after(done: int, terms: dict[str, float], journal: Journal) -> None:
-        scores = dict(terms)
-        if validation is not None and (done % config.validate_every == 0 or done == config.steps):
-            ema.swap()
-            picture = out / "previews" / f"step-{done:06d}.png"
-            found = validation.measure(model, picture, unseen, weight_loss, scale)
-            ema.swap()
-            save_json(out / "validation.json", {"step": done, "people": len(validation.shown), **validation.pairs})
-            found = {f"validation/{k}": v for k, v in found.items()}
-            journal.record(done, **found)
-            scores.update(found)
-        if config.tracker:
-            accelerator.log(scores, step=done)
-
-    schedule = Schedule(config.steps, config.warmup, config.decay)
-    train(
-        "hypernetwork", out, whole, schedule, optimizer, ema, backward, after, config.save_every,
-        main=accelerator.is_main_process,
-    )  # fmt: skip
-
-    # --- write
-    injection.remove()
-    model.save(out / "hypernet.safetensors", {**origin, "steps": str(config.steps)})
-    save_json(out / "report.json", {"config": asdict(config), **origin, **provenance()})
-    if config.tracker:
-        accelerator.end_training()
-    if validation is not None and (out / "validation.json").is_file():
-        print(_verdict(load_json(out / "validation.json")))
-    print(f"hypernetwork in {out / 'hypernet.safetensors'}, previews in {out / 'previews'}")
-    return out
-
-
 def _views(given: list[Tensor], pictures: list[Tensor], levels: int, target_view: str, g: Any) -> tuple[Tensor, Tensor]:
     """Draw each person's conditioning photo of `given`, `[I]`, and what to denoise of `pictures`, `[I, levels]`."""
     import torch
@@ -383,6 +183,101 @@ def _views(given: list[Tensor], pictures: list[Tensor], levels: int, target_view
         shown.append(first)
         wanted.append(others[torch.arange(levels) % len(others)])
     return torch.stack(shown), torch.stack(wanted)
+
+
+def _prompts(people: People, config: DiffusionConfig) -> list[str]:
+    """Return what every picture is denoised under: photos the instance prompt, others their caption about [V]."""
+    photo, word = people.is_style("photo").tolist(), config.class_word
+    named = re.compile(rf"(?<!{re.escape(config.rare_token)} )\b{re.escape(word)}\b")
+    return [
+        config.instance_prompt if is_photo else named.sub(f"{config.rare_token} {word}", text, count=1)
+        for text, is_photo in zip(people.captions, photo, strict=True)
+    ]
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """What one step is about: I people, of each S pictures to denoise, and of the prior P rows for each."""
+
+    images: Tensor  # [I, 3, H, W] conditioning photos, uint8
+    rows: list[Tensor]  # latents, noise, timesteps and token ids, [I, S + P, ...] each
+    wanted: Tensor  # [I, S + P, c, h, w] what the base shall predict for them
+    fit_rows: Tensor  # [I] which row of the store is the fit of each photo; -1: there is none
+    noise: Tensor  # [J, c, h, w] what the pictures of the identity loss begin at; J = 0 without that loss
+    portraits: list[Tensor]  # all photos [K, 3, H, W] of each of these J people
+
+
+class Batches:
+    """Whom and what the steps are about.
+
+    `fit_rows [n]` says which row of a store is the fit of each picture of `people`, and -1 where there is none.
+    """
+
+    def __init__(self, config: Config, base: Base, people: People, fit_rows: Tensor, prior: Prior | None) -> None:
+        import torch
+
+        from hyperdb.data.people import latent_moments
+
+        self.config, self.base, self.people, self.fit_rows, self.prior = config, base, people, fit_rows, prior
+        self.latents = latent_moments(base, people, Path(config.data))
+        self.turned = latent_moments(base, people, Path(config.data), mirrored=True) if config.flips else None
+        self.photos = people.photos
+        self.fitted_photos = [rows[fit_rows[rows] >= 0] for rows in self.photos]
+        self.usable, self.fitted = (
+            torch.tensor([i for i, rows in enumerate(each) if len(rows)], dtype=torch.long)
+            for each in (self.photos, self.fitted_photos)
+        )
+        self.few_fitted = round(config.batch * config.fit_share) if len(self.fitted) else 0
+        if config.alpha <= 0:  # nobody else has anything to teach
+            self.few_fitted = config.batch
+        every_style = config.target_style == "any"
+        self.pictures = people.rows if every_style else self.photos
+        self.ids = base.tokenize(_prompts(people, config.diffusion)) if every_style else None
+        self.instance, self.nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
+
+    def draw(self, step: int, process: int = 0) -> Batch:
+        """Draw the batch of a 0-based step; each of several processes draws its own."""
+        import torch
+
+        from hyperdb.diffusion.loss import stratified_timesteps, target
+        from hyperdb.runtime.seed import generator
+
+        config, base, count, levels = self.config, self.base, self.config.batch, self.config.levels
+        g = generator(config.seed, "hypernet", process, step)
+        # the first few have a fit; what conditions is what was fitted
+        few, groups = self.few_fitted, [self.fitted] * self.few_fitted + [self.usable] * (count - self.few_fitted)
+        who = [int(group[torch.randint(0, len(group), (), generator=g)]) for group in groups]
+        given = [(self.fitted_photos if k < few else self.photos)[i] for k, i in enumerate(who)]
+        shown, wanted = _views(given, [self.pictures[i] for i in who], levels, config.target_view, g)  # [I], [I, S]
+        ids = self.ids[wanted] if self.ids is not None else self.instance.expand(count, levels, -1)
+        t = stratified_timesteps(count, levels, base.schedule.config.num_train_timesteps, g, config.logit_normal)
+        latents, images = self.latents[wanted], self.people.images[shown]  #         [I, S, 2, c, h, w], [I, 3, H, W]
+        mirror = torch.zeros(count, dtype=torch.bool)
+        if self.turned is not None:  # a turned photo is another image: those drawn for their fit stay as they are
+            mirror[few:] = torch.rand(count - few, generator=g) < 0.5
+            latents[mirror], images[mirror] = self.turned[wanted[mirror]], images[mirror].flip(-1)
+        mean, std = latents.float().unbind(2)  #                                     [I, S, c, h, w]
+        jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")
+        if config.prompt_dropout > 0:
+            dropped = torch.rand(count, levels, 1, generator=g) < config.prompt_dropout
+            ids = torch.where(dropped.to(base.device), self.nothing, ids)
+        rows = [x.to(base.device) for x in (mean + std * jitter, noise, t, ids)]  #  [I, S, ...] each
+        goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (count, levels))
+        if self.prior is not None:
+            mixed = torch.randperm(count * config.prior_rows, generator=g)
+            kept = self.prior.draw(len(mixed), config.seed, step)
+            each = [x[mixed].unflatten(0, (count, -1)) for x in kept]
+            *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))  # [I, S + P, ...]
+        some = who[: config.identity_people] if config.identity_weight > 0 else []
+        portraits = [self.people.images[self.photos[i]] for i in some]
+        return Batch(
+            images=images,
+            rows=rows,
+            wanted=goal,
+            fit_rows=self.fit_rows[shown].where(~mirror, -1),
+            noise=torch.randn((len(some), *base.latent_shape), generator=g),
+            portraits=[x.flip(-1) if turn else x for x, turn in zip(portraits, mirror[: len(some)], strict=True)],
+        )
 
 
 def identity_loss(base: Base, model: Hypernet, noise: Tensor, photos: list[Tensor], steps: int) -> Tensor:
@@ -402,129 +297,251 @@ def identity_loss(base: Base, model: Hypernet, noise: Tensor, photos: list[Tenso
     return (model.features(base.pixels(latents))[1] - known).square().mean(1)
 
 
-def _prompts(people: People, config: DiffusionConfig) -> list[str]:
-    """Return what every picture is denoised under: photos the instance prompt, others their caption about [V]."""
-    photo, word = people.is_style("photo").tolist(), config.class_word
-    named = re.compile(rf"(?<!{re.escape(config.rare_token)} )\b{re.escape(word)}\b")
-    return [
-        config.instance_prompt if is_photo else named.sub(f"{config.rare_token} {word}", text, count=1)
-        for text, is_photo in zip(people.captions, photo, strict=True)
-    ]
+class Objective:
+    """The terms of the loss: eq. 2 and those that the paper does not have.
 
-
-def _verdict(found: dict[str, Any]) -> str:
-    """Say in words whether unseen people's own predictions denoise them better than another's and than the average."""
-    lines = [f"on {found['people']} unseen people after {found['step']} steps, the own prediction against"]
-    for other, word in (("shuffled", "another person's"), ("mean", "everybody's average")):
-        loss, face = (found[f"{kind}_own-{other}"] for kind in ("diffusion", "face_cosine"))
-        said = "it carries the person" if loss["hi"] < 0 else "it is not better"
-        lines.append(
-            f"  {word}: loss {loss['mean']:+.5f} [{loss['lo']:+.5f}, {loss['hi']:+.5f}], "
-            f"face cosine {face['mean']:+.3f} [{face['lo']:+.3f}, {face['hi']:+.3f}]: {said}"
-        )
-    return "\n".join(lines)
-
-
-class _Validation:
-    """Unseen people, fixed seeds: the training's diffusion loss on another photo, and the face cosine.
-
-    Under the own prediction, another person's and everybody's average.
+    `fits` is the store that predictions are compared with, by the distance `weight_space`.
     """
 
-    def __init__(self, config: Config, base: Base, lidb: Any) -> None:
-        import torch
-
-        from hyperdb.data.people import load_people
-
-        assert config.validation is not None
-        self.base, self.lidb, self.config = base, lidb, config
-        many, size = config.validation_people, config.diffusion.size
-        people = load_people(config.validation, many, "validation", size, least=2)
-        rows = people.photos
-        if len(rows) < 2:
-            raise UserError(f"{config.validation} needs at least two people with two photos each")
-        views = min(len(r) for r in rows)
-        self.people = people
-        self.first = torch.stack([r[0] for r in rows])
-        self.shown = people.images[self.first]  #                                   [I, 3, H, W]
-        others = torch.stack([r[1:views] for r in rows])  #                         [I, K]
-        self.others = people.images[others.flatten()].unflatten(0, others.shape)
-        self.moments = base.moments(self.others[:, 0])
-        self.gallery: Tensor | None = None
-        self.pairs: dict[str, dict[str, float]] = {}  # own - another's, own - average; mean and interval over people
-
-    def fits_of(self, store: WeightStore) -> Tensor:
-        """Return the row in a store of each person's photo, -1 where it has none."""
-        return store.rows_of(self.people.keys(store.by, self.first))
-
-    def measure(
-        self, model: Hypernet, picture: Path, store: WeightStore | None, weight_loss: Any, scale: Tensor | None
-    ) -> dict[str, float]:
-        """Return the scores, keep the `pairs`, and write the preview sheet."""
-        import torch
-
-        from hyperdb.adapters.base import select
+    def __init__(
+        self, config: Config, base: Base, model: Hypernet, lidb: LiDB, fits: FitStore | None,
+        weight_space: WeightSpace | None,
+    ) -> None:  # fmt: skip
         from hyperdb.adapters.inject import Injection
-        from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
-        from hyperdb.faces.image import grid, save_png
-        from hyperdb.metrics.face import SFace
-        from hyperdb.metrics.likeness import face_cosine, galleries
-        from hyperdb.metrics.score import paired
-        from hyperdb.runtime.seed import generator
-        from hyperdb.tuning.draw import draw
+        from hyperdb.diffusion.loss import face_focus
 
-        base, count, feature = self.base, len(self.shown), SFace()
-        if self.gallery is None:
-            self.gallery = galleries(feature, self.others)
-        model.eval()
-        with torch.no_grad(), base.autocast():
-            tokens = model(self.shown)
-        model.train()
-        own = self.lidb.factors({"tokens": tokens})
-        shuffled = select(own, [(i + 1) % count for i in range(count)])
-        average = self.lidb.factors({"tokens": tokens.mean(0, keepdim=True)})
-        ways = {"own": own, "shuffled": shuffled, "mean": average}
-        # the same noise and noise levels at every validation, weighted as in training
-        levels, config, schedule = 4, self.config, base.schedule
-        g = generator(config.seed, "validation")
-        t = stratified_timesteps(count, levels, schedule.config.num_train_timesteps, g, config.logit_normal)
-        t = t.flatten().to(base.device)
-        z = self.moments[:, 0].repeat_interleave(levels, 0).to(base.device)
-        noise = torch.randn(z.shape, generator=g).to(base.device)
-        ids = base.tokenize([config.diffusion.instance_prompt]).expand(len(t), -1)
-        weight = signal_weight(schedule, t, config.signal_weight)[:, None, None, None]
-        weight = weight * face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
-        losses: dict[str, Tensor] = {}
-        injection = Injection(base.targets())
-        for name, factors in ways.items():
-            with torch.no_grad(), injection.using(factors):
-                error = weight * (predict(base, z, noise, t, ids) - target(schedule, z, noise, t)).square()
-                losses[name] = error.flatten(1).mean(1).view(count, levels).mean(1).cpu()  #  [I]
-        injection.remove()
-        scores = {f"diffusion_{name}": round(loss.mean().item(), 5) for name, loss in losses.items()}
-        if store is not None and scale is not None:
-            rows = self.fits_of(store)
-            if (rows >= 0).any():
-                fitted = store.tokens[rows[rows >= 0]].to(base.device)
-                distance = weight_loss(self.lidb, tokens[(rows >= 0).to(base.device)], fitted, scale)
-                scores["weights"] = round(distance.mean().item(), 5)
-        prompts = [self.config.diffusion.instance_prompt] * 2
-        drawn = {n: draw(base, ways[n], count, prompts, [0, 1]) for n in ("own", "shuffled")}
-        drawn["mean"] = draw(base, average, 1, prompts, [0, 1]).expand_as(drawn["own"])  # alike for all
-        faces = {n: face_cosine(feature, images, self.gallery).mean(1) for n, images in drawn.items()}
-        scores |= {f"face_cosine_{name}": round(cosine.mean().item(), 4) for name, cosine in faces.items()}
-        self.pairs = {
-            f"{kind}_own-{name}": paired(values["own"].numpy(), values[name].numpy(), config.seed)
-            for kind, values in (("diffusion", losses), ("face_cosine", faces))
-            for name in ("shuffled", "mean")
-        }
-        word = self.config.diffusion.class_word
-        style = self.config.prior.prompts[-1].replace(word, f"[V] {word}")
-        styled = draw(base, own, count, [style], [0])
-        few = min(count, 10)
-        one, two = drawn["own"][:few, :2].unbind(1)
-        sheet = [self.shown[:few], one, two, drawn["shuffled"][:few, 0], styled[:few, 0]]
-        pixels = torch.cat(sheet).permute(0, 2, 3, 1).numpy()
-        labels = ["photo", "predicted", "predicted", "another's", "styled"]
-        save_png(picture, grid(list(pixels), few, rows=labels))
-        return scores
+        self.config, self.base, self.model, self.lidb = config, base, model, lidb
+        self.fits, self.weight_space = fits, weight_space
+        self.injection = Injection(base.targets())
+        self.focus = face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
+
+    def backward(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the terms for predictions `[I, N, D]`, leaves, whose `grad` is then that of the sum of the terms."""
+        terms: dict[str, Tensor] = {}
+        if self.config.alpha > 0:
+            terms |= self._denoise(tokens, batch)
+        if self.config.identity_weight > 0:
+            terms["identity"] = self._identify(tokens, batch)
+        if self.fits is not None and self.weight_space is not None and (batch.fit_rows >= 0).any():
+            distance = self.weight_space(tokens, self.fits.tokens, batch.fit_rows)
+            # eq. 2, second term: where a fit exists
+            terms["weights"] = self.config.beta * distance.sum() / self.config.batch
+            terms["weights"].backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    # eq. 2, first term: on everyone
+    def _denoise(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
+        import torch
+
+        from hyperdb.diffusion.loss import predict, signal_weight
+
+        config, base, (count, levels) = self.config, self.base, (len(tokens), self.config.levels)
+        terms = {}
+        # in use until the backward pass has ended: checkpointing computes with it again
+        with self.injection.using(self.lidb.factors({"tokens": tokens})):
+            predicted = predict(base, *(x.flatten(0, 1) for x in batch.rows)).unflatten(0, (count, -1))
+            weight = signal_weight(base.schedule, batch.rows[2], config.signal_weight)[..., None, None, None]
+            square = weight * (predicted - batch.wanted).square()  #                [I, S + P, c, h, w]
+            terms["diffusion"] = config.alpha * (square[:, :levels] * self.focus).mean()
+            if config.prior_weight > 0:
+                terms["prior"] = config.prior_weight * square[:, levels:].mean()
+            torch.stack(list(terms.values())).sum().backward()
+        return terms
+
+    def _identify(self, tokens: Tensor, batch: Batch) -> Tensor:
+        from hyperdb.runtime.precision import attention
+
+        config, guide = self.config, self.config.diffusion.guide()
+        own = self.lidb.factors({"tokens": tokens[: len(batch.noise)]})
+        with (
+            self.injection.using(own, repeat=guide.adapted, plain=guide.plain),
+            attention(_fused(config)),
+        ):
+            distance = identity_loss(self.base, self.model, batch.noise, batch.portraits, config.identity_steps)
+            term = config.identity_weight * distance.mean()
+            term.backward(inputs=[tokens])  # never the encoder: it would learn to see less
+        return term
+
+
+def _fused(config: Config) -> bool:
+    """Whether the hypernetwork's attention may be fused, as the base's is (`DiffusionConfig.attention`)."""
+    return config.diffusion.attention != "eager"
+
+
+def backward(
+    step: int, *, batches: Batches, network: nn.Module, objective: Objective, accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Compute the gradients of a 0-based step in the `network`, and return the terms of its loss.
+
+    Each term goes back as far as the predictions, while what it needs is in use; then all go through the network once.
+    """
+    from hyperdb.runtime.precision import attention
+
+    batch = batches.draw(step, accelerator.process_index)
+    with objective.base.autocast(), attention(_fused(objective.config)):
+        predicted = network(batch.images)  #                                        [I, N, D]
+    tokens = predicted.detach().requires_grad_()
+    terms = objective.backward(tokens, batch)
+    accelerator.backward(predicted, gradient=tokens.grad)
+    return terms
+
+
+def _fits(config: Config, folder: str, base: Base, layout: Layout, people: People) -> FitStore:
+    """Load the store of fits of people. Raises `UserError` for fits of another kind than what is to be predicted."""
+    from hyperdb.data.fits import load_store, made_from
+
+    fits = load_store(folder, layout, **made_from(base, people))
+    if asdict(fits.lidb.config) != asdict(config.adapter):
+        raise UserError(f"{folder} was made with lidb {asdict(fits.lidb.config)}; set the same or refit")
+    return fits
+
+
+def _validation(
+    config: Config, base: Base, lidb: LiDB, layout: Layout, weight_space: WeightSpace | None
+) -> Validation | None:
+    """Load the people to measure on and their fits; nobody if none are asked for."""
+    from hyperdb.data.people import load_people
+    from hyperdb.tuning.validation import Validation
+
+    if config.validation is None:
+        return None
+    people = load_people(config.validation, config.validation_people, "validation", config.diffusion.size, least=2)
+    if people.identities < 2:
+        raise UserError(f"{config.validation} needs at least two people with two photos each")
+    folder, word = config.validation_weights, config.diffusion.class_word
+    validation = Validation(
+        base=base,
+        lidb=lidb,
+        people=people,
+        style=config.prior.prompts[-1].replace(word, f"[V] {word}"),
+        logit_normal=config.logit_normal,
+        signal_weight=config.signal_weight,
+        face_weight=config.face_weight,
+        fits=_fits(config, folder, base, layout, people) if folder is not None else None,
+        weight_space=weight_space,
+        seed=config.seed,
+    )
+    if validation.fit_rows is not None and (validation.fit_rows < 0).all():
+        raise UserError(f"{folder} holds no fit of the people in {config.validation}")
+    return validation
+
+
+def run(config: Config) -> Path:
+    """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
+    import torch
+    from accelerate import Accelerator
+
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.data.people import load_people
+    from hyperdb.hypernet.loss import WeightSpace
+    from hyperdb.hypernet.model import Hypernet
+    from hyperdb.runtime.files import hash_files, load_json, save_json
+    from hyperdb.runtime.loop import train
+    from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw
+    from hyperdb.runtime.output import claim
+    from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import recipe
+    from hyperdb.runtime.seed import derive
+    from hyperdb.tuning.prior import load_prior
+    from hyperdb.tuning.validation import verdict
+
+    # --- base, people, fits
+    base = config.diffusion.load()
+    layout = Layout.of(base.targets())
+    people = load_people(config.data, limit=config.people, size=config.diffusion.size)
+    photos = torch.cat(people.photos)
+    if len(photos) == 0:
+        raise UserError(f"{config.data} holds no photos of people")
+    fits = None
+    if config.weights is not None and config.beta > 0:
+        fits = _fits(config, config.weights, base, layout, people)
+    lidb = fits.lidb if fits is not None else config.adapter.tokens(layout)
+    lidb = lidb.to(base.device)
+    origin = {"base": base.digest, "data": people.digest, "weights": fits.digest if fits is not None else ""}
+    # `init` brings its own encoder
+    for part, file in (("init", config.init), ("encoder", None if config.init else config.model.encoder.weights)):
+        if file is not None and resolve(file).is_file():  # else whoever reads it says so
+            origin[part] = hash_files([resolve(file)])
+    whole = {**recipe(config), "made_from": origin}
+    out = claim(config.out, WRITES, whole)
+    fit_rows = torch.full((len(people),), -1)  # whose fit belongs to which photo
+    if fits is not None:
+        fit_rows[photos] = fits.rows_of(people.keys(fits.by, photos))
+        if (fit_rows < 0).all():
+            raise UserError(f"{config.weights} holds no fit of the people in {config.data}; set weights=null or refit")
+    prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
+    batches = Batches(config, base, people, fit_rows, prior)
+
+    # --- model
+    if config.tracker == "wandb":
+        os.environ.setdefault("WANDB_MODE", "offline")  # `wandb sync` uploads; WANDB_MODE=online does at once
+    accelerator = Accelerator(
+        cpu=base.device.type == "cpu", log_with=config.tracker, project_dir=str(out) if config.tracker else None
+    )
+    if config.tracker:
+        accelerator.init_trackers("hyperdb", config={"name": config.name, "seed": config.seed})
+    torch.manual_seed(derive(config.seed, "hypernet weights"))  # the only way to seed the modules' initialisation
+    if config.init is not None:
+        model = Hypernet.load(resolve(config.init))
+        layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
+        if asdict(model.lidb.config) != asdict(config.adapter):
+            raise UserError(f"{config.init} was made with lidb {asdict(model.lidb.config)}; set the same")
+    else:
+        model = Hypernet(config.model, lidb, config.default_spread)
+        if fits is not None and len(fits.tokens) > 1:
+            model.standardise(fits.tokens)
+        model.to(base.device).standardise_features(people.images[photos[:FEATURE_PHOTOS]])
+    if config.encoder_rate == 0:
+        model.encoder.requires_grad_(False)
+    model = model.to(base.device).train()
+    inside = [p for p in model.encoder.parameters() if p.requires_grad]
+    outside = list(model.decoder.parameters())
+    if config.matrix_rate is None:
+        optimizer = adamw(outside, config.rate)
+    else:
+        # positions and biases are vectors, a layer each
+        kinds = {n: n.endswith("weight") and p.ndim > 1 for n, p in model.decoder.named_parameters()}
+        vectors, matrices = ([p for n, p in model.decoder.named_parameters() if kinds[n] is k] for k in (False, True))
+        optimizer = Muon(vectors, config.rate, matrices, config.matrix_rate)
+    if inside:
+        optimizer.add_param_group({"params": inside, "lr": config.encoder_rate})
+    ema = EMA([*outside, *inside], config.ema)
+    network, optimizer = accelerator.prepare(model, optimizer)
+    weight_space = None
+    if fits is not None:
+        weight_space = WeightSpace(lidb, fits.tokens.to(base.device), config.weight_loss)
+    objective = Objective(config, base, model, lidb, fits, weight_space)
+    validation = _validation(config, base, lidb, layout, weight_space)
+
+    # --- train
+    def after(done: int, terms: dict[str, float], journal: Journal) -> None:
+        scores = dict(terms)
+        if validation is not None and (done % config.validate_every == 0 or done == config.steps):
+            ema.swap()
+            sheet = out / "previews" / f"step-{done:06d}.png"
+            found, pairs = validation.measure(model, sheet)
+            ema.swap()
+            save_json(out / "validation.json", {"step": done, "people": validation.people.identities, **pairs})
+            found = {f"validation/{k}": v for k, v in found.items()}
+            journal.record(done, **found)
+            scores.update(found)
+        if config.tracker:
+            accelerator.log(scores, step=done)
+
+    step = partial(backward, batches=batches, network=network, objective=objective, accelerator=accelerator)
+    schedule = Schedule(config.steps, config.warmup, config.decay)
+    train(
+        "hypernetwork", out, whole, schedule, optimizer, ema, step, after, config.save_every,
+        main=accelerator.is_main_process,
+    )  # fmt: skip
+
+    # --- write
+    objective.injection.remove()
+    model.save(out / "hypernet.safetensors", {**origin, "steps": str(config.steps)})
+    save_json(out / "report.json", {"config": asdict(config), **origin, **provenance()})
+    if config.tracker:
+        accelerator.end_training()
+    if validation is not None and (out / "validation.json").is_file():
+        print(verdict(load_json(out / "validation.json")))
+    print(f"hypernetwork in {out / 'hypernet.safetensors'}, previews in {out / 'previews'}")
+    return out

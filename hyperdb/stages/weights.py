@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hyperdb.data.people import People
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
+    from hyperdb.tuning.space import Space
 
 SMILES = ("smiling", "laughing")
 
@@ -69,38 +70,6 @@ class Config:
             raise UserError(f"people={self.people}, components={self.components}: expected at least 8, and fewer")
         if min(self.sampled, self.edited, self.images) < 2 or 0.0 not in self.shifts:
             raise UserError("expected sampled, edited and images of at least 2, and 0 among shifts")
-
-
-class Space:
-    """Principal components of adapters `[I, C]`: `mean [C]`, `axes [K, C]`, `std [K]` (weights2weights' space)."""
-
-    def __init__(self, numbers: Tensor, components: int) -> None:
-        import torch
-
-        self.mean = numbers.mean(0)
-        _, size, axes = torch.linalg.svd(numbers - self.mean, full_matrices=False)
-        kept = min(components, int((size > 1e-5 * size[0]).sum()))
-        self.axes, self.std = axes[:kept], size[:kept] / (len(numbers) - 1) ** 0.5
-        self.explained = (size[:kept].square() / size.square().sum()).cumsum(0)
-
-    def encode(self, numbers: Tensor) -> Tensor:
-        """Return coordinates `[I, K]` at unit variance over the people that made the space."""
-        return (numbers - self.mean) @ self.axes.mT / self.std
-
-    def decode(self, coordinates: Tensor) -> Tensor:
-        """Return the adapters `[I, C]` of coordinates `[I, K]`."""
-        return self.mean + (coordinates * self.std) @ self.axes
-
-
-def ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Return weights `[F, T]` and offset `[T]` that predict `y [I, T]` from `x [I, F]`."""
-    import torch
-
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    centred = x - mean_x
-    gram = centred.mT @ centred + penalty * torch.eye(x.shape[1])
-    w = torch.linalg.solve(gram, centred.mT @ (y - mean_y))
-    return w, mean_y - mean_x @ w
 
 
 def attributes(people: People) -> Tensor:
@@ -169,14 +138,15 @@ def run(config: Config) -> Path:
     from tqdm import tqdm
 
     from hyperdb.adapters.layout import Layout
+    from hyperdb.data.fits import load_store, made_from
     from hyperdb.data.people import load_people
-    from hyperdb.data.weights import load_store, made_from
     from hyperdb.diffusion.targets import base_hash
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
     from hyperdb.tuning.personalizer import hypernet_folder, load_hypernet
+    from hyperdb.tuning.space import Space, ridge
 
     # --- adapters of many people, and of unseen ones
     folder = hypernet_folder(config.hypernet, config.default_hypernet, config.diffusion.path)
@@ -186,11 +156,11 @@ def run(config: Config) -> Path:
     people = load_people(config.data, config.people, size=config.diffusion.size)
     unseen = load_people(config.unseen, config.edited, "validation", config.diffusion.size)
 
-    store = None
+    fits = None
     if config.weights is not None:
-        store = load_store(config.weights, model.lidb.layout, **made_from(base, people))
+        fits = load_store(config.weights, model.lidb.layout, **made_from(base, people))
     contents = {"base": base.digest, "hypernet": hash_files([folder / "hypernet.safetensors"])}
-    contents |= {"data": people.digest, "unseen": unseen.digest, "weights": store.digest if store is not None else ""}
+    contents |= {"data": people.digest, "unseen": unseen.digest, "weights": fits.digest if fits is not None else ""}
     out = claim(config.out, WRITES, {**recipe(config), **contents})
 
     @torch.no_grad()
@@ -204,15 +174,15 @@ def run(config: Config) -> Path:
 
     own = predict(unseen)
     first = torch.stack([r[0] for r in people.photos])  # the photo that each adapter is of
-    if store is None:
+    if fits is None:
         numbers = predict(people)
     else:
-        if asdict(store.lidb.config) != asdict(model.lidb.config):
-            raise UserError(f"{config.weights} has lidb {asdict(store.lidb.config)}, the hypernetwork has other")
-        fits = store.rows_of(people.keys(store.by, first))
-        if (fits >= 0).sum() < 8:
-            raise UserError(f"{config.weights} holds fits of {int((fits >= 0).sum())} of the people in {config.data}")
-        numbers, first = model.lidb.pack(store.tokens[fits[fits >= 0]]), first[fits >= 0]
+        if asdict(fits.lidb.config) != asdict(model.lidb.config):
+            raise UserError(f"{config.weights} has lidb {asdict(fits.lidb.config)}, the hypernetwork has other")
+        rows = fits.rows_of(people.keys(fits.by, first))
+        if (rows >= 0).sum() < 8:
+            raise UserError(f"{config.weights} holds fits of {int((rows >= 0).sum())} of the people in {config.data}")
+        numbers, first = model.lidb.pack(fits.tokens[rows[rows >= 0]]), first[rows >= 0]
     space = Space(numbers, config.components)
     adapters = len(own) * (2 + len(ATTRIBUTES) * len(config.shifts)) + WAYS * (len(own) // 2)
     adapters += config.sampled + min(KNOWN * config.sampled, len(numbers))
@@ -222,12 +192,9 @@ def run(config: Config) -> Path:
     # --- a direction of each attribute in the space, and a reader of pictures that never saw an adapter
     known = attributes(people)
     scale = known.std(0).clamp_min(1e-6)
-    w, _ = ridge(space.encode(numbers), known[first] / scale, penalty=len(first) / 10)
-    # [K, T]: a step moves one attribute by a standard deviation and leaves the others where they are
-    directions = torch.linalg.pinv(w).mT
-    in_numbers = (directions.mT * space.std) @ space.axes  #                        [T, C]
+    directions = space.directions(numbers, known[first] / scale)  #                 [T, C]
     made_in = (model.lidb.fingerprint, base_hash(base.targets()))
-    save_directions(out / "directions.safetensors", in_numbers, *made_in)
+    save_directions(out / "directions.safetensors", directions, *made_in)
     shown, judged = torch.cat(people.photos), torch.cat(unseen.photos)
     reader = ridge(_looks(model, people.images[shown]), known[shown] / scale, penalty=READER)
 
@@ -236,7 +203,7 @@ def run(config: Config) -> Path:
 
     pairs = zip(read(unseen.images[judged]).mT, attributes(unseen)[judged].mT, strict=True)
     correlation = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs])
-    moved = _edit(config, studio, in_numbers, own, read, out)
+    moved = _edit(config, studio, directions, own, read, out)
     for word, value in zip(ATTRIBUTES, correlation, strict=True):
         moved[word]["reader_correlation"] = _number(value)
 
@@ -305,7 +272,7 @@ def _sample(
     from hyperdb.formats.native import Personalization
     from hyperdb.runtime.seed import generator
 
-    new = space.decode(torch.randn(config.sampled, len(space.std), generator=generator(config.seed, "weights")))
+    new = space.sample(config.sampled, generator(config.seed, "weights"))
     drawn = studio.draw(new, "new people")
     known = studio.faces(studio.draw(numbers[: KNOWN * config.sampled], "known people"))
     gallery = torch.nn.functional.normalize(known.nanmean(1), dim=-1)

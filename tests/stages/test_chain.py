@@ -215,20 +215,20 @@ def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, fi
 def test_validation_weights_its_loss_as_training_does(made, unseen, tmp_path, monkeypatch):
     """Levels, signal weight and the weight of the face: the errors counted are those of `predict` at the same draws."""
     from hyperdb.diffusion import loss
+    from hyperdb.tuning import validation
 
     drawn = []
     predict = loss.predict
 
     def watched(base, latents, noise, timesteps, ids):
         out = predict(base, latents, noise, timesteps, ids)
-        if not torch.is_grad_enabled():
-            error = (out - loss.target(base.schedule, latents, noise, timesteps)).square()
-            focus = loss.face_focus(3.0, *error.shape[2:])
-            weight = loss.signal_weight(base.schedule, timesteps, 0.7)[:, None, None, None]
-            drawn.append((timesteps, (weight * focus * error).mean().item()))
+        error = (out - loss.target(base.schedule, latents, noise, timesteps)).square()
+        focus = loss.face_focus(3.0, *error.shape[2:])
+        weight = loss.signal_weight(base.schedule, timesteps, 0.7)[:, None, None, None]
+        drawn.append((timesteps, (weight * focus * error).mean().item()))
         return out
 
-    monkeypatch.setattr(loss, "predict", watched)
+    monkeypatch.setattr(validation, "predict", watched)
     words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=1", f"out={tmp_path}"]
     words += ["prior_weight=0", f"validation={unseen}", "signal_weight=0.7", "face_weight=3", "logit_normal=[2.0,0.1]"]
     configuration.run("train_hypernet", words)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from hyperdb import config as configuration
 from hyperdb.adapters.layout import Layout
+from hyperdb.data.fits import load_store
 from hyperdb.data.people import load_people
-from hyperdb.data.weights import load_store
 from hyperdb.hypernet import loss as weight_space
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
@@ -91,7 +91,7 @@ def _taught(base_words, aligned, weights, out, monkeypatch, *more) -> list[tuple
 def test_a_photo_is_taught_its_own_fit(base_words, aligned, stores, tmp_path, monkeypatch, by):
     settings = configuration.load("precompute", [*base_words, *FIT, f"by={by}", f"fit.views={1 + (by == 'person')}"])
     base = settings.diffusion.load()
-    lidb = settings.adapter.build(Layout.of(base.targets()))
+    lidb = settings.adapter.tokens(Layout.of(base.targets()))
     files = [torch.from_numpy(np.array(Image.open(aligned / f"{i}.png"))).permute(2, 0, 1) for i in range(len(PHOTOS))]
 
     def own(i: int) -> torch.Tensor:

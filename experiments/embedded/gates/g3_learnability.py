@@ -19,11 +19,11 @@ from torch.nn.functional import one_hot
 from hyperdb import config
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
+from hyperdb.data.fits import load_store
 from hyperdb.data.people import load_people
-from hyperdb.data.weights import load_store
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
-from hyperdb.stages.weights import ridge
+from hyperdb.tuning.space import ridge
 
 FOLDS, PENALTIES, PENALTY = 5, (1.0, 10.0, 100.0, 1000.0), 100.0  # the last is the one that counts
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import hyperdb
+from hyperdb.data.fits import load_store
 from hyperdb.data.people import load_people
-from hyperdb.data.weights import load_store
 from hyperdb.faces.image import grid, save_png
 from hyperdb.metrics.face import SFace
 from hyperdb.metrics.likeness import face_cosine, galleries

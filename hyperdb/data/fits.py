@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class WeightStore:
+class FitStore:
     """I fits: `tokens [I, N, D]`, whose they are, and the LiDB that they belong to.
 
     `by` is image or person, and `keys [I]` the images' or people's `People.keys`.
@@ -88,18 +88,18 @@ def made_from(base: Base, people: People) -> dict[str, Any]:
     return {"base": base.digest, "data": people.digest, "size": base.config.size, "prompt": base.config.instance_prompt}
 
 
-def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> WeightStore:
+def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore:
     """Read a store. Raises `UserError` if it is of another layout or other LiDB bases.
 
     Each of `made_from` (base, data, ...; see `made_from`) must be what the fits were made from.
     """
     folder = Path(folder)
     if not (folder / "index.json").is_file():
-        raise UserError(f"no finished weight store at {folder}; run `hyperdb precompute` (again) to make it")
+        raise UserError(f"no finished store of fits at {folder}; run `hyperdb precompute` (again) to make it")
     index = load_json(folder / "index.json")
     if not isinstance(index, dict) or not {"by", "layout", "lidb", "fingerprint", "shards"} <= index.keys():
-        raise UserError(f"{folder} is not a weight store of this version; run `hyperdb precompute` to make one")
-    layout.require(Layout.from_text(index["layout"]), f"the weight store {folder}")
+        raise UserError(f"{folder} is not a store of fits of this version; run `hyperdb precompute` to make one")
+    layout.require(Layout.from_text(index["layout"]), f"the store of fits {folder}")
     for name, value in made_from.items():
         if index.get(name) != value:
             raise UserError(
@@ -115,7 +115,7 @@ def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> WeightSt
     tokens = torch.cat([p["tokens"] for p in parts]).float()
     if tokens.shape[1:] != lidb.mask.shape or not torch.isfinite(tokens).all():
         raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again")
-    return WeightStore(tokens, torch.cat([p["keys"] for p in parts]), index["by"], lidb, index)
+    return FitStore(tokens, torch.cat([p["keys"] for p in parts]), index["by"], lidb, index)
 
 
 def store_key(**parts: Any) -> str:
