@@ -149,6 +149,11 @@ def test_figures_of_an_evaluation(tmp_path, golden):
     found |= {f"{pair} cosine": [x["mean"], x["lo"], x["hi"]] for pair, x in result["paired"].items()}
     found |= {f"{row} closed": [x] for row, x in result["closed"].items()}
     golden("evaluate", found, abs=3e-3)
+    for words in result["slices"].values():  # each attribute splits the same people
+        assert sum(part["people"] for part in words.values()) == result["people"]
+        mean = sum(part["people"] * part["floor"] for part in words.values()) / result["people"]
+        assert mean == pytest.approx(result["rows"]["floor"]["cosine"]["mean"], abs=1e-3)
+    assert set(result["slices"]) == {"sex", "age", "skin"}
     means = {row: figures["cosine"]["mean"] for row, figures in result["rows"].items()}
     way = means["ceiling"] - means["floor"]
     assert way > 0.1
