@@ -136,6 +136,12 @@ def test_losses_of_the_other_trainings(tiny_base, rendered, vae, losses, tmp_pat
     golden(name, rows(losses), rel=1e-3)
 
 
+ROWS = [
+    "floor", "shuffled", "mean", "hyper_only", "shuffled_40", "mean_40", "hyper_40", "no_hyper_40", "lidb_fit", "copy",
+    "ceiling",
+]  # fmt: skip
+
+
 def test_figures_of_an_evaluation(tmp_path, golden):
     """Every row on the embedded base, whose pictures have faces: no figure is that of a picture without one."""
     words = ["split=test", "identities=3", "views=17", "photo_views=3", "workers=1"]
