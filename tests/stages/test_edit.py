@@ -17,9 +17,10 @@ from hyperdb.formats.directions import ATTRIBUTES, DIRECTIONS
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import save_tensors
-from hyperdb.stages.weights import _looks, ridge
+from hyperdb.stages.weights import _looks
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.personalizer import Personalizer
+from hyperdb.tuning.space import ridge
 
 
 def person(seed, relaxed=True, lidb=None):
