@@ -136,6 +136,12 @@ def test_losses_of_the_other_trainings(tiny_base, rendered, vae, losses, tmp_pat
     golden(name, rows(losses), rel=1e-3)
 
 
+ROWS = [
+    "floor", "shuffled", "mean", "hyper_only", "shuffled_40", "mean_40", "hyper_40", "no_hyper_40", "lidb_fit", "copy",
+    "ceiling",
+]  # fmt: skip
+
+
 def test_figures_of_an_evaluation(tmp_path, golden):
     """Every row on the embedded base, whose pictures have faces: no figure is that of a picture without one."""
     words = ["split=test", "identities=3", "views=17", "photo_views=3", "workers=1"]
@@ -149,6 +155,11 @@ def test_figures_of_an_evaluation(tmp_path, golden):
     found |= {f"{pair} cosine": [x["mean"], x["lo"], x["hi"]] for pair, x in result["paired"].items()}
     found |= {f"{row} closed": [x] for row, x in result["closed"].items()}
     golden("evaluate", found, abs=3e-3)
+    for words in result["slices"].values():  # each attribute splits the same people
+        assert sum(part["people"] for part in words.values()) == result["people"]
+        mean = sum(part["people"] * part["floor"] for part in words.values()) / result["people"]
+        assert mean == pytest.approx(result["rows"]["floor"]["cosine"]["mean"], abs=1e-3)
+    assert set(result["slices"]) == {"sex", "age", "skin"}
     means = {row: figures["cosine"]["mean"] for row, figures in result["rows"].items()}
     way = means["ceiling"] - means["floor"]
     assert way > 0.1

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.adapters.site import Site
-    from hyperdb.types import Delta, Down, Up
 
 
 class NotMergeableError(UserError):
@@ -350,8 +349,8 @@ def both(*changes: Changes | None) -> Any:
 # --- low rank ----------------------------------------------------------------------------------------
 
 
-def delta(down: Down, up: Up) -> Delta:
-    """Return the dense residual `dW = up @ down`, of a convolution `[I, m, c, h, w]`."""
+def delta(down: Tensor, up: Tensor) -> Tensor:
+    """Return the dense residual `dW = up @ down`, `[I, m, n]`, of a convolution `[I, m, c, h, w]`."""
     if down.ndim > 3:
         return (up @ down.flatten(2)).unflatten(2, down.shape[2:])
     return up @ down  #                                                [I, m, r] @ [I, r, n] -> [I, m, n]

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.adapters.site import Site
-    from hyperdb.types import Tokens
 
 ALGORITHM = "qr-uniform-1"
 MAX_BASES, MAX_TOKENS = 10**9, 10**8  # numbers, against hostile files; SD1.5: 26.7 million and 28,800
@@ -148,11 +147,6 @@ class LiDB:
             )
         return sides[0], sides[1]
 
-    def basis(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return a layer's frozen `(A_aux [n, a], B_aux [b, m])`; columns and rows are orthonormal."""
-        A_aux, B_aux = self._masters[self.layout.names.index(name)]
-        return A_aux.to(self.device, self.dtype), B_aux.mT.to(self.device, self.dtype)
-
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LiDB:
         """Move bases, mask and template; `dtype` is that of bases and factors. Return the adapter."""
         import torch
@@ -198,7 +192,7 @@ class LiDB:
         return {"tokens": self.template.repeat(identities, 1, 1)}
 
     # Eq. 1: x dW = x A_aux A_train B_train B_aux
-    def factors(self, params: dict[str, Tokens]) -> Factors:
+    def factors(self, params: dict[str, Tensor]) -> Factors:
         """Return `down = (A_aux A_train)^T: [I, r, n]` and `up = (B_train B_aux)^T: [I, m, r]` a layer."""
         import torch
 

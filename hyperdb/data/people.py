@@ -75,18 +75,6 @@ class People:
             dtype=torch.long,
         )
 
-    def subset(self, keep: Tensor) -> People:
-        """Return the images selected by a mask or by indices `keep`."""
-        index = torch.arange(len(self))[keep]
-        return People(
-            self.images[index],
-            self.seed[index],
-            [self.captions[i] for i in index.tolist()],
-            {k: v[index] for k, v in self.labels.items()},
-            self.names,
-            self.digest,
-        )
-
 
 def _numbered(seed: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     """Number values `[n]` by first appearance, `[n]` in 0 .. I-1, and count them."""

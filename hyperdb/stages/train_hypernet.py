@@ -201,7 +201,7 @@ class Batch:
 
     images: Tensor  # [I, 3, H, W] conditioning photos, uint8
     rows: list[Tensor]  # latents, noise, timesteps and token ids, [I, S + P, ...] each
-    wanted: Tensor  # [I, S + P, c, h, w] what the base shall predict for them
+    goal: Tensor  # [I, S + P, c, h, w] what the base shall predict for them
     fit_rows: Tensor  # [I] which row of the store is the fit of each photo; -1: there is none
     noise: Tensor  # [J, c, h, w] what the pictures of the identity loss begin at; J = 0 without that loss
     portraits: list[Tensor]  # all photos [K, 3, H, W] of each of these J people
@@ -273,7 +273,7 @@ class Batches:
         return Batch(
             images=images,
             rows=rows,
-            wanted=goal,
+            goal=goal,
             fit_rows=self.fit_rows[shown].where(~mirror, -1),
             noise=torch.randn((len(some), *base.latent_shape), generator=g),
             portraits=[x.flip(-1) if turn else x for x, turn in zip(portraits, mirror[: len(some)], strict=True)],
@@ -341,7 +341,7 @@ class Objective:
         with self.injection.using(self.lidb.factors({"tokens": tokens})):
             predicted = predict(base, *(x.flatten(0, 1) for x in batch.rows)).unflatten(0, (count, -1))
             weight = signal_weight(base.schedule, batch.rows[2], config.signal_weight)[..., None, None, None]
-            square = weight * (predicted - batch.wanted).square()  #                [I, S + P, c, h, w]
+            square = weight * (predicted - batch.goal).square()  #                [I, S + P, c, h, w]
             terms["diffusion"] = config.alpha * (square[:, :levels] * self.focus).mean()
             if config.prior_weight > 0:
                 terms["prior"] = config.prior_weight * square[:, levels:].mean()

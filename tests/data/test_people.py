@@ -60,19 +60,6 @@ def test_identities_are_numbered_by_first_appearance() -> None:
     assert not people.is_style("clay").any()
 
 
-def test_subset_by_mask_or_index(people: People) -> None:
-    photos = people.subset(people.is_style("photo"))
-    assert len(photos) == 8
-    assert photos.identities == 4
-    assert torch.equal(photos.images[2], people.images[3])
-    assert photos.captions[2] == people.captions[3]
-    assert torch.equal(photos.labels["age"][2:4], people.labels["age"][3:5])
-    chosen = people.subset(torch.tensor([11, 0, 10]))
-    assert chosen.seed.tolist() == people.seed[[11, 0, 10]].tolist()
-    assert chosen.identity.tolist() == [0, 1, 0]
-    assert chosen.captions == [people.captions[i] for i in (11, 0, 10)]
-
-
 def test_a_choice_of_people_and_photos_is_that_part_of_all(people: People, rendered: Path) -> None:
     later = load_people(rendered, 2, first=1)
     assert torch.equal(later.images, people.images[3:9])
@@ -178,11 +165,12 @@ def test_moments_of_some_rows_and_of_pictures_turned_round(people: People, base:
 
 
 def test_moments_of_another_choice_of_images_are_computed_anew(
-    people: People, base: Base, tmp_path: Path
+    rendered: Path, base: Base, tmp_path: Path
 ) -> None:
     """The cache of one half of the images is not mistaken for that of the other."""
     cache = tmp_path
-    first, second = people.subset(torch.arange(6)), people.subset(torch.arange(6, 12))
+    first, second = load_people(rendered, 2), load_people(rendered, 2, first=2)
+    assert first.images.shape == second.images.shape
     latent_moments(base, first, cache)
     found = latent_moments(base, second, cache)
     torch.testing.assert_close(found, base.moments(second.images).half())

@@ -19,7 +19,7 @@ from hyperdb.faces.align import (
     face_crop,
     ffhq_quad,
     invented,
-    refine,
+    require_whole,
     similarity,
     square,
 )
@@ -72,12 +72,12 @@ def test_refined_points_are_steady(astronaut):
     found = []
     for width in (160, 256, 410, 512, 700):
         picture = cv2.resize(astronaut, (width, width), interpolation=cv2.INTER_AREA)
-        points = refine(picture, detect(picture)[0]).points
+        points = require_whole(picture, detect(picture)[0])[0].points
         found.append((points + 0.5) * 512 / width - 0.5)
     assert np.std(found, axis=0).mean() < 1
     two = np.concatenate([astronaut, astronaut[:, ::-1]], 1)
     for face in detect(two):  # each stays with its own
-        assert np.abs(refine(two, face).points - face.points).max() < 8
+        assert np.abs(require_whole(two, face)[0].points - face.points).max() < 8
 
 
 def test_a_close_up_is_found(astronaut, face):
@@ -123,13 +123,11 @@ def test_several_faces(astronaut):
 def test_the_crop_of_an_upright_whole_face_is_that_of_the_largest_detection_refined(astronaut, face):
     cut, notice = face_crop(astronaut, 128, 1.0)
     assert notice is None
-    assert np.array_equal(cut, crop(astronaut, refine(astronaut, face).points, 128, 1.0))
+    assert np.array_equal(cut, crop(astronaut, require_whole(astronaut, face)[0].points, 128, 1.0))
     for seed in range(6):
-        render = heads.render(heads.Identity(seed), heads.sample_view(np.random.default_rng(seed)))
-        found = detect(render)
-        if found:
-            expected = crop(render, refine(render, found[0]).points, 64)
-            assert np.array_equal(face_crop(render, 64)[0], expected)
+        render = heads.render(heads.Identity(seed), heads.sample_view(np.random.default_rng(seed), style="photo"))
+        expected = crop(render, require_whole(render, detect(render)[0])[0].points, 64)
+        assert np.array_equal(face_crop(render, 64)[0], expected)
 
 
 def test_the_crop_of_the_astronaut_stays_as_it_was(astronaut):
@@ -191,7 +189,7 @@ def test_the_invented_share_of_a_crop_is_named_and_bounded(astronaut):
     tight = astronaut[70:180, 176:272]  # forehead to chin, cheek to cheek
     _, notice = face_crop(tight, 64, 0.8, name="a.jpg")
     share = int(re.search(r"(\d+)% of the crop of a\.jpg lie outside", notice)[1])
-    quad = ffhq_quad(refine(tight, detect(tight)[0]).points, 0.8)
+    quad = ffhq_quad(require_whole(tight, detect(tight)[0])[0].points, 0.8)
     assert 10 < share < 50
     assert abs(invented(tight, quad) - share / 100) < 0.006
     with pytest.raises(UserError, match=r"[5-9]\d% of the crop of the face in a\.jpg .* align=false"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from hyperdb import config as configuration
+from hyperdb import heads
 from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.base import delta
 from hyperdb.adapters.layout import Layout
@@ -15,6 +17,10 @@ from hyperdb.formats.directions import ATTRIBUTES, DIRECTIONS
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import save_tensors
+from hyperdb.stages.weights import _looks
+from hyperdb.tuning.draw import draw
+from hyperdb.tuning.personalizer import Personalizer
+from hyperdb.tuning.space import ridge
 
 
 def person(seed, relaxed=True, lidb=None):
@@ -75,6 +81,35 @@ def test_shifts_add_directions_and_nothing_else(two, tmp_path):
     expected = 2 * steps[ATTRIBUTES.index("age")] - 0.5 * steps[ATTRIBUTES.index("hair")]
     assert torch.allclose(moved, expected, atol=1e-5)
     assert torch.equal(shifted.relaxed["unet.b"][1], a.relaxed["unet.b"][1])
+
+
+def test_a_shift_of_age_makes_everybody_look_older(tmp_path):
+    """To a reader of photos who was taught by the youngest and the oldest of known people, 0 and 1."""
+    model = Personalizer(configuration.load("personalize", ["image=none", "diffusion.dtype=fp32"]))
+
+    def photos(people):
+        drawn = np.random.default_rng(0)
+        views = [heads.sample_view(drawn, style="photo", place="plain", accessory="none") for _ in people]
+        images = np.stack([heads.render(one, view) for one, view in zip(people, views, strict=True)])
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    known = sorted(map(heads.Identity, range(160)), key=lambda one: one.age)
+    shown, old = _looks(model.hypernet, photos([*known[:32], *known[-32:]])), torch.arange(64)[:, None] >= 32
+    weight, offset = ridge(shown, old.float(), penalty=10)
+
+    with torch.no_grad():
+        predicted = model.hypernet(photos([heads.Identity(seed) for seed in heads.SPLITS["validation"][:6]]))
+    files = [model.wrap(one[None]).save(tmp_path / f"{i}.safetensors") for i, one in enumerate(predicted)]
+
+    def age(*shift):
+        people = [edit(tmp_path, f"adapter={file}", *shift) for file in files]
+        factors = model.lidb.factors({"tokens": torch.stack([one.tokens for one in people])})
+        images = draw(model.base, factors, len(people), [model.base.config.instance_prompt] * 2, [0, 1], steps=5)
+        return (_looks(model.hypernet, images.flatten(0, 1)) @ weight + offset).view(len(people), 2).mean(1)
+
+    plain, older, blonder = age(), age("age=2"), age("hair=2")
+    assert (older - plain > 0.2).all()
+    assert (older - plain).mean() > 2 * (blonder - plain).mean()
 
 
 def test_what_cannot_be_is_refused_and_writes_nothing(two, tmp_path):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from hyperdb import heads
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_json
 from hyperdb.stages.render_heads import Config, run
 
 
@@ -34,6 +36,17 @@ def test_resumes_and_does_not_depend_on_workers(tmp_path: Path) -> None:
     assert _bytes(other) == first
     with pytest.raises(UserError, match="views=2 there, 3 now"):
         run(replace(config, views=3))
+
+
+def test_people_drawn_otherwise_are_not_mixed_in(rendered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(**load_json(rendered / "index.json")["config"])
+    before = _bytes(rendered)
+    assert _bytes(run(config)) == before
+    name = heads.ALGORITHM
+    monkeypatch.setattr(heads, "ALGORITHM", "another")
+    with pytest.raises(UserError, match=f"heads_sha256='{name}' there, 'another' now"):
+        run(config)
+    assert _bytes(rendered) == before
 
 
 @pytest.mark.parametrize("bad", [{"split": "dev"}, {"identities": 0}, {"photo_views": 9}])

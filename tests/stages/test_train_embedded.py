@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from hyperdb import config as configuration
+from hyperdb.data.people import load_people
 from hyperdb.runtime import checkpoint
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
@@ -38,10 +39,15 @@ def _changed(vae, folder):
     return folder
 
 
-def test_autoencoder_reports_and_scales(vae):
-    report = json.loads((vae.parent / "report.json").read_text())
-    assert report["psnr_held_out"] > 0
-    assert 0.01 < json.loads((vae / "config.json").read_text())["scaling_factor"] < 100
+def test_autoencoder_reports_and_scales(rendered, vae):
+    """The latents of whom it was trained on have deviation 1, and the report is that of whom it was not."""
+    report, model = json.loads((vae.parent / "report.json").read_text()), AutoencoderKL.from_pretrained(vae)
+    images = load_people(rendered).images.float() / 127.5 - 1
+    with torch.no_grad():
+        latents = [model.encode(x).latent_dist.mean for x in (images[:9], images[9:])]
+        away = (model.decode(latents[1]).sample.clamp(-1, 1) - images[9:]) / 2
+    assert latents[0].std().item() * model.config.scaling_factor == pytest.approx(1, abs=1e-4)
+    assert report["psnr_held_out"] == pytest.approx(-10 * away.square().mean().log10().item(), abs=0.01)
     assert (vae.parent / "reconstructions.png").is_file()
 
 
@@ -108,7 +114,9 @@ def test_encoder_needs_enough_people(rendered, tmp_path):
 def test_encoder_trains(rendered, tmp_path):
     small = ["batch=2", "held_out=1", "steps=2", "encoder.size=32", "portrait=16"]
     configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}", *small])
-    assert 0 <= json.loads((tmp_path / "report.json").read_text())["rank1_held_out"] <= 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["people_held_out"] == report["rank1_held_out"] == 1  # alone, that person is the nearest
+    assert report["portrait_r2"] < 0.5  # two steps teach no stranger's portrait
     tensors, _ = load_tensors(tmp_path / "encoder.safetensors")
     means = [v for k, v in tensors.items() if k.endswith("running_mean")]
     assert means

@@ -38,6 +38,8 @@ def test_weights_draws_measures_and_saves_new_people(tmp_path, in_tmp):
         plain = next(point for point in result["attributes"][word]["curve"] if point["shift"] == 0)
         assert plain["attribute"] == pytest.approx(0, abs=0.1)
         assert plain["face_cosine_to_unedited"] == pytest.approx(1, abs=0.05)
+        shifted = [x["face_cosine_to_unedited"] for x in result["attributes"][word]["curve"] if x["shift"]]
+        assert all(x is None or x < 0.99 for x in shifted)  # another face, or too far for any
     assert result["between"][0]["to_first"] > result["between"][0]["to_last"]
     assert result["between"][-1]["to_last"] > result["between"][-1]["to_first"]
     assert set(result["sampled"]) == {"new", "predicted_for_unseen"}
