@@ -24,6 +24,14 @@ KINDS: dict[str, type[AdapterConfig]] = {
 }
 """{the name of a kind in files: its configuration}."""
 
+
+
+def kind_of(settings: AdapterConfig) -> str:
+    """Return the name of an adapter's kind in `KINDS`."""
+    return next(kind for kind, config in KINDS.items() if type(settings) is config)
+
+
 __all__ = [
     "KINDS", "AdapterConfig", "DoRAConfig", "FullConfig", "LiDBConfig", "LoRAConfig", "SVDiffConfig", "TokenConfig",
+    "kind_of",
 ]  # fmt: skip

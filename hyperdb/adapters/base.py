@@ -187,7 +187,7 @@ class AdapterConfig:
     """Whether it builds a `TokenAdapter`, which a hypernetwork can predict."""
 
     def where(self) -> str:
-        """Return the name of the base's set of sites that it wants (`hyperdb.diffusion.sites`)."""
+        """Return the name of the base's set of sites that it wants (`hyperdb.diffusion.targets.SETS`)."""
         return str(getattr(self, "sites", "attention"))
 
     def bound(self, rare: list[int], noun: list[int]) -> AdapterConfig:

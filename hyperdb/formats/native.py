@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperdb import __version__
-from hyperdb.adapters import KINDS, AdapterConfig, LiDBConfig
+from hyperdb.adapters import KINDS, AdapterConfig, LiDBConfig, kind_of
 from hyperdb.adapters.base import Adapter, Changes, Factors, LowRank, both
 from hyperdb.adapters.inject import Injection, settled
 from hyperdb.adapters.layout import Layout
@@ -98,7 +98,7 @@ class Part:
     @property
     def kind(self) -> str:
         """The name of the adapter's kind in `hyperdb.adapters.KINDS`."""
-        return next(kind for kind, config in KINDS.items() if type(self.config) is config)
+        return kind_of(self.config)
 
     @cached_property
     def adapter(self) -> Adapter:

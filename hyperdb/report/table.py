@@ -53,13 +53,13 @@ def markdown(results: dict[str, Any]) -> str:
     further = {name: label for name, label in FURTHER.items() if name in next(iter(results["rows"].values()))}
     lines = [f"| {' | '.join(['embedded base', 'face cosine', 'rank-1', *further.values()])} |"]
     lines.append("| --- | --- | --- |" + " --- |" * len(further))
-    for name, label in labels(results).items():
+    known = labels(results)
+    for name, label in known.items():
         row = results["rows"][name]
         cells = [label, _interval(row["cosine"]), _rate(row["rank1"]), *(_rate(row[key]) for key in further)]
         lines.append(f"| {' | '.join(cells)} |")
     over = "people and seeds" if results.get("seeds", 1) > 1 else "people"
     lines += ["", f"| paired difference | mean [95 % interval over {over}] |", "| --- | --- |"]
-    known = labels(results)
     for name, value in results["paired"].items():
         lines.append(f"| {' − '.join(known[row] for row in name.split('-'))} | {_interval(value)} |")
     return "\n".join(lines)

@@ -155,7 +155,7 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
 
 def _described(config: Config, model: Personalizer, row: str) -> dict[str, Any]:
     """Return all of a row's method that decides its pictures: where it begins, its adapter and its fine-tuning."""
-    from hyperdb.tuning.trainable import kind_of
+    from hyperdb.adapters import kind_of
 
     if row in PHOTOS:
         return {"start": None, "adapter": None, "finetune": None}

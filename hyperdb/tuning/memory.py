@@ -23,12 +23,12 @@ from torch.utils._pytree import tree_leaves
 from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
-from hyperdb.adapters.site import Site
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
 from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
 from hyperdb.runtime.files import load_metadata
 from hyperdb.tuning.personalizer import hypernet_folder
+from hyperdb.tuning.trainable import layout_of
 
 if TYPE_CHECKING:
     from hyperdb.adapters import AdapterConfig
@@ -169,9 +169,7 @@ class Sketch:
 
     def changes(self, settings: AdapterConfig, people: int) -> tuple[Changes, list[Tensor]]:
         """Return the changes of an adapter in training for so many people, and what AdamW keeps of its numbers."""
-        sites = {name: Site(name, module) for name, module in self.base.places(settings.where()).items()}
-        fitting = {name: site for name, site in sites.items() if site.kind in settings.kinds}
-        adapter = settings.bound([0], [0]).build(Layout.listing(fitting))
+        adapter = settings.bound([0], [0]).build(layout_of(self.base, settings))
         params = {name: torch.empty(people, *shape).requires_grad_() for name, shape in adapter.shapes().items()}
         return adapter.changes(params), [torch.empty_like(p) for p in params.values() for _ in range(2)]
 
