@@ -169,6 +169,14 @@ class LiDB:
         A, B = (tokens * self.mask).split([self.rank * self.max_a, self.rank * self.max_b], dim=-1)
         return A.unflatten(-1, (self.max_a, self.rank)), B.unflatten(-1, (self.rank, self.max_b))
 
+    def part(self, name: str) -> Tensor:
+        """Return a mask `[N, D]` of the numbers of one factor, A or B, in a token."""
+        import torch
+
+        boundary = self.rank * self.max_a
+        inside = torch.arange(self.width, device=self.mask.device) < boundary
+        return self.mask & (inside if name == "A" else ~inside)
+
     def pack(self, tokens: Tensor) -> Tensor:
         """Return only the numbers in use, `[..., N, D]` -> `[..., numbers]`."""
         return tokens[..., self.mask]

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class FitStore:
     """I fits: `tokens [I, N, D]`, whose they are, and the LiDB that they belong to.
 
-    `by` is image or person, and `keys [I]` the images' or people's `People.keys`.
+    `by` is image or person, and `keys [I]` the images' or people's `People.keys`. `moment [N, D]` is the mean square of
+    a person's gradient where the fits began (`hyperdb.tuning.start`), None if they began at LiDB's own start.
     """
 
     tokens: Tensor
@@ -34,6 +35,7 @@ class FitStore:
     by: str
     lidb: LiDB
     index: dict[str, Any]
+    moment: Tensor | None = None
 
     @property
     def digest(self) -> str:
@@ -115,7 +117,12 @@ def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore
     tokens = torch.cat([p["tokens"] for p in parts]).float()
     if tokens.shape[1:] != lidb.mask.shape or not torch.isfinite(tokens).all():
         raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again")
-    return FitStore(tokens, torch.cat([p["keys"] for p in parts]), index["by"], lidb, index)
+    moment = None
+    if (begun := folder / "start.safetensors").is_file():
+        moment = load_tensors(begun)[0].get("moment")
+        if moment is None or moment.shape != lidb.mask.shape or not torch.isfinite(moment).all():
+            raise UserError(f"{begun} is damaged; delete {folder} and run `hyperdb precompute` again")
+    return FitStore(tokens, torch.cat([p["keys"] for p in parts]), index["by"], lidb, index, moment)
 
 
 def store_key(**parts: Any) -> str:

@@ -31,12 +31,28 @@ def plain(lidb: LiDB, predicted: Tensor, fitted: Tensor, scale: Tensor) -> Tenso
     return (square / scale).mean(-1)
 
 
-def scales(lidb: LiDB, tokens: Tensor, kind: str) -> Tensor:
-    """Return what normalises each layer, `[N]`: the fits' variance in the space of the loss called `kind`.
+def fisher(lidb: LiDB, predicted: Tensor, fitted: Tensor, scale: Tensor) -> Tensor:
+    """Return `sum_j (theta_hat_j - theta_j)^2 / scale_j` over all numbers of a person, `scale [N, D]`, `[I]`.
 
-    With it, predicting everyone as the mean of the factors costs about 1. One fit has no variance: its size counts.
+    With the mean squares of the diffusion loss's gradient as `1 / scale`, it is to second order how much that loss
+    rises when a person's fit is replaced by the prediction (a diagonal Fisher matrix: Amari 1998). Numbers that hardly
+    move a picture hardly count, whichever layer they are in.
+    """
+    return ((predicted - fitted).square() / scale * lidb.mask).sum((-1, -2))
+
+
+def scales(lidb: LiDB, tokens: Tensor, kind: str, moment: Tensor | None = None) -> Tensor:
+    """Return what normalises each layer `[N]`, or with the loss `fisher` each number `[N, D]`.
+
+    It is the fits' variance in the space of the loss called `kind`. With it, predicting everyone as the mean of the
+    factors costs about 1. One fit has no variance: its size counts. `fisher` weights the numbers by `moment [N, D]`.
     """
     mean = (tokens.mean(0, keepdim=True) if len(tokens) > 1 else torch.zeros_like(tokens)).expand_as(tokens)
+    if kind == "fisher":
+        assert moment is not None
+        weight = moment.to(tokens.device)
+        whole = ((tokens - mean).square() * weight * lidb.mask).sum((-1, -2)).mean()
+        return whole.clamp_min(1e-20) / weight.clamp_min(1e-20)
     if kind == "plain":
         spread = ((tokens - mean) * lidb.mask).square().sum(-1).mean(0)
     else:
@@ -47,14 +63,15 @@ def scales(lidb: LiDB, tokens: Tensor, kind: str) -> Tensor:
 
 
 class WeightSpace:
-    """The distance of predictions from fits by the loss called `kind`, gauge_free or plain; `fits [I, N, D]` scale it.
+    """The distance of predictions from fits by the loss called `kind`: gauge_free, plain or fisher.
 
-    These are the fits that are learned from, whichever a prediction is then compared with.
+    `fits [I, N, D]` scale it: those that are learned from, whichever a prediction is then compared with. `moment [N, D]`, the mean
+    square of people's gradients, is what `fisher` needs.
     """
 
-    def __init__(self, lidb: LiDB, fits: Tensor, kind: str) -> None:
-        self.lidb, self.scale = lidb, scales(lidb, fits, kind)
-        self.distance = {"gauge_free": gauge_free, "plain": plain}[kind]
+    def __init__(self, lidb: LiDB, fits: Tensor, kind: str, moment: Tensor | None = None) -> None:
+        self.lidb, self.scale = lidb, scales(lidb, fits, kind, moment)
+        self.distance = {"gauge_free": gauge_free, "plain": plain, "fisher": fisher}[kind]
 
     def __call__(self, predicted: Tensor, fits: Tensor, rows: Tensor) -> Tensor:
         """Return how far each of `predicted [I, N, D]` is from its fit, the row of `fits` that `rows [I]` says.

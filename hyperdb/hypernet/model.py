@@ -73,11 +73,15 @@ class Hypernet(nn.Module):
         self.register_buffer("whiten", torch.eye(self.encoder.dim, config.summary))
 
     def standardise(self, tokens: Tensor) -> None:
-        """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's."""
+        """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's.
+
+        A number that all fits share, such as those of an A that is everybody's, has a spread of 0: it is not predicted.
+        """
         std = tokens.std(0)
         floor = 0.1 * std.square().mean(1, keepdim=True).sqrt() + 1e-4
-        self.centre.copy_(tokens.mean(0))
-        self.spread.copy_(torch.maximum(std, floor))
+        shared = (tokens == tokens[0]).all(0)
+        self.centre.copy_(tokens.mean(0).where(~shared, tokens[0]))
+        self.spread.copy_(torch.maximum(std, floor).masked_fill(shared, 0.0))
 
     @torch.no_grad()
     def standardise_features(self, images: Tensor) -> None:

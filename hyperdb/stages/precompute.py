@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import AdapterConfig
 from hyperdb.diffusion import DiffusionConfig
@@ -12,26 +12,42 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.prior import PriorConfig
+from hyperdb.tuning.start import PARTS, check_start, hypernet_file
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperdb.adapters.lidb import LiDB
     from hyperdb.data.people import People
+    from hyperdb.diffusion.base import Base
     from hyperdb.tuning.memory import Sketch
 
 
-WRITES = ("fits-*.safetensors", "statistics.safetensors", "index.json", "prior.safetensors")
+WRITES = ("fits-*.safetensors", "start.safetensors", "statistics.safetensors", "index.json", "prior.safetensors")
 KEPT = "finished shards are kept"
 
 
 @dataclass(kw_only=True)
 class StoreFitConfig(FitConfig):
-    """How an adapter is fitted; that of a person on the first `views` photos, an image's on it alone."""
+    """How an adapter is fitted: a person's on `views` photos, an image's on that image alone.
+
+    `first_view` leaves out so many of a person's photos. Fits on other photos of the same people show how much of a fit
+    is the person. `trained` names what of LiDB is a person's own. With `B`, everybody has the A that the fits begin
+    with: half the numbers, and a problem that is linear in them. `all` is the paper's.
+    """
 
     views: int
+    first_view: int = 0
+    trained: str = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.views < 1:
-            raise UserError(f"fit.views={self.views}: expected at least 1")
+        if self.views < 1 or self.first_view < 0:
+            raise UserError(
+                f"fit.views={self.views}, fit.first_view={self.first_view}: expected at least 1 photo, and at least 0"
+            )
+        if self.trained not in PARTS:
+            raise UserError(f"fit.trained={self.trained!r}: expected all or B")
 
 
 @dataclass(kw_only=True)
@@ -39,14 +55,21 @@ class Config:
     """Fit every photo of `identities` people from number `first` on, `batch` of them in one pass of the UNet.
 
     `by`: image fits every photo alone, the theta of image x of eq. 2, and `photos` bounds how many; person fits every
-    person once, over the first `fit.views` photos: more of the person, less of one photo's pose and light. `split`:
-    whose people (of an aligned folder; null: all). The hypernetwork is taught an image's fit from that image, a
-    person's fit from any photo of that person.
+    person once, over `fit.views` photos: more of the person, less of one photo's pose and light. `split`: whose people
+    (of an aligned folder; null: all). The hypernetwork is taught an image's fit from that image, a person's fit from
+    any photo of that person.
+
+    `start` says where the fits begin. `template` is the paper's: random numbers in A, zeros in B. `average` first fits
+    one adapter to everybody's photos, with the settings `average`, and begins there. The folder of a hypernetwork
+    begins each fit at its prediction for that person, the mean over the photos of the fit, so that what it has learned
+    is refined.
     """
 
     diffusion: DiffusionConfig
     adapter: AdapterConfig
     fit: StoreFitConfig
+    start: FilePath = "template"
+    average: FitConfig
     prior: PriorConfig
     data: FilePath
     name: str = "default"
@@ -65,6 +88,14 @@ class Config:
             raise UserError(f"by={self.by!r}: expected image or person")
         if self.by == "image" and self.fit.views != 1:
             raise UserError(f"fit.views={self.fit.views} needs by=person: an image is fitted alone")
+        if self.fit.first_view and self.by == "image":
+            raise UserError(f"fit.first_view={self.fit.first_view} needs by=person")
+        check_start(self.start)
+        if self.start == "template" and (self.fit.optimizer == "sgd" or self.fit.trained != "all"):
+            raise UserError(
+                "fit.optimizer=sgd and fit.trained=B need start=average or a hypernetwork: where B is zero, "
+                "nothing says how far each layer should move"
+            )
         if self.by == "person" and self.photos is not None:
             raise UserError(f"photos={self.photos} needs by=image; with by=person set identities and fit.views")
         if self.split not in (None, "train", "validation", "test"):
@@ -77,9 +108,12 @@ class Config:
             raise UserError(f"first={self.first}: expected at least 0")
 
 
-def reference_rows(people: People, views: int) -> list[list[int]]:
-    """Return the first `views` photo rows of each person, repeating where there are fewer; none: an empty list."""
-    rows = [photos.tolist() for photos in people.photos]
+def reference_rows(people: People, views: int, first: int = 0) -> list[list[int]]:
+    """Return `views` photo rows of each person from number `first` on, repeating where there are fewer.
+
+    Whoever has no such photo gets an empty list.
+    """
+    rows = [photos[first:].tolist() for photos in people.photos]
     return [[r[k % len(r)] for k in range(views)] if r else [] for r in rows]
 
 
@@ -94,6 +128,36 @@ def passes(config: Config, sketch: Sketch) -> None:
         sketch.denoise(config.batch * rows(config.fit), factors)
 
 
+def _begun(config: Config) -> dict[str, Any]:
+    """Return what the fits depend on beyond their own settings, by where they begin."""
+    from hyperdb.runtime.files import hash_files
+
+    if config.start == "template":
+        return {}
+    if config.start == "average":
+        return {"start": "average", "average": asdict(config.average)}
+    return {"start": hash_files([hypernet_file(config.start)])}
+
+
+def _predictions(config: Config, base: Base, lidb: LiDB, people: People, rows: Tensor) -> Tensor:
+    """Return a hypernetwork's predictions `[I, N, D]`, each the mean over the photos `rows [I, K]` of a person."""
+    import torch
+    from tqdm import tqdm
+
+    from hyperdb.hypernet.model import Hypernet
+
+    model = Hypernet.load(hypernet_file(config.start)).to(base.device)
+    lidb.layout.require(model.lidb.layout, f"the hypernetwork {config.start}")
+    if asdict(model.lidb.config) != asdict(config.adapter):
+        raise UserError(f"{config.start} was made with lidb {asdict(model.lidb.config)}; set the same")
+    found = []
+    with torch.no_grad(), base.autocast():
+        for part in tqdm(rows.split(16), desc="predictions", unit="batch", dynamic_ncols=True):
+            tokens = model(people.images[part.flatten()])
+            found.append(tokens.unflatten(0, part.shape).mean(1).float().cpu())
+    return torch.cat(found)
+
+
 def run(config: Config) -> Path:
     """Write shards of `batch` fits and the store's index to `out`; finished shards are kept."""
     import torch
@@ -102,11 +166,13 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.layout import Layout
     from hyperdb.data import fits
     from hyperdb.data.people import latent_moments, load_people
+    from hyperdb.runtime.files import hash_files
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
-    from hyperdb.tuning.fit import fit
+    from hyperdb.tuning.fit import Begin, fit
     from hyperdb.tuning.prior import load_prior
+    from hyperdb.tuning.start import load_start, own_starts
 
     base = config.diffusion.load()
     lidb = config.adapter.tokens(Layout.of(base.targets()))
@@ -116,7 +182,8 @@ def run(config: Config) -> Path:
     if config.by == "image":
         rows = torch.nonzero(people.is_style("photo"))  #                            [I, 1]
     else:
-        rows = torch.tensor([r for r in reference_rows(people, config.fit.views) if r], dtype=torch.long)  # [I, K]
+        chosen = reference_rows(people, config.fit.views, config.fit.first_view)
+        rows = torch.tensor([r for r in chosen if r], dtype=torch.long)  #           [I, K]
     if len(rows) == 0:
         raise UserError(f"{config.data} holds no photos of these people")
     origin = {
@@ -125,6 +192,7 @@ def run(config: Config) -> Path:
         "fit": asdict(config.fit),
         "prior": asdict(config.prior) if config.fit.prior_weight > 0 else None,
         "lidb": asdict(config.adapter),
+        **_begun(config),
     }
     settings = recipe(config)
     del settings["identities"]  # more of them go on where fewer were
@@ -132,14 +200,27 @@ def run(config: Config) -> Path:
     prior = load_prior(base, config.prior, out / "prior.safetensors") if config.fit.prior_weight > 0 else None
     keys = people.keys(config.by, rows[:, 0])
     moments = latent_moments(base, people, Path(config.data), rows.flatten()).unflatten(0, rows.shape)
-    shards = list(zip(moments.split(config.batch), keys.split(config.batch), strict=True))
+    begins: list[Begin | None] = [None] * -(-len(rows) // config.batch)
+    if config.start != "template":
+        predicted = None
+        if config.start != "average":
+            predicted = _predictions(config, base, lidb, people, rows)
+        path = out / "start.safetensors"
+        start = load_start(
+            base, lidb, config.start, moments, predicted, config.average, config.fit, path, fits.store_key(**origin)
+        )
+        origin["start_sha256"] = hash_files([path])
+        tokens = own_starts(start, lidb, predicted, len(rows), config.fit.trained)
+        gain = start.gain(lidb, config.fit.trained)
+        begins = [Begin({"tokens": part}, {"tokens": gain}) for part in tokens.split(config.batch)]
+    shards = list(zip(moments.split(config.batch), keys.split(config.batch), begins, strict=True))
     losses: list[float] = []
     with tqdm(total=len(rows), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
-        for number, (mine, theirs) in enumerate(shards):
+        for number, (mine, theirs, begin) in enumerate(shards):
             key = fits.store_key(**origin, keys=theirs.tolist())
             if not fits.shard_is_done(out, number, key):
                 losses.clear()
-                params = fit(base, lidb, mine, config.fit, None, prior, lambda _, x: losses.append(x))
+                params = fit(base, lidb, mine, config.fit, None, prior, lambda _, x: losses.append(x), begin)
                 fits.save_shard(out, number, params["tokens"].cpu(), theirs, key)
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(theirs))

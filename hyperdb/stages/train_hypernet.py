@@ -57,7 +57,11 @@ class Config:
       the person. With `target_style=any` they include pictures of the person in other styles, each under its own
       caption. Rendered people have such pictures, photographed ones do not.
     - *Weight space*: the distance from a fit that `hyperdb precompute` made before. `weights` names the store of fits;
-      null leaves the term out. A fit of one image is compared with the prediction for that image, a fit of a person
+      null leaves the term out. `weight_loss` is the metric. `plain` is the squared distance of the factors, a layer
+      like any other, as in the paper. `gauge_free` compares the changes `A B`, of which many pairs of factors are one:
+      A times c and B over c. `fisher` weights each number by the mean square of the diffusion loss's gradient where the
+      fits began, so that what hardly moves a picture hardly counts; it needs fits with `start=average` or a
+      hypernetwork. A fit of one image is compared with the prediction for that image, a fit of a person
       with the prediction for any photo of that person.
     - *Prior*: on class pictures the adapted network shall predict what the base predicts (`hyperdb.tuning.prior`).
     - *Identity*: the encoder compares pictures drawn with the prediction with the person's photos (`identity_loss`).
@@ -84,8 +88,7 @@ class Config:
     alpha: float = 1.0  # open in the paper
     beta: float = 0.1  # open in the paper
     fit_share: float = 0.25  # share of a batch that is drawn from the people who have a fit
-    # The same change of a layer has many pairs of factors: A times c and B over c are one of them.
-    weight_loss: str = "gauge_free"  # compares the changes, so that all such pairs are equal; plain: L2 of the factors
+    weight_loss: str = "gauge_free"
     target_view: str
     target_style: str
     signal_weight: float | None  # how much each noise level counts, as in `FitConfig`; null: the base's own loss
@@ -117,8 +120,8 @@ class Config:
 
     def __post_init__(self) -> None:
         self.adapter.require_predictable()
-        if self.weight_loss not in ("gauge_free", "plain"):
-            raise UserError(f"weight_loss={self.weight_loss!r}: expected gauge_free or plain")
+        if self.weight_loss not in ("gauge_free", "plain", "fisher"):
+            raise UserError(f"weight_loss={self.weight_loss!r}: expected gauge_free, plain or fisher")
         if self.target_view not in ("same", "other"):
             raise UserError(f"target_view={self.target_view!r}: expected same or other")
         if self.target_style not in ("same", "any"):
@@ -393,6 +396,11 @@ def _fits(config: Config, folder: str, base: Base, layout: Layout, people: Peopl
     fits = load_store(folder, layout, **made_from(base, people))
     if asdict(fits.lidb.config) != asdict(config.adapter):
         raise UserError(f"{folder} was made with lidb {asdict(fits.lidb.config)}; set the same or refit")
+    if config.weight_loss == "fisher" and fits.moment is None:
+        raise UserError(
+            f"weight_loss=fisher needs the gradients where the fits of {folder} began; "
+            "run `hyperdb precompute start=average`, or choose another weight_loss"
+        )
     return fits
 
 
@@ -509,7 +517,7 @@ def run(config: Config) -> Path:
     network, optimizer = accelerator.prepare(model, optimizer)
     weight_space = None
     if fits is not None:
-        weight_space = WeightSpace(lidb, fits.tokens.to(base.device), config.weight_loss)
+        weight_space = WeightSpace(lidb, fits.tokens.to(base.device), config.weight_loss, fits.moment)
     objective = Objective(config, base, model, lidb, fits, weight_space)
     validation = _validation(config, base, lidb, layout, weight_space)
 

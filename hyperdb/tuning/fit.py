@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 
 TOO_LARGE = 1e4  # an adapter's numbers are of the size of weights and of their norms
+MOMENTUM = 0.7  # of gradient descent: fits of few steps with many rows need little smoothing
 
 
 @dataclass(kw_only=True)
 class FitConfig:
     """How an adapter is trained on a person's images.
 
-    Each step denoises the images at `levels` noise levels under the prompt "a [V] face" and takes one step of AdamW.
-    The levels are spread evenly over the range `noise`, which is given in fractions of the base's schedule: 0 is the
-    clean image and 1 pure noise. The highest levels decide pose and backdrop. Whoever learns from them copies those
-    of the photo.
+    Each step denoises the images at `levels` noise levels under the prompt "a [V] face" and takes one step of the
+    `optimizer`. The levels are spread evenly over the range `noise`, which is given in fractions of the base's
+    schedule: 0 is the clean image and 1 pure noise. With `logit_normal` there are more of them in the middle of that
+    range. The highest levels decide pose and backdrop. Whoever learns from them copies those of the photo.
+
+    AdamW moves every number equally far, whether its gradient says something of the person or is noise. With
+    `optimizer=sgd` a step goes along the gradient, which is only scaled to one length a layer. What is fitted so can
+    be predicted from another photo of the person, and what AdamW fits cannot.
 
     A `prior_weight` above 0 keeps what the base knows, as DreamBooth's class pictures do. Each step then holds
     `prior_rows` class pictures more, at noise levels from the whole range. For them the adapted network is asked to
@@ -40,7 +45,9 @@ class FitConfig:
     steps: int
     levels: int  # noise levels in each step
     noise: list[float] = field(default_factory=lambda: [0.0, 1.0])  # lowest and highest level to learn from
-    rate: float  # AdamW's learning rate
+    logit_normal: list[float] | None = None  # mean and standard deviation of the logit of the level; null: uniform
+    optimizer: str = "adamw"
+    rate: float  # learning rate
     # Adam's first steps are as long for noise as for a face. A slow rise of the rate makes them shorter.
     warmup: int = 0  # steps over which the rate rises from 0
     decay: float = 0.3  # share of the steps, at the end, over which the rate falls as a cosine
@@ -57,6 +64,22 @@ class FitConfig:
             raise UserError(f"warmup={self.warmup}: expected at least 0 steps")
         if len(self.noise) != 2 or not 0 <= self.noise[0] < self.noise[1] <= 1:
             raise UserError(f"noise={self.noise}: expected [low, high] with 0 <= low < high <= 1")
+        if self.logit_normal is not None and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):
+            raise UserError(f"logit_normal={self.logit_normal}: expected [mean, standard deviation above 0] or null")
+        if self.optimizer not in ("adamw", "sgd"):
+            raise UserError(f"optimizer={self.optimizer!r}: expected adamw or sgd")
+
+
+@dataclass
+class Begin:
+    """Where each person's training begins instead of at the adapter's own start, and how far its numbers move.
+
+    `params` holds parameters `[I, ...]`. `gain` holds, in the shape of one person's parameters, what their gradients
+    are multiplied by before the optimizer sees them; 0 leaves a number where it begins.
+    """
+
+    params: dict[str, Tensor]
+    gain: dict[str, Tensor]
 
 
 def fit(
@@ -67,12 +90,14 @@ def fit(
     frozen: Changes | None = None,
     prior: Prior | None = None,
     progress: Callable[[int, float], None] | None = None,
+    begin: Begin | None = None,
 ) -> dict[str, Tensor]:
     """Train one adapter for each of I people in the same passes; return its parameters `[I, ...]`.
 
-    `moments [I, K, 2, c, h, w]` are the latents of K views of each. Everyone starts from the same parameters and sees
-    the same stream of (noise level, noise, view): the result is a function of the images. `frozen` changes are added
-    to the trained ones. Errors are summed over people, so nobody's result depends on the others.
+    `moments [I, K, 2, c, h, w]` are the latents of K views of each. Everyone sees the same stream of (noise level,
+    noise, view) and, unless `begin` says otherwise, starts from the same parameters: the result is a function of the
+    images. `frozen` changes are added to the trained ones. Errors are summed over people, so nobody's result depends
+    on the others.
     """
     import torch
 
@@ -86,13 +111,18 @@ def fit(
     moments = moments.float().to(base.device)
     adapter = adapter.to(base.device)
     injection = Injection(base.sites({*(frozen or ()), *adapter.layout.names}))
-    leaves = {k: torch.nn.Parameter(v.clone()) for k, v in adapter.init(people, injection.sites).items()}
+    first = adapter.init(people, injection.sites) if begin is None else begin.params
+    leaves = {k: torch.nn.Parameter(v.to(base.device).clone()) for k, v in first.items()}
+    gain = {k: v.to(base.device) for k, v in begin.gain.items()} if begin is not None else {}
     params: dict[str, Tensor] = dict(leaves)
     by_rate: dict[float, list[torch.nn.Parameter]] = {}
     for name, leaf in leaves.items():
         by_rate.setdefault(config.rate * adapter.rate(name), []).append(leaf)
     (rate, some), *others = by_rate.items()
-    optimizer = adamw(some, rate)
+    if config.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(some, rate, MOMENTUM, dampening=MOMENTUM)
+    else:
+        optimizer = adamw(some, rate)
     for rate, some in others:
         optimizer.add_param_group({"params": some, "lr": rate})
     schedule = Schedule(config.steps, config.warmup, config.decay)
@@ -108,7 +138,8 @@ def fit(
         for step in range(config.steps):
             # one stream for everyone                                               shapes without the identity axis
             g = generator(config.seed, "fit", step)
-            t = stratified_timesteps(1, levels, base.schedule.config.num_train_timesteps, g, noise=config.noise)[0]
+            length = base.schedule.config.num_train_timesteps
+            t = stratified_timesteps(1, levels, length, g, config.logit_normal, config.noise)[0]
             t = t.to(base.device)
             view = torch.randint(0, views, (levels,), generator=g)
             jitter, noise = (torch.randn((levels, *moments.shape[3:]), generator=g).to(base.device) for _ in "zn")
@@ -136,6 +167,8 @@ def fit(
                 set_rate(optimizer, schedule(step))
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
+            for name, factor in gain.items():
+                leaves[name].grad.mul_(factor)  # type: ignore[union-attr]
             scaler.step(optimizer)
             scaler.update()
             if progress is not None:

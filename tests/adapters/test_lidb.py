@@ -75,6 +75,16 @@ def test_paper_arithmetic(without: tuple[str, ...], modules: int, lidb: int, lor
     assert len(layout.to_text()) < 15_000
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_parts_are_the_factors(rank: int) -> None:
+    lidb = LiDBConfig(a=5, b=4, rank=rank).build(Layout((Layer("x", (3, 9)), Layer("y", (8, 2)))))
+    tokens = torch.randn(2, *lidb.mask.shape)
+    A, B = lidb.split(tokens)
+    nothing = torch.zeros_like(A), torch.zeros_like(B)
+    assert torch.equal(tokens * lidb.part("A"), lidb.join(A, nothing[1]))
+    assert torch.equal(tokens * lidb.part("B"), lidb.join(nothing[0], B))
+
+
 def test_target_names() -> None:
     names = list(find_targets(*sd15()))
     block = "unet.down_blocks.0.attentions.0.transformer_blocks.0"

@@ -107,13 +107,36 @@ def test_gauge_changes_plain_but_not_gauge_free(lidb):
     assert loss.plain(lidb, moved, tokens, ones).min() > 1
 
 
-@pytest.mark.parametrize("kind", ["plain", "gauge_free"])
+@pytest.mark.parametrize("kind", ["plain", "gauge_free", "fisher"])
 def test_scales_make_predicting_the_mean_cost_one(lidb, kind):
     g = torch.Generator().manual_seed(0)
     tokens = (lidb.template + 0.1 * torch.randn(6, *lidb.mask.shape, generator=g)) * lidb.mask
-    scale = loss.scales(lidb, tokens, kind)
+    scale = loss.scales(lidb, tokens, kind, torch.rand(lidb.mask.shape, generator=g))
     mean = tokens.mean(0, keepdim=True).expand_as(tokens)
     assert getattr(loss, kind)(lidb, mean, tokens, scale).mean() == pytest.approx(1, rel=1e-3)
+
+
+def test_fisher_loss_by_hand(lidb):
+    """Numbers count by the mean square of their gradient, padding never: 2 of one number, 1 of another."""
+    tokens, moment = torch.zeros(2, *lidb.mask.shape), torch.zeros(lidb.mask.shape)
+    first, last = lidb.mask[0].nonzero()[0, 0], lidb.mask[-1].nonzero()[-1, 0]
+    moment[0, first], moment[-1, last] = 3.0, 5.0
+    tokens[:, 0, first], tokens[:, -1, last] = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
+    scale = loss.scales(lidb, tokens, "fisher", moment)
+    # about the mean, both people lie at 1 and 1/2: 3 * 1 + 5 / 4 = 17 / 4
+    found = loss.fisher(lidb, tokens + 1e3 * ~lidb.mask, torch.zeros_like(tokens), scale)
+    torch.testing.assert_close(found, torch.tensor([(3 * 4 + 5) / (17 / 4), 0.0]))
+
+
+def test_numbers_that_all_fits_share_are_not_predicted(lidb):
+    model, g = Hypernet(CONFIG, lidb), torch.Generator().manual_seed(0)
+    fits = torch.randn(5, *lidb.mask.shape, generator=g) * lidb.mask
+    shared = lidb.part("A")
+    fits[:, shared] = fits[0, shared]
+    model.standardise(fits)
+    found = model(_images())
+    assert torch.equal(found[:, shared], fits[0, shared].expand(len(found), -1))
+    assert (found[:, lidb.part("B")].std(0) > 0).all()
 
 
 def test_standardised_features_have_mean_zero_and_deviation_one(model):

@@ -18,6 +18,8 @@ from hyperdb.data.people import load_people
 from hyperdb.hypernet import loss as weight_space
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_tensors
+from hyperdb.tuning import fit as fitting
 from hyperdb.tuning.fit import fit
 
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "adapter.a=12", "adapter.b=8"]
@@ -30,7 +32,10 @@ PHOTOS = [
     ("zoe", "test"), ("ben", "train"), ("ada", "validation"), ("ben", "train"), ("cy", "train"), ("ada", "validation"),
     ("dan", "train"), ("eve", "validation"), ("cy", "train"), ("eve", "validation"), ("ben", "train"), ("zoe", "test"),
 ]  # fmt: skip
-FIT = ["fit.steps=2", "fit.levels=2", "fit.rate=0.1", "fit.prior_weight=0", "batch=2"]
+FIT = ["start=template", "fit.trained=all", "fit.optimizer=adamw", "fit.steps=2", "fit.levels=2", "fit.rate=0.1"]
+FIT += ["fit.prior_weight=0", "batch=2"]
+B_ALONE = ["start=average", "average.steps=2", "average.levels=2", "average.prior_weight=0", "by=person"]
+B_ALONE += ["fit.trained=B", "fit.optimizer=sgd", "fit.views=2"]
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +168,76 @@ def test_a_store_of_other_photos_is_refused(base_words, aligned, stores, tmp_pat
     assert not (tmp_path / "out" / "hypernet.safetensors").exists()
 
 
+def test_fits_that_begin_at_the_average_share_its_A(base_words, aligned, tmp_path):
+    """Only B is a person's own; more people, or the same command after a kill, leave the first ones as they were."""
+    folder = _precompute(base_words, aligned, tmp_path / "few", *B_ALONE, "identities=2")
+    layout = Layout.of(configuration.load("precompute", base_words).diffusion.load().targets())
+    few = load_store(folder, layout)
+    start, _ = load_tensors(folder / "start.safetensors")
+    A, B = few.lidb.split(few.tokens)
+    begun_A, begun_B = few.lidb.split(start["average"])
+    assert torch.equal(A, begun_A.expand_as(A))
+    assert begun_B.abs().max() > 0
+    # one length a layer: the first step of gradient descent is as long in a layer as in any other
+    moved = (B - begun_B).flatten(2).norm(dim=2)
+    assert moved.min() > 0 and (moved[0] - moved[1]).abs().max() > 0
+    (folder / "index.json").unlink()
+    (folder / "fits-00000.safetensors").unlink()
+    again = load_store(_precompute(base_words, aligned, folder, *B_ALONE, "identities=4"), layout)
+    assert torch.equal(again.tokens[:2], few.tokens)
+    assert torch.equal(again.moment, start["moment"]) and (start["moment"][few.lidb.mask] > 0).all()
+
+
+def test_fits_that_begin_at_a_hypernetworks_predictions(base_words, aligned, tmp_path):
+    store = _precompute(base_words, aligned, tmp_path / "first", *B_ALONE)
+    words = [*base_words, *HYPER, f"data={aligned}", f"weights={store}", "batch=4", "steps=3", "alpha=0"]
+    trained = configuration.run("train_hypernet", [*words, "weight_loss=fisher", f"out={tmp_path / 'hyper'}"])
+    begin = [*B_ALONE, f"start={trained}", "fit.rate=1e-9"]
+    layout = Layout.of(configuration.load("precompute", base_words).diffusion.load().targets())
+    second = load_store(_precompute(base_words, aligned, tmp_path / "second", *begin), layout)
+    people, model = load_people(aligned, split=None, size=32), Hypernet.load(trained / "hypernet.safetensors")
+    with torch.no_grad():
+        each = [model(people.images[rows[torch.arange(2) % len(rows)]]).mean(0) for rows in people.photos]
+    B = second.lidb.split(torch.stack(each))[1]
+    torch.testing.assert_close(second.lidb.split(second.tokens)[1], B, atol=2e-3, rtol=0)
+    # what all fits share is not predicted: A stays as it was in the fits that were learned from
+    A = second.lidb.split(second.tokens)[0]
+    torch.testing.assert_close(A, second.lidb.split(load_store(store, layout).tokens[:1])[0].expand_as(A), atol=1e-3, rtol=0)
+
+
+def test_other_photos_of_the_same_people(base_words, aligned, tmp_path, monkeypatch):
+    seen = []
+    original = fitting.fit
+
+    def watched(base, lidb, moments, *rest, **more):
+        seen.append(moments.clone())
+        return original(base, lidb, moments, *rest, **more)
+
+    monkeypatch.setattr(fitting, "fit", watched)
+    words = ["by=person", "fit.views=1", "fit.first_view=1", "split=train", "fit.steps=1"]
+    folder = _precompute(base_words, aligned, tmp_path, *words)
+    base = configuration.load("precompute", base_words).diffusion.load()
+    people = load_people(aligned, size=32)
+    second = torch.stack([rows[1] for rows in people.photos if len(rows) > 1])  # dan has one photo alone
+    torch.testing.assert_close(torch.cat(seen)[:, 0], base.moments(people.images[second]).half())
+    assert json.loads((folder / "index.json").read_text())["fits"] == len(second) == 2
+
+
+def test_the_metric_of_gradients_needs_gradients(base_words, aligned, stores, tmp_path):
+    words = [*base_words, *HYPER, f"data={aligned}", f"weights={stores['person']}", "weight_loss=fisher"]
+    with pytest.raises(UserError, match="weight_loss=fisher needs the gradients"):
+        configuration.run("train_hypernet", [*words, f"out={tmp_path}"])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["start=nowhere"], "start=nowhere"),
+        (["start=template"], "need start=average"),
+        (["fit.optimizer=lion"], "optimizer='lion'"),
+        (["fit.trained=A"], "fit.trained='A'"),
+        (["fit.first_view=-1"], "fit.first_view=-1"),
+        (["fit.logit_normal=[0,0]"], "logit_normal"),
         (["by=photo"], "by='photo'"),
         (["by=image", "fit.views=2"], "fit.views=2"),
         (["by=person", "photos=3"], "photos=3"),

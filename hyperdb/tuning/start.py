@@ -1,0 +1,116 @@
+"""Where the fits of a store begin, and how far a step may move each of their numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperdb.adapters.lidb import LiDB
+    from hyperdb.diffusion.base import Base
+    from hyperdb.tuning.fit import FitConfig
+
+WORDS = ("template", "average")  # anything else names a hypernetwork
+PARTS = ("all", "B")
+PEOPLE, LEVELS = 64, 8  # whose gradients are measured, and the rows of each
+
+
+@dataclass
+class Start:
+    """What all fits of a store have in common before their first step.
+
+    `average [N, D]` is where everybody's fit begins, or the average of where they begin. `moment [N, D]` is the mean
+    square of a person's gradient there, over people and over what is drawn. A number whose gradient is large for many
+    people is one in which they differ visibly; so it is also the metric `fisher` of the weight-space loss.
+    """
+
+    average: Tensor
+    moment: Tensor
+
+    def gain(self, lidb: LiDB, trained: str) -> Tensor:
+        """Return what a gradient `[N, D]` is multiplied by, so that every layer moves about equally far in a step.
+
+        It is one over the length of a person's gradient in that layer, and 0 for numbers that stay as they are: those
+        of A with `trained` B.
+        """
+        moving = lidb.mask.cpu() if trained == "all" else lidb.part("B").cpu()
+        length = (self.moment * moving).sum(1, keepdim=True).sqrt()  #              [N, 1]
+        return moving / length.clamp_min(1e-12)
+
+
+def own_starts(start: Start, lidb: LiDB, predicted: Tensor | None, people: int, trained: str) -> Tensor:
+    """Return where each of so many people begins, `[I, N, D]`: at the average, or at what is `predicted [I, N, D]`.
+
+    Numbers that stay as they are, those of A with `trained` B, are everybody's average in either case.
+    """
+    import torch
+
+    everybody = start.average.expand(people, -1, -1)
+    if predicted is None:
+        return everybody
+    return torch.where(lidb.part("B").cpu(), predicted, everybody) if trained == "B" else predicted
+
+
+def _gradients(base: Base, lidb: LiDB, tokens: Tensor, moments: Tensor, config: FitConfig) -> Tensor:
+    """Return each person's gradient `[I, N, D]` at the same `tokens [N, D]`.
+
+    It is what one step of gradient descent at a rate of 1 takes away.
+    """
+    import torch
+
+    from hyperdb.tuning.fit import Begin, fit
+
+    once = replace(config, steps=1, warmup=0, rate=1.0, levels=LEVELS, optimizer="sgd", prior_weight=0.0)
+    found = []
+    for part in moments.split(16):
+        at = tokens.expand(len(part), -1, -1)
+        begin = Begin({"tokens": at}, {"tokens": torch.ones_like(tokens)})
+        found.append(at - fit(base, lidb, part, once, begin=begin)["tokens"].cpu())
+    return torch.cat(found)
+
+
+def load_start(
+    base: Base, lidb: LiDB, kind: str, moments: Tensor, predicted: Tensor | None, average: FitConfig, fit: FitConfig,
+    path: Path, key: str,
+) -> Start:  # fmt: skip
+    """Make the start of a store once and keep it at `path`, under `key`.
+
+    `kind` is one of three. `template` is LiDB's own beginning, where B is zero. `average` is one adapter fitted with
+    the settings `average` to the photos of everybody at once, `moments [I, K, 2, c, h, w]`: what portraits of this crop
+    have in common. Anything else means the predictions `predicted [I, N, D]` of a hypernetwork, whose average it is.
+    The gradients are those of the loss of `fit`.
+    """
+    from hyperdb.runtime.files import load_tensors, save_tensors
+    from hyperdb.tuning.fit import fit as fitted
+
+    if path.is_file():
+        tensors, metadata = load_tensors(path)
+        if metadata.get("key") == key:
+            return Start(tensors["average"], tensors["moment"])
+    if predicted is not None:
+        tokens = predicted.mean(0)
+    elif kind == "average":
+        tokens = fitted(base, lidb, moments.flatten(0, 1)[None], average)["tokens"][0].cpu()
+    else:
+        tokens = lidb.template.cpu()
+    moment = _gradients(base, lidb, tokens, moments[:PEOPLE], fit).square().mean(0)
+    save_tensors(path, {"average": tokens.contiguous(), "moment": moment}, {"key": key})
+    return Start(tokens, moment)
+
+
+def check_start(kind: str) -> None:
+    """Raise `UserError` unless `kind` is a word of `WORDS` or names a hypernetwork's folder or file."""
+    if kind not in WORDS and not hypernet_file(kind).is_file():
+        raise UserError(f"start={kind}: expected template, average, or the folder of a trained hypernetwork")
+
+
+def hypernet_file(name: str) -> Path:
+    """Return the file of the hypernetwork that `start` names by its folder or its file."""
+    path = resolve(name)
+    return path / "hypernet.safetensors" if path.is_dir() else path
