@@ -203,6 +203,7 @@ class Batch:
     """What one step is about: I people, of each S pictures to denoise, and of the prior P rows for each."""
 
     images: Tensor  # [I, 3, H, W] conditioning photos, uint8
+    # without the diffusion loss there are none of these
     rows: list[Tensor]  # latents, noise, timesteps and token ids, [I, S + P, ...] each
     goal: Tensor  # [I, S + P, c, h, w] what the base shall predict for them
     fit_rows: Tensor  # [I] which row of the store is the fit of each photo; -1: there is none
@@ -222,7 +223,9 @@ class Batches:
         from hyperdb.data.people import latent_moments
 
         self.config, self.base, self.people, self.fit_rows, self.prior = config, base, people, fit_rows, prior
-        self.latents = latent_moments(base, people, Path(config.data))
+        # nothing is denoised without the diffusion loss: training on fits alone takes seconds to begin
+        denoises = config.alpha > 0
+        self.latents = latent_moments(base, people, Path(config.data)) if denoises else None
         self.turned = latent_moments(base, people, Path(config.data), mirrored=True) if config.flips else None
         self.photos = people.photos
         self.fitted_photos = [rows[fit_rows[rows] >= 0] for rows in self.photos]
@@ -252,25 +255,27 @@ class Batches:
         who = [int(group[torch.randint(0, len(group), (), generator=g)]) for group in groups]
         given = [(self.fitted_photos if k < few else self.photos)[i] for k, i in enumerate(who)]
         shown, wanted = _views(given, [self.pictures[i] for i in who], levels, config.target_view, g)  # [I], [I, S]
-        ids = self.ids[wanted] if self.ids is not None else self.instance.expand(count, levels, -1)
-        t = stratified_timesteps(count, levels, base.schedule.config.num_train_timesteps, g, config.logit_normal)
-        latents, images = self.latents[wanted], self.people.images[shown]  #         [I, S, 2, c, h, w], [I, 3, H, W]
-        mirror = torch.zeros(count, dtype=torch.bool)
-        if self.turned is not None:  # a turned photo is another image: those drawn for their fit stay as they are
-            mirror[few:] = torch.rand(count - few, generator=g) < 0.5
-            latents[mirror], images[mirror] = self.turned[wanted[mirror]], images[mirror].flip(-1)
-        mean, std = latents.float().unbind(2)  #                                     [I, S, c, h, w]
-        jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")
-        if config.prompt_dropout > 0:
-            dropped = torch.rand(count, levels, 1, generator=g) < config.prompt_dropout
-            ids = torch.where(dropped.to(base.device), self.nothing, ids)
-        rows = [x.to(base.device) for x in (mean + std * jitter, noise, t, ids)]  #  [I, S, ...] each
-        goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (count, levels))
-        if self.prior is not None:
-            mixed = torch.randperm(count * config.prior_rows, generator=g)
-            kept = self.prior.draw(len(mixed), config.seed, step)
-            each = [x[mixed].unflatten(0, (count, -1)) for x in kept]
-            *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))  # [I, S + P, ...]
+        images, mirror = self.people.images[shown], torch.zeros(count, dtype=torch.bool)  #   [I, 3, H, W]
+        rows, goal = [], torch.empty(0)
+        if self.latents is not None:
+            ids = self.ids[wanted] if self.ids is not None else self.instance.expand(count, levels, -1)
+            t = stratified_timesteps(count, levels, base.schedule.config.num_train_timesteps, g, config.logit_normal)
+            latents = self.latents[wanted]  #                                        [I, S, 2, c, h, w]
+            if self.turned is not None:  # a turned photo is another image: those drawn for their fit stay as they are
+                mirror[few:] = torch.rand(count - few, generator=g) < 0.5
+                latents[mirror], images[mirror] = self.turned[wanted[mirror]], images[mirror].flip(-1)
+            mean, std = latents.float().unbind(2)  #                                 [I, S, c, h, w]
+            jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")
+            if config.prompt_dropout > 0:
+                dropped = torch.rand(count, levels, 1, generator=g) < config.prompt_dropout
+                ids = torch.where(dropped.to(base.device), self.nothing, ids)
+            rows = [x.to(base.device) for x in (mean + std * jitter, noise, t, ids)]  #  [I, S, ...] each
+            goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (count, levels))
+            if self.prior is not None:
+                mixed = torch.randperm(count * config.prior_rows, generator=g)
+                kept = self.prior.draw(len(mixed), config.seed, step)
+                each = [x[mixed].unflatten(0, (count, -1)) for x in kept]
+                *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))  # [I, S + P, ...]
         some = who[: config.identity_people] if config.identity_weight > 0 else []
         portraits = [self.people.images[self.photos[i]] for i in some]
         return Batch(
