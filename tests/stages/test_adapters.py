@@ -12,7 +12,10 @@ from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors, save_tensors
 
-WAYS = {"dreambooth": "full", "lora": "lora", "textual_inversion": "token", "svdiff": "svdiff", "dora": "dora"}
+WAYS = {
+    "dreambooth": "full", "lora": "lora", "textual_inversion": "token", "svdiff": "svdiff", "dora": "dora",
+    "foura": "foura",
+}  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 
 
@@ -123,6 +126,15 @@ def test_what_is_no_low_rank_is_neither_edited_nor_exported(personalised, tmp_pa
         config.run("edit", [f"adapter={personalised('lora')}", "age=1", f"out={tmp_path / 'edit'}"])
 
 
+def test_a_gate_that_follows_the_input_is_drawn_with_but_not_exported(personalised, pipeline, tmp_path):
+    file = personalised("foura", "adapter.adaptive=true", "adapter.rank=4") / "adapter.safetensors"
+    person = Personalization.load(file)
+    plain, ours = pipeline("a sks face"), pipeline("a sks face", person.apply)
+    assert (plain - ours).abs().max() > 1e-3
+    with pytest.raises(UserError, match="kind foura, which has no low-rank factors"):
+        config.run("export", [f"adapter={file}", f"out={tmp_path}"])
+
+
 def test_textual_inversion_leaves_every_other_word_alone(personalised, tiny_base):
     person = Personalization.load(personalised("textual_inversion") / "adapter.safetensors")
     settings = config.load("generate", [f"diffusion.path={tiny_base}", *TINY[:3]]).diffusion
@@ -203,8 +215,9 @@ def test_what_other_tools_cannot_read_is_refused(personalised, tmp_path, way, wo
     assert not list(out.glob("*.safetensors"))
 
 
-def test_a_lora_is_exported_as_every_low_rank_adapter(personalised, pipeline, tmp_path):
-    file = personalised("lora") / "adapter.safetensors"
+@pytest.mark.parametrize("way", ["lora", "foura"])
+def test_a_lora_is_exported_as_every_low_rank_adapter(personalised, pipeline, tmp_path, way):
+    file = personalised(way) / "adapter.safetensors"
     ours = pipeline("a sks face", Personalization.load(file).apply)
     out = config.run("export", [f"adapter={file}", "dtype=fp32", f"out={tmp_path / 'a'}"])
     loaded = pipeline("a sks face", lambda pipe: pipe.load_lora_weights(str(out / "default.safetensors")))
