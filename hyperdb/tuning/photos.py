@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperdb.adapters import kind_of
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import expand
 from hyperdb.tuning.personalizer import Personalizer, crop_face, to_images
@@ -70,6 +71,16 @@ def _preview(
     return {name: value if value == value else 0.0 for name, value in cosines.items()}
 
 
+def _made_from(config: PersonalizerConfig) -> dict[str, Any]:
+    """Return the settings that decide the result. The adapter's kind is among them; where there is none it is LiDB."""
+    from hyperdb.runtime.recipe import recipe
+
+    found = recipe(config)
+    if (kind := kind_of(config.adapter)) != "lidb":  # records from before there were other kinds have none
+        found["adapter"]["kind"] = kind
+    return found
+
+
 def passes(config: PersonalizerConfig, sketch: Sketch) -> None:
     """Measure prediction, fine-tuning and preview of one photo."""
     sketch.personalize(config, people=1)
@@ -90,7 +101,6 @@ def personalize(config: PersonalizerConfig) -> Path:
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
-    from hyperdb.runtime.recipe import recipe
 
     clock, seconds = time.perf_counter(), {}
 
@@ -108,7 +118,7 @@ def personalize(config: PersonalizerConfig) -> Path:
     begun = None if start is None else hash_files([start])
     contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
     contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
-    out = claim(config.out, WRITES, {**recipe(config), **contents})
+    out = claim(config.out, WRITES, {**_made_from(config), **contents})
     lap("load")
     tokens = model.predict(crops)
     lap("predict")

@@ -74,6 +74,16 @@ def test_running_again_gives_the_same_numbers(way, personalised):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_no_adapter_is_replaced_by_one_of_another_kind(personalised):
+    """LoRA and DoRA have the same settings."""
+    out = personalised("lora")
+    before = (out / "adapter.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"adapter\.safetensors of a run with other adapter\.kind, which"):
+        personalised("dora", f"out={out}")
+    assert (out / "adapter.safetensors").read_bytes() == before
+    assert personalised("lora", f"out={out}") == out
+
+
 def test_another_adapter_lies_under_the_one_that_is_trained(personalised):
     under = personalised("svdiff")
     person = Personalization.load(personalised("lora", f"start={under}") / "adapter.safetensors")
