@@ -40,6 +40,7 @@ def _preview(
     model: Personalizer, crops: np.ndarray, predicted: Personalization, finished: Personalization, path: Path
 ) -> dict[str, float]:
     """Draw photo, base, prediction, fine-tuned and styles on one sheet; return the face cosines to the photos."""
+    from hyperdb.adapters.inject import settled
     from hyperdb.faces.image import grid, save_png
     from hyperdb.metrics.face import SFace
     from hyperdb.metrics.likeness import face_cosine, galleries
@@ -50,14 +51,16 @@ def _preview(
     photo = shown[0]
     before = "prediction" if model.start is None else "start"
     instance = [base.config.instance_prompt] * len(seeds)
+    changes = finished.changes()
+    changes = settled(changes, base.sites(changes))  # drawn with twice
     rows = {
         "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
-        "fine-tuned": draw(base, finished.changes(), 1, instance, seeds)[0],
+        "fine-tuned": draw(base, changes, 1, instance, seeds)[0],
     }
     if begun := predicted.changes():  # else nothing lies under what was trained
         rows[before] = draw(base, begun, 1, instance, seeds)[0]
     styles = model.config.preview_styles
-    styled = draw(base, finished.changes(), 1, styles, [0] * len(styles))[0]
+    styled = draw(base, changes, 1, styles, [0] * len(styles))[0]
     feature = SFace()
     gallery = galleries(feature, shown[None])
     cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}

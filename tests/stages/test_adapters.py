@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperdb import config
-from hyperdb.adapters import KINDS
+from hyperdb.adapters import KINDS, svdiff
 from hyperdb.faces.image import read_image, save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
@@ -82,6 +82,16 @@ def test_no_adapter_is_replaced_by_one_of_another_kind(personalised):
         personalised("dora", f"out={out}")
     assert (out / "adapter.safetensors").read_bytes() == before
     assert personalised("lora", f"out={out}") == out
+
+
+def test_a_preview_decomposes_each_weight_once(personalised, monkeypatch):
+    found = []
+    decomposed = svdiff.decomposed
+    monkeypatch.setattr(svdiff, "decomposed", lambda weight: found.append(weight) or decomposed(weight))
+    out = personalised("svdiff", "preview=true", "preview_styles=[a sketch of a [V] face]")
+    assert (out / "preview.png").is_file()
+    person = Personalization.load(out / "adapter.safetensors")
+    assert len(found) == len(person.parts[0].changes()) > 0
 
 
 def test_another_adapter_lies_under_the_one_that_is_trained(personalised):
