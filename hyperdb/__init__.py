@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hyperdb.runtime.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from hyperdb.tuning.personalizer import Personalizer
-
-__version__ = "0.1.0"
 
 
 def load(diffusion: str = "embedded", *overrides: str) -> Personalizer:

@@ -18,9 +18,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from hyperdb import __version__, config, options
+from hyperdb import config, options
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_text
+from hyperdb.runtime.version import __version__
 
 USAGE = """\
 usage: hyperdb STAGE [key=value ...]      run a stage

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from hyperdb.adapters.base import AdapterConfig
 from hyperdb.adapters.dora import DoRAConfig
+from hyperdb.adapters.foura import FouRAConfig
 from hyperdb.adapters.full import FullConfig
 from hyperdb.adapters.lidb import LiDBConfig
 from hyperdb.adapters.lora import LoRAConfig
@@ -16,6 +17,7 @@ from hyperdb.adapters.token import TokenConfig
 
 KINDS: dict[str, type[AdapterConfig]] = {
     "dora": DoRAConfig,
+    "foura": FouRAConfig,
     "full": FullConfig,
     "lidb": LiDBConfig,
     "lora": LoRAConfig,
@@ -32,6 +34,6 @@ def kind_of(settings: AdapterConfig) -> str:
 
 
 __all__ = [
-    "KINDS", "AdapterConfig", "DoRAConfig", "FullConfig", "LiDBConfig", "LoRAConfig", "SVDiffConfig", "TokenConfig",
-    "kind_of",
+    "KINDS", "AdapterConfig", "DoRAConfig", "FouRAConfig", "FullConfig", "LiDBConfig", "LoRAConfig", "SVDiffConfig",
+    "TokenConfig", "kind_of",
 ]  # fmt: skip

@@ -53,11 +53,6 @@ class Turned(DenseChange):
 class DoRA(LoRA):
     """`m (W + B A) / |W + B A|`; m is |W| at the start, and B zero."""
 
-    @property
-    def numbers(self) -> int:
-        """Count of trainable numbers of one identity."""
-        return super().numbers + sum(layer.out for layer in self.layout.layers)
-
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return LoRA's and `{layer.magnitude: [m]}`."""
         return super().shapes() | {f"{layer.name}.magnitude": (layer.out,) for layer in self.layout.layers}

@@ -50,8 +50,12 @@ def unmerge(modules: Mapping[str, Any], changes: Changes, strength: float = 1.0)
     merge(modules, changes, -strength)
 
 
-def settled(changes: Changes, sites: Mapping[str, Site]) -> dict[str, Change]:
-    """Return changes that will not be trained any more, on their sites' devices and in the form quickest to apply."""
+def settled(changes: Changes, modules: Mapping[str, Any]) -> dict[str, Change]:
+    """Return changes that will not be trained any more, on their sites' devices and in the form quickest to apply.
+
+    To settle them again costs nothing: who applies them several times does it once before.
+    """
+    sites = _sites({name: modules[name] for name in changes})
     ready: dict[str, Change] = {}
     for name, change in changes.items():
         site = sites[name]

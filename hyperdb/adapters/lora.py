@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from hyperdb.adapters.base import AdapterConfig, Factors, Frozen, LowRank, whole_number
@@ -44,7 +45,7 @@ class LoRA(Frozen):
     @property
     def numbers(self) -> int:
         """Count of trainable numbers of one identity."""
-        return sum(self.rank * (layer.in_ + layer.out) for layer in self.layout.layers)
+        return sum(map(prod, self.shapes().values()))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return `{layer.down: [r, n], layer.up: [m, r]}`."""

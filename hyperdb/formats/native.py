@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperdb import __version__
 from hyperdb.adapters import KINDS, AdapterConfig, LiDBConfig, kind_of
 from hyperdb.adapters.base import Adapter, Changes, Factors, LowRank, both
 from hyperdb.adapters.inject import Injection, settled
@@ -33,6 +32,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import ALGORITHM, LiDB
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_metadata, load_tensors, save_tensors
+from hyperdb.runtime.version import __version__
 
 KIND, VERSIONS = "hyperdb.personalization", ("1", "2")  # the second has parts beside LiDB's
 MAX_BYTES = 4 * 2**30

@@ -183,7 +183,7 @@ def examine(config: Config) -> dict[str, list[Finding]]:
 
 def run(config: Config) -> None:
     """Print the report."""
-    from hyperdb import __version__
+    from hyperdb.runtime.version import __version__
 
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     print(f"hyperdb {__version__}, Python {platform.python_version()}, {system}")

@@ -28,23 +28,28 @@ WRITES = ("adapter.safetensors",)
 
 @dataclass
 class Config:
-    """`shares` of the people sum to 1, alike if none are given; below 0 and above 1 they go beyond.
+    """Which people are mixed, in which shares, and how the result is shifted.
 
-    `sex` (up: man), `age` (older), `skin` (darker), `hair` (lighter) and `smile` are shifts in standard deviations
-    over the people that `hyperdb weights` found the `directions` among. What they do on the embedded base stands in
-    `experiments/embedded/weights`: smile does nothing, and nobody gets younger.
+    Several adapters are averaged, each weighted by its entry in `shares`. A share below 0 or above 1 goes beyond the
+    people, away from one and past another. One adapter alone is only shifted.
+
+    The attributes are shifts. A shift of 1 is one standard deviation of the attribute over the people whom `hyperdb
+    weights` found the `directions` among, and 0 changes nothing. What the shifts do on the embedded base was measured
+    (`experiments/embedded/weights`): `smile` does nothing, and nobody gets younger.
     """
 
-    adapter: list[FilePath] = "???"  # type: ignore[assignment]  # required: files of `hyperdb personalize`, or their folders
-    shares: list[float] = field(default_factory=list)
-    sex: float = 0.0
-    age: float = 0.0
-    skin: float = 0.0
-    hair: float = 0.0
-    smile: float = 0.0
+    adapter: list[FilePath] = "???"  # type: ignore[assignment]
+    """files of `hyperdb personalize`, or their folders"""
+    shares: list[float] = field(default_factory=list)  # one for each adapter, 1 in sum; empty: equal shares
+    sex: float = 0.0  # above 0 towards a man, below 0 towards a woman
+    age: float = 0.0  # above 0 older, below 0 younger
+    skin: float = 0.0  # above 0 darker, below 0 lighter
+    hair: float = 0.0  # above 0 lighter, below 0 darker
+    smile: float = 0.0  # above 0 more of it
+    # file of `hyperdb weights`, of the same base and hypernetwork as the adapters
     directions: FilePath = "package:embedded/directions.safetensors"
-    name: str = "default"
-    out: FilePath = "runs/edit/default"
+    name: str = "default"  # of the run, the last part of `out`
+    out: FilePath = "runs/edit/default"  # folder that is written
 
     def __post_init__(self) -> None:
         if not self.adapter:

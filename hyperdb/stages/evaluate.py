@@ -106,10 +106,21 @@ class Config(PersonalizerConfig):
 
 
 def passes(config: Config, sketch: Sketch) -> None:
-    """Measure prediction and fine-tuning of a batch of people, and the drawing of a row."""
+    """Measure the prediction of a batch of people, each training that a row asks for, and the drawing of a row."""
     from hyperdb.tuning.draw import together
+    from hyperdb.tuning.memory import rows
 
-    sketch.personalize(config, config.batch)
+    sketch.begin(config, config.batch)
+    rank = config.adapter.rank  # type: ignore[attr-defined]
+    known = []
+    for row in config.rows:
+        if (fit := config.fit(row)) is None:
+            continue
+        method = config.methods[row]
+        trained = method.adapter or {"relaxed": rank + config.relaxed.rank, "lidb": rank}[str(method.train)]
+        if (training := (trained, rows(fit))) not in known:  # rows that differ in their beginnings need the same
+            known.append(training)
+            sketch.train(f"row {row}", trained, config.batch, rows(fit))
     with sketch.measure("drawing"):
         sketch.draw(together(config.diffusion.size))
 

@@ -29,14 +29,24 @@ SD15_LAYOUT = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
 
 @dataclass
 class Config:
-    """`strength` is baked in; `dtype` is fp32 or fp16, or int8 in the native format."""
+    """What is written, and in which format.
+
+    `format` decides who can read the file. `kohya` is the one that ComfyUI, Forge and A1111 read, and diffusers too.
+    `diffusers` is for `pipe.load_lora_weights`, and `peft` for `PeftModel.from_pretrained`, with one folder for the
+    UNet and one for the text encoder. `textual_inversion` writes a word vector for `pipe.load_textual_inversion`.
+    `native` is hyperdb's own format, to keep the adapter in fewer bytes. `docs/formats.md` says which adapters each
+    can hold.
+
+    The change is multiplied by `strength` before it is written, so that a tool which loads it at full weight gets that
+    strength.
+    """
 
     adapter: FilePath = "???"  # a file of `hyperdb personalize`, or its folder
-    format: str = "kohya"
-    strength: float = 1.0
-    dtype: str = "fp16"
-    name: str = "default"
-    out: FilePath = "runs/export/default"
+    format: str = "kohya"  # kohya, diffusers, peft, textual_inversion or native
+    strength: float = 1.0  # 1 is the person as trained, 0 the base
+    dtype: str = "fp16"  # fp32 or fp16; with format=native also int8
+    name: str = "default"  # of the file, without .safetensors, and the title in the model card
+    out: FilePath = "runs/export/default"  # folder that is written
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:

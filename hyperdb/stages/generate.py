@@ -173,7 +173,7 @@ def _digest(path: Path) -> str:
 
 def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidance: Guidance) -> dict[str, Any]:
     """Return all that decides the pixels, but the seed."""
-    from hyperdb import __version__
+    from hyperdb.runtime.version import __version__
 
     return {
         "prompt": config.prompt,

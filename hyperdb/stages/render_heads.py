@@ -25,22 +25,23 @@ KEPT = "finished shards are kept"
 
 @dataclass
 class Config:
-    """What to render.
+    """How many people are rendered, of which split, and how many pictures of each.
 
-    Each person has `views` pictures, the first `photo_views` of them photos, the rest in other
-    styles. `first` is the offset inside the split, `shard` the number of people a file.
+    The people are numbered, and each number belongs to one split: `train` is for training, `validation` for choosing
+    settings, `test` for the figures that are published. `first` and `identities` choose a range of a split. So two
+    folders with different ranges have no person in common, and a person is the same in every folder.
     """
 
-    out: FilePath = "data/heads"
-    split: str = "train"
-    identities: int = 10000
-    views: int = 6
-    photo_views: int = 3
-    size: int = 64
-    seed: int = 0
-    first: int = 0
-    workers: int = 2
-    shard: int = 100
+    out: FilePath = "data/heads"  # folder that is written
+    split: str = "train"  # train, validation or test
+    identities: int = 10000  # people to render
+    views: int = 6  # pictures of each person
+    photo_views: int = 3  # of these pictures the first so many are photos; the others are in other styles
+    size: int = 64  # side of the square pictures in pixels
+    seed: int = 0  # of pose, light, style and place; who the people are does not depend on it
+    first: int = 0  # how many people of the split to skip
+    workers: int = 2  # processes that render; their number changes no pixel
+    shard: int = 100  # people in one file
 
 
 def _made_from(config: Config) -> dict[str, Any]:

@@ -22,36 +22,40 @@ KEPT = "its last checkpoint is kept"
 
 @dataclass
 class Config:
-    """`data`: rendered people; `channels`: the widths of the levels, each halving the side (so 3 levels are f = 4).
+    """What the autoencoder learns from, what it looks like, and what its loss is made of.
 
-    `init`: an autoencoder's folder to go on from, whose sizes it keeps. `decoder_only` leaves its encoder as it is, so
-    that every base trained on its latents stays valid. `crop` trains on random square crops of so many pixels.
-    With `adversarial_weight` > 0 a patch discriminator is trained along (Esser et al. 2021), and with `feature_weight`
-    > 0 pictures are also compared by the features of `encoder`, a network of `hyperdb train_encoder`.
+    It is trained to give back rendered pictures: their pixels, their edges, and their colours at coarser resolutions.
+    Two more terms are off by default. With `adversarial_weight` above 0 a discriminator that looks at small patches is
+    trained along, and the autoencoder learns to fool it (Esser et al. 2021). With `feature_weight` above 0 pictures
+    are also compared by the features of `encoder`, a network of `hyperdb train_encoder`.
+
+    A training can go on from the autoencoder in `init`, which then decides all sizes. `decoder_only=true` leaves the
+    encoder of `init` as it is. The latents stay the same, so every base that was trained on them stays valid.
     """
 
-    data: FilePath = "data/heads"
-    init: FilePath | None = None
-    name: str = "default"
-    out: FilePath = "runs/train_autoencoder/default"
+    data: FilePath = "data/heads"  # rendered people: a folder of `hyperdb render_heads`
+    init: FilePath | None = None  # folder of an autoencoder to go on from; null: a new one
+    name: str = "default"  # of the run, the last part of `out`
+    out: FilePath = "runs/train_autoencoder/default"  # folder that is written
+    # widths of the levels; each after the first halves the side, so three levels are f = 4
     channels: list[int] = field(default_factory=lambda: [32, 64, 128])
-    latent_channels: int = 4
-    steps: int = 2000
-    batch: int = 16
-    rate: float = 1.5e-3
-    kl: float = 3e-4
+    latent_channels: int = 4  # channels of a latent; 4 in Stable Diffusion
+    steps: int = 2000  # of the optimiser, in all
+    batch: int = 16  # pictures in each step
+    rate: float = 1.5e-3  # AdamW's learning rate, after a warm-up of 100 steps and before its decay
+    kl: float = 3e-4  # weight of the divergence of the latents from a standard normal distribution
     face_weight: float = 1.2  # extra weight of the middle of the frame, where the face is
-    gradient_weight: float = 2.0
-    crop: int | None = None  # null: whole pictures
-    decoder_only: bool = False
-    adversarial_weight: float = 0.0
-    feature_weight: float = 0.0
+    gradient_weight: float = 2.0  # weight of the differences between neighbouring pixels: of edges
+    crop: int | None = None  # side in pixels of the random squares to train on; null: whole pictures
+    decoder_only: bool = False  # train the decoder of `init` alone
+    adversarial_weight: float = 0.0  # weight of fooling the discriminator; 0: there is none
+    feature_weight: float = 0.0  # weight of the difference of the encoder's features; 0: they are not compared
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    ema: float = 0.995
-    held_out: int = 256  # images kept aside to measure on
-    save_every: int = 250
-    device: str = "auto"
-    seed: int = 0
+    ema: float = 0.995  # decay of the running average of the weights, which is what is measured and written
+    held_out: int = 256  # pictures kept aside to measure on, with all others of the same people
+    save_every: int = 250  # steps from one checkpoint to the next
+    device: str = "auto"  # auto, cpu, cuda or mps
+    seed: int = 0  # of the first weights, the batches and the noise
 
     def __post_init__(self) -> None:
         if self.crop is not None and (self.crop < 16 or self.crop % 2 ** (len(self.channels) - 1)):

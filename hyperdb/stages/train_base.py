@@ -24,32 +24,38 @@ KEPT = "its last checkpoint is kept"
 
 @dataclass
 class Config:
-    """`init`: a base folder to go on from (a further segment of training); `vae`: an autoencoder's folder.
+    """What the base learns from, how large its networks are, and how it is trained.
 
-    Without `vae`, that of `init`, or of `hyperdb train_autoencoder`'s default run.
+    The UNet learns to denoise the latents of rendered people under their captions, and the text encoder is trained
+    along. Both are new, or go on from the base in `init`, which then decides all sizes.
+
+    `vae` is the autoencoder whose latents are learned. Without it that of `init` is used, and without `init` the one
+    that `hyperdb train_autoencoder` writes by default.
     """
 
-    data: FilePath = "data/heads"
-    vae: FilePath | None = None
-    init: FilePath | None = None
-    name: str = "default"
-    out: FilePath = "runs/train_base/default"
+    data: FilePath = "data/heads"  # rendered people: a folder of `hyperdb render_heads`
+    vae: FilePath | None = None  # folder of an autoencoder; null: as said above
+    init: FilePath | None = None  # folder of a base to go on from; null: a new one
+    name: str = "default"  # of the run, the last part of `out`
+    out: FilePath = "runs/train_base/default"  # folder that is written
+    # widths of the UNet's levels; each after the first halves the side of the latents
     channels: list[int] = field(default_factory=lambda: [64, 128, 192])
-    heads: list[int] = field(default_factory=lambda: [1, 4, 4])  # a level; one head of 64 at 16 x 16 is fast
-    text_width: int = 128
-    text_layers: int = 4
-    text_length: int = 24
-    steps: int = 1100
-    batch: int = 64
-    rate: float = 1e-3
-    warmup: int = 200
-    decay: float = 0.6  # the last fraction of the steps, over which the rate falls
-    ema: float = 0.995
-    prompt_dropout: float = 0.1
+    # attention heads of each level; one head of 64 at 16 x 16 is fast
+    heads: list[int] = field(default_factory=lambda: [1, 4, 4])
+    text_width: int = 128  # width of the text encoder, and of what the UNet attends to
+    text_layers: int = 4  # transformer layers of the text encoder
+    text_length: int = 24  # tokens of a prompt; what is longer is cut off
+    steps: int = 1100  # of the optimiser, in all
+    batch: int = 64  # pictures in each step
+    rate: float = 1e-3  # AdamW's learning rate, after the warm-up and before the decay
+    warmup: int = 200  # steps over which the rate rises from 0
+    decay: float = 0.6  # share of the steps, at the end, over which the rate falls as a cosine
+    ema: float = 0.995  # decay of the running average of the weights, which is what is measured and written
+    prompt_dropout: float = 0.1  # share of the captions that are left empty, for classifier-free guidance
     logit_normal: list[float] | None = None  # mean and standard deviation of logit(noise level); null: uniform
-    save_every: int = 250
-    device: str = "auto"
-    seed: int = 0
+    save_every: int = 250  # steps from one checkpoint, and one sheet of samples, to the next
+    device: str = "auto"  # auto, cpu, cuda or mps
+    seed: int = 0  # of the first weights, the batches and the noise
 
     def __post_init__(self) -> None:
         if self.logit_normal is not None and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):

@@ -29,25 +29,27 @@ KEPT = "its last checkpoint is kept"
 
 @dataclass
 class Config:
-    """Mean squared error of the portrait `[3, portrait, portrait]` drawn linearly from the encoder's mean feature.
+    """What the encoder learns from, and how it is trained.
 
-    `held_out` people are kept aside to measure on; `jitter` is the spread of the photos' gain a colour channel.
+    A linear layer draws the portrait of `portrait` x `portrait` pixels from the mean of the encoder's features, and
+    the loss is the mean squared error of that drawing. The layer is thrown away at the end. Photos are mirrored,
+    shifted by a few pixels and tinted at random, because nothing of this says who the person is.
     """
 
-    data: FilePath = "data/heads"
-    name: str = "default"
-    out: FilePath = "runs/train_encoder/default"
+    data: FilePath = "data/heads"  # rendered people: a folder of `hyperdb render_heads`
+    name: str = "default"  # of the run, the last part of `out`
+    out: FilePath = "runs/train_encoder/default"  # folder that is written
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    portrait: int = 32  # pixels
-    jitter: float = 0.03
-    steps: int = 3000
-    batch: int = 64
-    rate: float = 1e-3
-    held_out: int = 200
-    save_every: int = 200
-    device: str = "auto"
+    portrait: int = 32  # side of the portrait in pixels
+    jitter: float = 0.03  # standard deviation of the tint: the factor on each colour channel of a photo is about 1
+    steps: int = 3000  # of the optimiser, in all
+    batch: int = 64  # photos in each step
+    rate: float = 1e-3  # AdamW's learning rate, after a warm-up of 100 steps and before its decay
+    held_out: int = 200  # people kept aside to measure on
+    save_every: int = 200  # steps from one checkpoint to the next
+    device: str = "auto"  # auto, cpu, cuda or mps
     workers: int = 2  # processes that render the portraits
-    seed: int = 0
+    seed: int = 0  # of the first weights, the batches and the changes of the photos
 
 
 def run(config: Config) -> Path:

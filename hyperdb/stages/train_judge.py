@@ -14,18 +14,22 @@ KEPT = "its last checkpoint is kept"
 
 @dataclass(kw_only=True)
 class Config:
-    """Half of the pictures go through the autoencoder, as every generated picture has."""
+    """What the judge learns from, and how it is trained.
+
+    It learns to name the style and the place of rendered pictures. Half of the pictures go through the autoencoder of
+    the base in `diffusion` first, because every generated picture, which it is to judge, has come through that too.
+    """
 
     diffusion: DiffusionConfig
-    data: FilePath = "data/heads"
+    data: FilePath = "data/heads"  # rendered people: a folder of `hyperdb render_heads`
     held_out: int = 200  # people kept aside to measure on
-    name: str = "default"
-    out: FilePath = "runs/train_judge/default"
-    steps: int = 400
-    batch: int = 64
-    rate: float = 2e-3
-    save_every: int = 200
-    seed: int = 0
+    name: str = "default"  # of the run, the last part of `out`
+    out: FilePath = "runs/train_judge/default"  # folder that is written
+    steps: int = 400  # of the optimiser, in all
+    batch: int = 64  # pictures in each step
+    rate: float = 2e-3  # AdamW's learning rate, after a warm-up of 50 steps and before its decay
+    save_every: int = 200  # steps from one checkpoint to the next
+    seed: int = 0  # of the first weights, the batches and the noise on the pictures
 
 
 def run(config: Config) -> Path:

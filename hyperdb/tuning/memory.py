@@ -209,8 +209,8 @@ class Sketch:
         with torch.set_grad_enabled(trained), self.autocast():
             return self.hypernet(torch.empty(people, 3, size, size, dtype=torch.uint8))
 
-    def personalize(self, config: PersonalizerConfig, people: int) -> None:
-        """Measure what a `Personalizer` does to so many people at once: prediction, then the fast fine-tuning."""
+    def begin(self, config: PersonalizerConfig, people: int) -> None:
+        """Measure what comes before a training on the photos of so many people: their prediction and encoding."""
         folder = hypernet_folder(config.hypernet, config.default_hypernet, config.diffusion.path)
         if folder is not None:
             path = folder / "hypernet.safetensors"
@@ -219,13 +219,24 @@ class Sketch:
                 self.predict(people)
         with self.measure("encoding photos"):
             self.encode()
-        with self.measure("fast fine-tuning"):
-            if isinstance(config.adapter, LiDBConfig):
-                rank = config.adapter.rank + config.relaxed.rank
-                self.denoise(people * rows(config.finetune), self.factors(people, rank, trained=True))
+
+    def train(self, name: str, trained: AdapterConfig | int, people: int, count: int) -> None:
+        """Measure a training, as the pass called `name`: of an adapter, or of low-rank factors of so many ranks.
+
+        Each of the people has `count` rows in a pass.
+        """
+        with self.measure(name):
+            if isinstance(trained, int):
+                self.denoise(people * count, self.factors(people, trained, trained=True))
             else:
-                changes, _optimizer = self.changes(config.adapter, people)  # alive while the pass runs
-                self.denoise(people * rows(config.finetune), changes)
+                changes, _optimizer = self.changes(trained, people)  # alive while the pass runs
+                self.denoise(people * count, changes)
+
+    def personalize(self, config: PersonalizerConfig, people: int) -> None:
+        """Measure what a `Personalizer` does to so many people at once: prediction, then the fast fine-tuning."""
+        self.begin(config, people)
+        lidb = config.adapter.rank + config.relaxed.rank if isinstance(config.adapter, LiDBConfig) else None
+        self.train("fast fine-tuning", config.adapter if lidb is None else lidb, people, rows(config.finetune))
 
 
 def rows(fit: Any) -> int:

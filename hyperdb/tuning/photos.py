@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperdb.adapters import kind_of
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import expand
 from hyperdb.tuning.personalizer import Personalizer, crop_face, to_images
@@ -39,6 +40,7 @@ def _preview(
     model: Personalizer, crops: np.ndarray, predicted: Personalization, finished: Personalization, path: Path
 ) -> dict[str, float]:
     """Draw photo, base, prediction, fine-tuned and styles on one sheet; return the face cosines to the photos."""
+    from hyperdb.adapters.inject import settled
     from hyperdb.faces.image import grid, save_png
     from hyperdb.metrics.face import SFace
     from hyperdb.metrics.likeness import face_cosine, galleries
@@ -49,14 +51,16 @@ def _preview(
     photo = shown[0]
     before = "prediction" if model.start is None else "start"
     instance = [base.config.instance_prompt] * len(seeds)
+    changes = finished.changes()
+    changes = settled(changes, base.sites(changes))  # drawn with twice
     rows = {
         "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
-        "fine-tuned": draw(base, finished.changes(), 1, instance, seeds)[0],
+        "fine-tuned": draw(base, changes, 1, instance, seeds)[0],
     }
     if begun := predicted.changes():  # else nothing lies under what was trained
         rows[before] = draw(base, begun, 1, instance, seeds)[0]
     styles = model.config.preview_styles
-    styled = draw(base, finished.changes(), 1, styles, [0] * len(styles))[0]
+    styled = draw(base, changes, 1, styles, [0] * len(styles))[0]
     feature = SFace()
     gallery = galleries(feature, shown[None])
     cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
@@ -68,6 +72,16 @@ def _preview(
     text = {"software": "hyperdb", "synthetic": "all but the first picture", "base": base.digest}
     save_png(path, grid(pixels, 6, labels=labels), text)
     return {name: value if value == value else 0.0 for name, value in cosines.items()}
+
+
+def _made_from(config: PersonalizerConfig) -> dict[str, Any]:
+    """Return the settings that decide the result. The adapter's kind is among them; where there is none it is LiDB."""
+    from hyperdb.runtime.recipe import recipe
+
+    found = recipe(config)
+    if (kind := kind_of(config.adapter)) != "lidb":  # records from before there were other kinds have none
+        found["adapter"]["kind"] = kind
+    return found
 
 
 def passes(config: PersonalizerConfig, sketch: Sketch) -> None:
@@ -90,7 +104,6 @@ def personalize(config: PersonalizerConfig) -> Path:
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
-    from hyperdb.runtime.recipe import recipe
 
     clock, seconds = time.perf_counter(), {}
 
@@ -108,7 +121,7 @@ def personalize(config: PersonalizerConfig) -> Path:
     begun = None if start is None else hash_files([start])
     contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
     contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
-    out = claim(config.out, WRITES, {**recipe(config), **contents})
+    out = claim(config.out, WRITES, {**_made_from(config), **contents})
     lap("load")
     tokens = model.predict(crops)
     lap("predict")

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from hyperdb import config
-from hyperdb.adapters import KINDS
+from hyperdb.adapters import KINDS, svdiff
 from hyperdb.faces.image import read_image, save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors, save_tensors
 
-WAYS = {"dreambooth": "full", "lora": "lora", "textual_inversion": "token", "svdiff": "svdiff", "dora": "dora"}
+WAYS = {
+    "dreambooth": "full", "lora": "lora", "textual_inversion": "token", "svdiff": "svdiff", "dora": "dora",
+    "foura": "foura",
+}  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 
 
@@ -71,6 +74,26 @@ def test_running_again_gives_the_same_numbers(way, personalised):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_no_adapter_is_replaced_by_one_of_another_kind(personalised):
+    """LoRA and DoRA have the same settings."""
+    out = personalised("lora")
+    before = (out / "adapter.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"adapter\.safetensors of a run with other adapter\.kind, which"):
+        personalised("dora", f"out={out}")
+    assert (out / "adapter.safetensors").read_bytes() == before
+    assert personalised("lora", f"out={out}") == out
+
+
+def test_a_preview_decomposes_each_weight_once(personalised, monkeypatch):
+    found = []
+    decomposed = svdiff.decomposed
+    monkeypatch.setattr(svdiff, "decomposed", lambda weight: found.append(weight) or decomposed(weight))
+    out = personalised("svdiff", "preview=true", "preview_styles=[a sketch of a [V] face]")
+    assert (out / "preview.png").is_file()
+    person = Personalization.load(out / "adapter.safetensors")
+    assert len(found) == len(person.parts[0].changes()) > 0
+
+
 def test_another_adapter_lies_under_the_one_that_is_trained(personalised):
     under = personalised("svdiff")
     person = Personalization.load(personalised("lora", f"start={under}") / "adapter.safetensors")
@@ -121,6 +144,15 @@ def test_what_is_no_low_rank_is_neither_edited_nor_exported(personalised, tmp_pa
             config.run("export", [f"adapter={personalised(way)}", f"out={tmp_path / way}"])
     with pytest.raises(UserError, match="it cannot be edited"):
         config.run("edit", [f"adapter={personalised('lora')}", "age=1", f"out={tmp_path / 'edit'}"])
+
+
+def test_a_gate_that_follows_the_input_is_drawn_with_but_not_exported(personalised, pipeline, tmp_path):
+    file = personalised("foura", "adapter.adaptive=true", "adapter.rank=4") / "adapter.safetensors"
+    person = Personalization.load(file)
+    plain, ours = pipeline("a sks face"), pipeline("a sks face", person.apply)
+    assert (plain - ours).abs().max() > 1e-3
+    with pytest.raises(UserError, match="kind foura, which has no low-rank factors"):
+        config.run("export", [f"adapter={file}", f"out={tmp_path}"])
 
 
 def test_textual_inversion_leaves_every_other_word_alone(personalised, tiny_base):
@@ -203,8 +235,9 @@ def test_what_other_tools_cannot_read_is_refused(personalised, tmp_path, way, wo
     assert not list(out.glob("*.safetensors"))
 
 
-def test_a_lora_is_exported_as_every_low_rank_adapter(personalised, pipeline, tmp_path):
-    file = personalised("lora") / "adapter.safetensors"
+@pytest.mark.parametrize("way", ["lora", "foura"])
+def test_a_lora_is_exported_as_every_low_rank_adapter(personalised, pipeline, tmp_path, way):
+    file = personalised(way) / "adapter.safetensors"
     ours = pipeline("a sks face", Personalization.load(file).apply)
     out = config.run("export", [f"adapter={file}", "dtype=fp32", f"out={tmp_path / 'a'}"])
     loaded = pipeline("a sks face", lambda pipe: pipe.load_lora_weights(str(out / "default.safetensors")))

@@ -15,7 +15,10 @@ from hyperdb.tuning import methods
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.personalizer import Personalizer
 
-KINDS = {"dreambooth": "full", "lora": "lora", "dora": "dora", "svdiff": "svdiff", "textual_inversion": "token"}
+KINDS = {
+    "dreambooth": "full", "lora": "lora", "dora": "dora", "foura": "foura", "svdiff": "svdiff",
+    "textual_inversion": "token",
+}  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 FIT = ["steps=3", "rate=0.05", "levels=2"]
 PEOPLE = 3

@@ -70,7 +70,7 @@ def test_the_sketch_of_a_pass_holds_what_the_pass_holds(tiny_base: Path) -> None
         ("generate", [], {"drawing"}),
         ("precompute", [], {"encoding photos", "fits"}),
         ("train_hypernet", ["model.encoder.size=32"], {"encoding photos", "training step", "validation"}),
-        ("evaluate", ["hypernet=null"], {"encoding photos", "fast fine-tuning", "drawing"}),
+        ("evaluate", ["hypernet=null"], {"encoding photos", "row shuffled_40", "drawing"}),
     ],
 )
 def test_a_dry_run_loads_and_writes_nothing(
@@ -127,7 +127,7 @@ def test_a_dry_run_names_what_is_missing(tmp_path: Path) -> None:
         configuration.run("generate", settings)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "svdiff", "dreambooth", "textual_inversion"])
+@pytest.mark.parametrize("adapter", ["lora", "dora", "foura", "svdiff", "dreambooth", "textual_inversion"])
 def test_a_dry_run_knows_every_adapter(weightless: Path, adapter: str) -> None:
     settings = configuration.load("personalize", [*words(weightless), "image=none", f"adapter={adapter}"])
     found = needed("personalize", settings, "cpu").passes["fast fine-tuning"]
@@ -136,3 +136,18 @@ def test_a_dry_run_knows_every_adapter(weightless: Path, adapter: str) -> None:
     if adapter == "dreambooth":  # the numbers, their gradients and two averages of AdamW are alive at once
         numbers = sum(p.numel() for p in Sketch(settings, "cpu").base.unet.parameters())
         assert found > 4 * 4 * numbers
+
+
+def test_a_dry_run_of_an_evaluation_counts_its_largest_row(weightless: Path) -> None:
+    def found(*rows: str) -> Need:
+        settings = [*words(weightless), "hypernet=null", "batch=20", f"rows=[{','.join(rows)}]"]
+        return needed("evaluate", configuration.load("evaluate", settings), "cpu")
+
+    none, large = found("floor", "copy"), found("floor", "dreambooth")
+    assert list(none.passes) == ["encoding photos", "drawing"]
+    assert large.passes == none.passes | {"row dreambooth": large.passes["row dreambooth"]}
+    numbers = next(m.parameters for m in large.modules if m.name == "UNet")
+    assert large.passes["row dreambooth"] > 20 * 4 * 4 * numbers  # of 20 people: numbers, gradients, two averages
+    assert large.total - none.total == large.passes["row dreambooth"] - none.passes["drawing"]
+    several = found("hyper_40", "no_hyper_40", "lidb_fit", "svdiff")  # the first two train the same
+    assert list(several.passes) == ["encoding photos", "row hyper_40", "row lidb_fit", "row svdiff", "drawing"]
