@@ -93,7 +93,9 @@ def test_losses_of_a_fit(base, tmp_path, golden, kind):
 def fits(tiny_base, rendered, tmp_path_factory):
     """A store of the fits of three people."""
     words = [f"diffusion.path={tiny_base}", *TINY, f"data={rendered}", "by=person", "fit.views=2", "fit.steps=3"]
-    words += ["fit.levels=2", "fit.rate=0.05", "identities=3"]
+    words += ["fit.levels=2", "fit.rate=0.05", "identities=3", "start=template", "fit.trained=all"]
+    words += ["fit.optimizer=adamw", "fit.logit_normal=null", "fit.noise=[0,1]", "fit.prior_weight=0.25"]
+    words += ["fit.prior_rows=1"]
     return configuration.run("precompute", [*words, f"out={tmp_path_factory.mktemp('fits')}"])
 
 

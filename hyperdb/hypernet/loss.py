@@ -65,8 +65,8 @@ def scales(lidb: LiDB, tokens: Tensor, kind: str, moment: Tensor | None = None) 
 class WeightSpace:
     """The distance of predictions from fits by the loss called `kind`: gauge_free, plain or fisher.
 
-    `fits [I, N, D]` scale it: those that are learned from, whichever a prediction is then compared with. `moment [N, D]`, the mean
-    square of people's gradients, is what `fisher` needs.
+    `fits [I, N, D]` scale it: those that are learned from, whichever a prediction is then compared with. `fisher` needs
+    `moment [N, D]`, the mean square of people's gradients.
     """
 
     def __init__(self, lidb: LiDB, fits: Tensor, kind: str, moment: Tensor | None = None) -> None:

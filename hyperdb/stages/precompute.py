@@ -68,7 +68,7 @@ class Config:
     diffusion: DiffusionConfig
     adapter: AdapterConfig
     fit: StoreFitConfig
-    start: FilePath = "template"
+    start: FilePath
     average: FitConfig
     prior: PriorConfig
     data: FilePath
