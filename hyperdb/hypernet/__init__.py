@@ -29,7 +29,9 @@ class EncoderConfig:
 class HypernetConfig:
     """The iterative decoder (eq. 3): `iterations` is s, `head` is shared by all layers or one a layer.
 
-    `summary`: how many principal components of the encoder's mean feature every token is given.
+    `summary`: how many principal components of the encoder's mean feature every token is given. With `linear`, eq. 3
+    begins at a linear map of the summary instead of zeros. What a person's gradient says is nearly linear in the
+    summary, and a linear map averages it over all people; the trunk refines the rest.
     """
 
     width: int = 256
@@ -38,6 +40,7 @@ class HypernetConfig:
     iterations: int = 4
     head: str = "per_layer"
     summary: int = 64
+    linear: bool = False
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
@@ -45,3 +48,5 @@ class HypernetConfig:
             raise UserError(f"model.head={self.head!r}: expected shared or per_layer")
         if self.iterations < 1 or self.width % self.heads:
             raise UserError("model.iterations must be at least 1 and model.width a multiple of model.heads")
+        if self.linear and self.summary < 1:
+            raise UserError("model.linear needs model.summary of at least 1")

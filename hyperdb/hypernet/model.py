@@ -63,7 +63,7 @@ class Hypernet(nn.Module):
         tokens, width = lidb.mask.shape
         self.decoder = IterativeDecoder(
             tokens, width, self.encoder.dim, config.summary, config.width, config.heads, config.layers,
-            config.iterations, config.head == "shared",
+            config.iterations, config.head == "shared", config.linear,
         )  # fmt: skip
         self.register_buffer("mask", lidb.mask.clone(), persistent=False)
         self.register_buffer("centre", lidb.template.clone())
@@ -72,16 +72,26 @@ class Hypernet(nn.Module):
         self.register_buffer("feature_std", torch.ones(self.encoder.tokens, self.encoder.dim))
         self.register_buffer("whiten", torch.eye(self.encoder.dim, config.summary))
 
-    def standardise(self, tokens: Tensor) -> None:
+    def standardise(self, tokens: Tensor, moment: Tensor | None = None) -> None:
         """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's.
 
         A number that all fits share, such as those of an A that is everybody's, has a spread of 0: it is not predicted.
+        With `moment [N, D]`, the mean square of people's gradients, the numbers of a layer have one spread, the inverse
+        root of the gradient's length there. Then a step along the gradient moves every layer about equally far, as a
+        step of the fits does (`hyperdb.tuning.start`).
         """
         std = tokens.std(0)
-        floor = 0.1 * std.square().mean(1, keepdim=True).sqrt() + 1e-4
         shared = (tokens == tokens[0]).all(0)
+        if moment is None:
+            floor = 0.1 * std.square().mean(1, keepdim=True).sqrt() + 1e-4
+            spread = torch.maximum(std, floor)
+        else:
+            moving = self.mask.cpu() & ~shared.cpu()
+            length = (moment * moving).sum(1, keepdim=True).sqrt().clamp_min(1e-12)  # [N, 1]
+            spread = length.pow(-0.5).expand_as(std)
+            spread = spread * (std[moving].square().mean() / spread[moving].square().mean()).sqrt()
         self.centre.copy_(tokens.mean(0).where(~shared, tokens[0]))
-        self.spread.copy_(torch.maximum(std, floor).masked_fill(shared, 0.0))
+        self.spread.copy_(spread.masked_fill(shared, 0.0))
 
     @torch.no_grad()
     def standardise_features(self, images: Tensor) -> None:

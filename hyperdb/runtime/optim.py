@@ -38,6 +38,9 @@ class Muon(torch.optim.AdamW):
 
     An orthogonal step moves a matrix equally far in every direction. Adam follows the few that all examples share and
     is slow in the many in which they differ. `matrix_rate`: the spectral norm of a step of a square matrix.
+
+    `plain` parameters take steps along the average of their gradients, of the rate `plain_rate`. Where gradients are
+    mostly noise, that average is what they have in common, and both other kinds of step would make the noise as long.
     """
 
     def __init__(
@@ -46,13 +49,17 @@ class Muon(torch.optim.AdamW):
         rate: float,
         matrices: Iterable[torch.nn.Parameter],
         matrix_rate: float,
+        plain: Iterable[torch.nn.Parameter] = (),
+        plain_rate: float = 0.0,
     ) -> None:
         super().__init__(list(params), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.add_param_group({"params": list(matrices), "lr": matrix_rate, "momentum": 0.95})
+        for some, step, orthogonal in ((list(matrices), matrix_rate, True), (list(plain), plain_rate, False)):
+            if some:
+                self.add_param_group({"params": some, "lr": step, "momentum": 0.95, "orthogonal": orthogonal})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Make one step of both kinds."""
+        """Make one step of every kind."""
         groups = self.param_groups
         try:
             self.param_groups = [g for g in groups if "momentum" not in g]
@@ -68,8 +75,10 @@ class Muon(torch.optim.AdamW):
                     state["momentum"] = torch.zeros_like(param)
                 state["momentum"].lerp_(param.grad, 1 - group["momentum"])
                 ahead = param.grad.lerp(state["momentum"], group["momentum"])  #      Nesterov's
-                scale = max(1.0, param.shape[-2] / param.shape[-1]) ** 0.5
-                param.add_(orthogonal(ahead), alpha=-group["lr"] * scale)
+                scale = 1.0
+                if group["orthogonal"]:
+                    ahead, scale = orthogonal(ahead), max(1.0, param.shape[-2] / param.shape[-1]) ** 0.5
+                param.add_(ahead, alpha=-group["lr"] * scale)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

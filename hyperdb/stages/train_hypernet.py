@@ -18,6 +18,7 @@ from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.prior import PriorConfig
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from torch import Tensor, nn
 
@@ -106,6 +107,7 @@ class Config:
     logit_normal: list[float] | None  # mean and standard deviation of the logit of the noise level; null: uniform
     rate: float  # learning rate of the decoder
     matrix_rate: float | None  # rate of orthogonal steps (Muon) for the decoder's matrices; null: AdamW for all
+    linear_rate: float | None  # rate of plain steps for the map of `model.linear`; null: there is none, or it stays
     encoder_rate: float  # learning rate of the image encoder; 0: it stays as it was pretrained
     warmup: int  # steps over which the rates rise from 0
     decay: float  # share of the steps, at the end, over which the rates fall as a cosine
@@ -439,6 +441,20 @@ def _validation(
     return validation
 
 
+def _optimizer(config: Config, model: Hypernet) -> torch.optim.Optimizer:
+    """Return what trains the decoder: AdamW, Muon for its matrices if asked for, and plain steps for a linear map."""
+    from hyperdb.runtime.optim import Muon, adamw
+
+    named = dict(model.decoder.named_parameters())
+    linear = [named.pop("linear")] if model.config.linear else []
+    if config.matrix_rate is None and not linear:
+        return adamw(named.values(), config.rate)
+    # positions and biases are vectors, a layer each
+    matrices = {n for n, p in named.items() if n.endswith("weight") and p.ndim > 1 and config.matrix_rate is not None}
+    vectors, stacks = ([p for n, p in named.items() if (n in matrices) is kind] for kind in (False, True))
+    return Muon(vectors, config.rate, stacks, config.matrix_rate or 0.0, linear, config.linear_rate or 0.0)
+
+
 def run(config: Config) -> Path:
     """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
     import torch
@@ -450,7 +466,7 @@ def run(config: Config) -> Path:
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.runtime.files import hash_files, load_json, save_json
     from hyperdb.runtime.loop import train
-    from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw
+    from hyperdb.runtime.optim import EMA, Schedule
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
@@ -502,20 +518,14 @@ def run(config: Config) -> Path:
     else:
         model = Hypernet(config.model, lidb, config.default_spread)
         if fits is not None and len(fits.tokens) > 1:
-            model.standardise(fits.tokens)
+            model.standardise(fits.tokens, fits.moment)
         model.to(base.device).standardise_features(people.images[photos[:FEATURE_PHOTOS]])
     if config.encoder_rate == 0:
         model.encoder.requires_grad_(False)
     model = model.to(base.device).train()
     inside = [p for p in model.encoder.parameters() if p.requires_grad]
     outside = list(model.decoder.parameters())
-    if config.matrix_rate is None:
-        optimizer = adamw(outside, config.rate)
-    else:
-        # positions and biases are vectors, a layer each
-        kinds = {n: n.endswith("weight") and p.ndim > 1 for n, p in model.decoder.named_parameters()}
-        vectors, matrices = ([p for n, p in model.decoder.named_parameters() if kinds[n] is k] for k in (False, True))
-        optimizer = Muon(vectors, config.rate, matrices, config.matrix_rate)
+    optimizer = _optimizer(config, model)
     if inside:
         optimizer.add_param_group({"params": inside, "lr": config.encoder_rate})
     ema = EMA([*outside, *inside], config.ema)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -167,6 +169,38 @@ def test_a_convolutional_encoder_gives_its_map_and_keeps_its_statistics():
     assert encoder.tokens == 1 + 2 * 2
     assert torch.allclose(features[:, 0], features[:, 1:].mean(1), atol=1e-5)
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+def test_the_linear_map_begins_at_the_centre_and_learns_from_differences(lidb):
+    torch.manual_seed(0)
+    model = Hypernet(replace(CONFIG, linear=True, summary=3), lidb)
+    images = _images(8)
+    model.standardise_features(images)
+    assert torch.equal(model(images), model.centre.expand(8, -1, -1))
+    g = torch.Generator().manual_seed(0)
+    wanted = torch.randn(8, *model.mask.shape, generator=g)
+    (model(images) * wanted).sum().backward()
+    with torch.no_grad():
+        summary = model.features(images)[1]
+        own = torch.einsum("ik,ind->knd", summary - summary.mean(0), wanted * model.spread * model.mask)
+        torch.testing.assert_close(model.decoder.linear.grad, own, atol=1e-5, rtol=1e-4)
+        # a person's tokens are the same alone and among others
+        model.decoder.linear.copy_(torch.randn(own.shape, generator=g))
+        torch.testing.assert_close(model(images)[2:3], model(images[2:3]), atol=1e-4, rtol=1e-4)
+
+
+def test_the_spread_of_fits_with_gradients_makes_layers_move_alike(lidb):
+    model, g = Hypernet(CONFIG, lidb), torch.Generator().manual_seed(0)
+    fits = torch.randn(5, *lidb.mask.shape, generator=g) * lidb.mask
+    fits[:, lidb.part("A")] = fits[0, lidb.part("A")]
+    moment = torch.rand(lidb.mask.shape, generator=g) ** 4 * lidb.mask
+    model.standardise(fits, moment)
+    B = lidb.part("B")
+    assert (model.spread[lidb.part("A")] == 0).all()
+    torch.testing.assert_close(model.spread[B].square().mean(), fits.std(0)[B].square().mean())
+    # a gradient as long as a person's moves every layer equally far: spread^2 * gradient
+    moved = (model.spread.square() * moment.sqrt() * B).norm(dim=1)
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved))
 
 
 def test_different_faces_get_different_tokens_before_any_training(lidb):

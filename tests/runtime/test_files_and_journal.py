@@ -88,10 +88,18 @@ def test_journal_ignores_a_torn_last_line(tmp_path):
     assert journal.read(path) == [{"step": 1}]
 
 
-def _train(steps, path, start_from_checkpoint=False, config=None, muon=False):
+def _optimizer(kind: str, model: torch.nn.Linear) -> torch.optim.Optimizer:
+    if kind == "adamw":
+        return adamw(model.parameters(), 1e-2)
+    if kind == "muon":
+        return Muon([model.bias], 1e-2, [model.weight], 1e-2)
+    return Muon([model.bias], 1e-2, [], 0.0, [model.weight], 1e-2)
+
+
+def _train(steps, path, start_from_checkpoint=False, config=None, kind="adamw"):
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 2)
-    optimizer = Muon([model.bias], 1e-2, [model.weight], 1e-2) if muon else adamw(model.parameters(), 1e-2)
+    optimizer = _optimizer(kind, model)
     ema = EMA(model.parameters(), 0.9)
     start = checkpoint.load(path, optimizer, ema, config or {}) if start_from_checkpoint else 0
     for step in range(start, steps):
@@ -105,11 +113,11 @@ def _train(steps, path, start_from_checkpoint=False, config=None, muon=False):
     return [p.detach().clone() for p in model.parameters()] + ema.average
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_resume_is_bit_for_bit(tmp_path, muon):
-    whole = _train(7, tmp_path / "a.safetensors", muon=muon)
-    _train(3, tmp_path / "b.safetensors", muon=muon)
-    parts = _train(7, tmp_path / "b.safetensors", start_from_checkpoint=True, muon=muon)
+@pytest.mark.parametrize("kind", ["adamw", "muon", "plain"])
+def test_resume_is_bit_for_bit(tmp_path, kind):
+    whole = _train(7, tmp_path / "a.safetensors", kind=kind)
+    _train(3, tmp_path / "b.safetensors", kind=kind)
+    parts = _train(7, tmp_path / "b.safetensors", start_from_checkpoint=True, kind=kind)
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
@@ -123,6 +131,19 @@ def test_orthogonal_moves_singular_values_near_one_and_keeps_the_directions(shap
     u, _, v = torch.linalg.svd(given, full_matrices=False)
     assert (u.mT @ found @ v.mT).diagonal(dim1=-2, dim2=-1).min() > 0.5
 
+
+
+def test_plain_steps_go_along_the_average_of_the_gradients():
+    """Two steps by hand: the average is .05 g, then .95 * .05 g + .05 h; Nesterov looks one ahead."""
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Muon([torch.nn.Parameter(torch.zeros(1))], 0.0, [], 0.0, [param], 2.0)
+    g, h = torch.tensor([1.0, -3.0]), torch.tensor([2.0, 1.0])
+    for gradient in (g, h):
+        param.grad = gradient
+        optimizer.step()
+    first, second = 0.05 * g, 0.95 * 0.05 * g + 0.05 * h
+    wanted = -2.0 * sum(0.05 * x + 0.95 * m for x, m in ((g, first), (h, second)))
+    torch.testing.assert_close(param.detach(), wanted)
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from hyperdb.adapters.lidb import LiDB
 from hyperdb.adapters.lora import LoRA
 from hyperdb.diffusion import loss
 from hyperdb.runtime.errors import UserError
-from hyperdb.tuning.fit import FitConfig, fit
+from hyperdb.tuning.fit import Begin, FitConfig, fit
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,32 @@ def test_a_person_does_not_depend_on_the_batch(base, lidb, moments, prior):
     alone = torch.cat([fit(base, lidb, moments[i : i + 1], config, prior=prior)["tokens"] for i in range(3)])
     assert torch.allclose(together, alone, atol=2e-4)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_a_plain_step_goes_along_the_gradient_that_the_gain_scales(base, lidb, moments):
+    """From where it begins a person's number moves by -rate * gain * gradient, and stays where the gain is 0."""
+    g = torch.Generator().manual_seed(3)
+    at = lidb.init(3)["tokens"] + 0.1 * torch.randn(3, *lidb.mask.shape, generator=g) * lidb.mask
+    gain = torch.rand(lidb.mask.shape, generator=g) * lidb.part("B")
+    config = FitConfig(steps=1, levels=4, rate=0.5, optimizer="sgd", logit_normal=[0.2, 1.0], signal_weight=0.5)
+    found = fit(base, lidb, moments, config, begin=Begin({"tokens": at}, {"tokens": gain}))["tokens"]
+    # the gradient, by differences of the loss along a direction
+    whole = fit(base, lidb, moments, config, begin=Begin({"tokens": at}, {"tokens": torch.ones_like(gain)}))["tokens"]
+    torch.testing.assert_close(found - at, (whole - at) * gain, atol=1e-6, rtol=1e-3)
+    assert torch.equal(found[:, lidb.part("A")], at[:, lidb.part("A")])
+    alone = fit(base, lidb, moments[1:2], config, begin=Begin({"tokens": at[1:2]}, {"tokens": gain}))["tokens"]
+    torch.testing.assert_close(found[1:2], alone, atol=1e-5, rtol=1e-3)
+    assert not torch.equal(found[0] - at[0], found[1] - at[1])
+
+
+def test_gradient_descent_lowers_the_loss_it_descends(base, lidb, moments):
+    seen: dict[float, list[float]] = {}
+    at = lidb.init(3)["tokens"]
+    for rate in (1e-6, 500.0):
+        config = FitConfig(steps=8, levels=4, rate=rate, optimizer="sgd", decay=0.0)
+        begin = Begin({"tokens": at}, {"tokens": torch.ones_like(lidb.template)})
+        fit(base, lidb, moments, config, begin=begin, progress=lambda _, x, r=rate: seen.setdefault(r, []).append(x))
+    assert seen[500.0][-1] < seen[1e-6][-1] - 1e-5  # the same draws of noise, so the difference is the descent
 
 
 def test_the_same_image_gives_the_same_fit(base, lidb, moments):
