@@ -29,6 +29,8 @@ class EncoderConfig:
 class HypernetConfig:
     """The iterative decoder (eq. 3): `iterations` is s, `head` is shared by all layers or one a layer.
 
+    With 0 iterations the linear map alone predicts, which needs `linear`; they can be added when training goes on.
+
     `summary`: how many principal components of the encoder's mean feature every token is given. With `linear`, eq. 3
     begins at a linear map of the summary instead of zeros. What a person's gradient says is nearly linear in the
     summary, and a linear map averages it over all people; the trunk refines the rest.
@@ -46,7 +48,9 @@ class HypernetConfig:
     def __post_init__(self) -> None:
         if self.head not in ("shared", "per_layer"):
             raise UserError(f"model.head={self.head!r}: expected shared or per_layer")
-        if self.iterations < 1 or self.width % self.heads:
-            raise UserError("model.iterations must be at least 1 and model.width a multiple of model.heads")
+        if self.iterations < (not self.linear) or self.width % self.heads:
+            raise UserError(
+                "model.iterations must be at least 1, or 0 with model.linear, and model.width a multiple of model.heads"
+            )
         if self.linear and self.summary < 1:
             raise UserError("model.linear needs model.summary of at least 1")

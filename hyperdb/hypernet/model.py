@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -71,6 +71,11 @@ class Hypernet(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(self.encoder.tokens, self.encoder.dim))
         self.register_buffer("feature_std", torch.ones(self.encoder.tokens, self.encoder.dim))
         self.register_buffer("whiten", torch.eye(self.encoder.dim, config.summary))
+
+    def refine(self, iterations: int) -> None:
+        """Refine the prediction so many times from now on."""
+        self.config = replace(self.config, iterations=iterations)
+        self.decoder.iterations = iterations
 
     def standardise(self, tokens: Tensor, moment: Tensor | None = None) -> None:
         """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hyperdb.adapters.lidb import LiDB
     from hyperdb.data.people import People
     from hyperdb.diffusion.base import Base
+    from hyperdb.hypernet.model import Hypernet
     from hyperdb.tuning.memory import Sketch
 
 
@@ -70,6 +71,7 @@ class Config:
     fit: StoreFitConfig
     start: FilePath
     average: FitConfig
+    average_people: int = 500  # whose photos the average is fitted to, of `data` from `first` on
     prior: PriorConfig
     data: FilePath
     name: str = "default"
@@ -100,7 +102,7 @@ class Config:
             raise UserError(f"photos={self.photos} needs by=image; with by=person set identities and fit.views")
         if self.split not in (None, "train", "validation", "test"):
             raise UserError(f"split={self.split!r}: expected train, validation, test or null")
-        for name in ("identities", "photos", "batch"):
+        for name in ("identities", "photos", "batch", "average_people"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value}: expected at least 1")
@@ -128,6 +130,11 @@ def passes(config: Config, sketch: Sketch) -> None:
         sketch.denoise(config.batch * rows(config.fit), factors)
 
 
+def _kept(config: Config) -> list[float]:
+    """Return how strongly the trainings of this store keep the prior."""
+    return [config.fit.prior_weight] + [config.average.prior_weight] * (config.start == "average")
+
+
 def _begun(config: Config) -> dict[str, Any]:
     """Return what the fits depend on beyond their own settings, by where they begin."""
     from hyperdb.runtime.files import hash_files
@@ -135,21 +142,40 @@ def _begun(config: Config) -> dict[str, Any]:
     if config.start == "template":
         return {}
     if config.start == "average":
-        return {"start": "average", "average": asdict(config.average)}
-    return {"start": hash_files([hypernet_file(config.start)])}
+        return {"start": "average", "people": config.average_people, "average": asdict(config.average)}
+    return {"start": hash_files([hypernet_file(config.start)]), "people": config.average_people}
 
 
-def _predictions(config: Config, base: Base, lidb: LiDB, people: People, rows: Tensor) -> Tensor:
+def _photos(config: Config, people: People) -> Tensor:
+    """Return the rows `[I, K]` of the photos of each fit: one image, or some of a person."""
+    import torch
+
+    if config.by == "image":
+        rows = torch.nonzero(people.is_style("photo"))
+    else:
+        chosen = reference_rows(people, config.fit.views, config.fit.first_view)
+        rows = torch.tensor([r for r in chosen if r], dtype=torch.long)
+    if len(rows) == 0:
+        raise UserError(f"{config.data} holds no photos of these people")
+    return rows
+
+
+def _hypernet(config: Config, lidb: LiDB) -> Hypernet:
+    """Load the hypernetwork that `start` names. Raises `UserError` for one of another layout or LiDB."""
+    from hyperdb.hypernet.model import Hypernet
+
+    model = Hypernet.load(hypernet_file(config.start))
+    lidb.layout.require(model.lidb.layout, f"the hypernetwork {config.start}")
+    if asdict(model.lidb.config) != asdict(config.adapter):
+        raise UserError(f"{config.start} was made with lidb {asdict(model.lidb.config)}; set the same")
+    return model
+
+
+def _predictions(model: Hypernet, base: Base, people: People, rows: Tensor) -> Tensor:
     """Return a hypernetwork's predictions `[I, N, D]`, each the mean over the photos `rows [I, K]` of a person."""
     import torch
     from tqdm import tqdm
 
-    from hyperdb.hypernet.model import Hypernet
-
-    model = Hypernet.load(hypernet_file(config.start)).to(base.device)
-    lidb.layout.require(model.lidb.layout, f"the hypernetwork {config.start}")
-    if asdict(model.lidb.config) != asdict(config.adapter):
-        raise UserError(f"{config.start} was made with lidb {asdict(model.lidb.config)}; set the same")
     found = []
     with torch.no_grad(), base.autocast():
         for part in tqdm(rows.split(16), desc="predictions", unit="batch", dynamic_ncols=True):
@@ -160,7 +186,6 @@ def _predictions(config: Config, base: Base, lidb: LiDB, people: People, rows: T
 
 def run(config: Config) -> Path:
     """Write shards of `batch` fits and the store's index to `out`; finished shards are kept."""
-    import torch
     from tqdm import tqdm
 
     from hyperdb.adapters.layout import Layout
@@ -179,37 +204,34 @@ def run(config: Config) -> Path:
     people = load_people(
         config.data, config.identities, config.split, config.diffusion.size, first=config.first, photos=config.photos
     )
-    if config.by == "image":
-        rows = torch.nonzero(people.is_style("photo"))  #                            [I, 1]
-    else:
-        chosen = reference_rows(people, config.fit.views, config.fit.first_view)
-        rows = torch.tensor([r for r in chosen if r], dtype=torch.long)  #           [I, K]
-    if len(rows) == 0:
-        raise UserError(f"{config.data} holds no photos of these people")
+    rows = _photos(config, people)
     origin = {
         **fits.made_from(base, people),
         "by": config.by,
         "fit": asdict(config.fit),
-        "prior": asdict(config.prior) if config.fit.prior_weight > 0 else None,
+        "prior": asdict(config.prior) if max(_kept(config)) > 0 else None,
         "lidb": asdict(config.adapter),
         **_begun(config),
     }
     settings = recipe(config)
     del settings["identities"]  # more of them go on where fewer were
     out = claim(config.out, WRITES, {**settings, "made_from": origin})
-    prior = load_prior(base, config.prior, out / "prior.safetensors") if config.fit.prior_weight > 0 else None
+    prior = load_prior(base, config.prior, out / "prior.safetensors") if max(_kept(config)) > 0 else None
     keys = people.keys(config.by, rows[:, 0])
     moments = latent_moments(base, people, Path(config.data), rows.flatten()).unflatten(0, rows.shape)
     begins: list[Begin | None] = [None] * -(-len(rows) // config.batch)
     if config.start != "template":
-        predicted = None
-        if config.start != "average":
-            predicted = _predictions(config, base, lidb, people, rows)
-        path = out / "start.safetensors"
+        # of so many people, however many are fitted: more fits can be added to a store
+        crowd = load_people(config.data, config.average_people, config.split, config.diffusion.size, first=config.first)
+        some = _photos(config, crowd)
+        model = _hypernet(config, lidb).to(base.device) if config.start != "average" else None
         start = load_start(
-            base, lidb, config.start, moments, predicted, config.average, config.fit, path, fits.store_key(**origin)
-        )
-        origin["start_sha256"] = hash_files([path])
+            base, lidb, latent_moments(base, crowd, Path(config.data), some.flatten()).unflatten(0, some.shape),
+            _predictions(model, base, crowd, some) if model is not None else None, config.average, config.fit, prior,
+            begun := out / "start.safetensors", fits.store_key(**origin),
+        )  # fmt: skip
+        predicted = _predictions(model, base, people, rows) if model is not None else None
+        origin["start_sha256"] = hash_files([begun])
         tokens = own_starts(start, lidb, predicted, len(rows), config.fit.trained)
         gain = start.gain(lidb, config.fit.trained)
         begins = [Begin({"tokens": part}, {"tokens": gain}) for part in tokens.split(config.batch)]

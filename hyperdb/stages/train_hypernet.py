@@ -58,12 +58,12 @@ class Config:
       the person. With `target_style=any` they include pictures of the person in other styles, each under its own
       caption. Rendered people have such pictures, photographed ones do not.
     - *Weight space*: the distance from a fit that `hyperdb precompute` made before. `weights` names the store of fits;
-      null leaves the term out. `weight_loss` is the metric. `plain` is the squared distance of the factors, a layer
-      like any other, as in the paper. `gauge_free` compares the changes `A B`, of which many pairs of factors are one:
-      A times c and B over c. `fisher` weights each number by the mean square of the diffusion loss's gradient where the
-      fits began, so that what hardly moves a picture hardly counts; it needs fits with `start=average` or a
-      hypernetwork. A fit of one image is compared with the prediction for that image, a fit of a person
-      with the prediction for any photo of that person.
+      null or beta=0 leaves the term out. A fit of one image is compared with the prediction for that image, a fit of a
+      person with the prediction for any photo of that person. `weight_loss` is the metric. `plain` is the squared
+      distance of the factors, every layer counting alike, as in the paper. `gauge_free` compares the changes `A B`, for
+      A times c and B over c are the same change. `fisher` weights each number by the mean square of the diffusion
+      loss's gradient where the fits began: what hardly moves a picture hardly counts. It needs fits that did not begin
+      at the template.
     - *Prior*: on class pictures the adapted network shall predict what the base predicts (`hyperdb.tuning.prior`).
     - *Identity*: the encoder compares pictures drawn with the prediction with the person's photos (`identity_loss`).
 
@@ -71,7 +71,8 @@ class Config:
     the share of pictures that are denoised under the empty prompt. Classifier-free guidance later subtracts what the
     network predicts there with the same adapter in place.
 
-    The training is measured on the people of `validation`, who are never trained on.
+    If `weights` names fits, predictions begin at their mean, whatever beta is. The training is measured on the people
+    of `validation`, who are never trained on.
     """
 
     diffusion: DiffusionConfig
@@ -482,7 +483,7 @@ def run(config: Config) -> Path:
     if len(photos) == 0:
         raise UserError(f"{config.data} holds no photos of people")
     fits = None
-    if config.weights is not None and config.beta > 0:
+    if config.weights is not None:
         fits = _fits(config, config.weights, base, layout, people)
     lidb = fits.lidb if fits is not None else config.adapter.tokens(layout)
     lidb = lidb.to(base.device)
@@ -494,7 +495,7 @@ def run(config: Config) -> Path:
     whole = {**recipe(config), "made_from": origin}
     out = claim(config.out, WRITES, whole)
     fit_rows = torch.full((len(people),), -1)  # whose fit belongs to which photo
-    if fits is not None:
+    if fits is not None and config.beta > 0:
         fit_rows[photos] = fits.rows_of(people.keys(fits.by, photos))
         if (fit_rows < 0).all():
             raise UserError(f"{config.weights} holds no fit of the people in {config.data}; set weights=null or refit")
@@ -515,6 +516,8 @@ def run(config: Config) -> Path:
         layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
         if asdict(model.lidb.config) != asdict(config.adapter):
             raise UserError(f"{config.init} was made with lidb {asdict(model.lidb.config)}; set the same")
+        if model.config.iterations == 0:
+            model.refine(config.model.iterations)
     else:
         model = Hypernet(config.model, lidb, config.default_spread)
         if fits is not None and len(fits.tokens) > 1:
@@ -531,7 +534,7 @@ def run(config: Config) -> Path:
     ema = EMA([*outside, *inside], config.ema)
     network, optimizer = accelerator.prepare(model, optimizer)
     weight_space = None
-    if fits is not None:
+    if fits is not None and config.beta > 0:
         weight_space = WeightSpace(lidb, fits.tokens.to(base.device), config.weight_loss, fits.moment)
     objective = Objective(config, base, model, lidb, fits, weight_space)
     validation = _validation(config, base, lidb, layout, weight_space)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hyperdb.adapters.lidb import LiDB
     from hyperdb.diffusion.base import Base
     from hyperdb.tuning.fit import FitConfig
+    from hyperdb.tuning.prior import Prior
 
 WORDS = ("template", "average")  # anything else names a hypernetwork
 PARTS = ("all", "B")
@@ -76,16 +77,17 @@ def _gradients(base: Base, lidb: LiDB, tokens: Tensor, moments: Tensor, config: 
 
 
 def load_start(
-    base: Base, lidb: LiDB, kind: str, moments: Tensor, predicted: Tensor | None, average: FitConfig, fit: FitConfig,
-    path: Path, key: str,
+    base: Base, lidb: LiDB, moments: Tensor, predicted: Tensor | None, average: FitConfig, fit: FitConfig,
+    prior: Prior | None, path: Path, key: str,
 ) -> Start:  # fmt: skip
     """Make the start of a store once and keep it at `path`, under `key`.
 
-    `kind` is one of three. `template` is LiDB's own beginning, where B is zero. `average` is one adapter fitted with
-    the settings `average` to the photos of everybody at once, `moments [I, K, 2, c, h, w]`: what portraits of this crop
-    have in common. Anything else means the predictions `predicted [I, N, D]` of a hypernetwork, whose average it is.
-    The gradients are those of the loss of `fit`.
+    It is the mean of what a hypernetwork has `predicted [I, N, D]` for some people. Without predictions, it is one
+    adapter fitted with the settings `average` to the photos of everybody at once, `moments [I, K, 2, c, h, w]`: what
+    portraits of this crop have in common. The gradients are those of the loss of `fit`.
     """
+    from tqdm import tqdm
+
     from hyperdb.runtime.files import load_tensors, save_tensors
     from hyperdb.tuning.fit import fit as fitted
 
@@ -95,10 +97,10 @@ def load_start(
             return Start(tensors["average"], tensors["moment"])
     if predicted is not None:
         tokens = predicted.mean(0)
-    elif kind == "average":
-        tokens = fitted(base, lidb, moments.flatten(0, 1)[None], average)["tokens"][0].cpu()
     else:
-        tokens = lidb.template.cpu()
+        with tqdm(total=average.steps, desc="everybody's average", unit="step", dynamic_ncols=True) as bar:
+            together, advance = moments.flatten(0, 1)[None], lambda _step, _loss: bar.update()
+            tokens = fitted(base, lidb, together, average, None, prior, advance)["tokens"][0].cpu()
     moment = _gradients(base, lidb, tokens, moments[:PEOPLE], fit).square().mean(0)
     save_tensors(path, {"average": tokens.contiguous(), "moment": moment}, {"key": key})
     return Start(tokens, moment)

@@ -34,7 +34,7 @@ PHOTOS = [
 ]  # fmt: skip
 FIT = ["start=template", "fit.trained=all", "fit.optimizer=adamw", "fit.steps=2", "fit.levels=2", "fit.rate=0.1"]
 FIT += ["fit.prior_weight=0", "batch=2"]
-B_ALONE = ["start=average", "average.steps=2", "average.levels=2", "average.prior_weight=0", "by=person"]
+B_ALONE = ["start=average", "average.steps=2", "average.levels=2", "average.prior_rows=1", "by=person"]
 B_ALONE += ["fit.trained=B", "fit.optimizer=sgd", "fit.views=2"]
 
 
@@ -206,6 +206,31 @@ def test_fits_that_begin_at_a_hypernetworks_predictions(base_words, aligned, tmp
     A = second.lidb.split(second.tokens)[0]
     shared = second.lidb.split(load_store(store, layout).tokens[:1])[0]
     torch.testing.assert_close(A, shared.expand_as(A), atol=1e-3, rtol=0)
+
+
+def test_a_linear_map_is_trained_alone_and_then_refined(base_words, aligned, tmp_path):
+    """With beta=0 the fits say where predictions begin, and that is all."""
+    store = _precompute(base_words, aligned, tmp_path / "fits", *B_ALONE)
+    words = [*base_words, *HYPER, f"data={aligned}", f"weights={store}", "beta=0", "batch=3", "steps=2"]
+    linear = ["model.linear=true", "model.iterations=0", "rate=0", "matrix_rate=null", "linear_rate=1e4"]
+    first = configuration.run("train_hypernet", [*words, *linear, f"out={tmp_path / 'linear'}"])
+    layout = Layout.of(configuration.load("precompute", base_words).diffusion.load().targets())
+    fits, alone = load_store(store, layout), Hypernet.load(first / "hypernet.safetensors")
+    assert alone.config.iterations == 0
+    assert alone.decoder.linear.abs().max() > 0
+    torch.testing.assert_close(alone.centre, fits.tokens.mean(0), atol=2e-3, rtol=0)
+    assert all("weights" not in json.loads(line) for line in (first / "journal.jsonl").read_text().splitlines())
+    images = load_people(aligned, size=32).images[:3]
+    with torch.no_grad():
+        predicted = alone(images)
+        assert torch.equal(fits.lidb.split(predicted)[0], fits.lidb.split(alone.centre.expand(3, -1, -1))[0])
+    more = [f"init={first}/hypernet.safetensors", "linear_rate=null", "model.iterations=2", "rate=0.01"]
+    second = configuration.run("train_hypernet", [*words, *more, f"out={tmp_path / 'refined'}"])
+    refined = Hypernet.load(second / "hypernet.safetensors")
+    assert refined.config.iterations == 2
+    assert torch.equal(refined.decoder.linear, alone.decoder.linear)
+    with torch.no_grad():
+        assert not torch.equal(refined(images), predicted)
 
 
 def test_other_photos_of_the_same_people(base_words, aligned, tmp_path, monkeypatch):
