@@ -19,11 +19,11 @@ case $KIND in
   gpu) : "${WORKERS:=$(nproc)}" "${PEOPLE:=10000}" "${BATCH:=1024}" "${PEOPLE_A_STEP:=48}"
        : "${AUTOENCODER_STEPS:=2500}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1500}" "${AUTOENCODER_BATCH:=256}"
        : "${ENCODER_STEPS:=4000}" "${ENCODER_BATCH:=256}"
-       : "${BASE_STEPS:=6000}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}" ;;
+       : "${BASE_STEPS:=6000}" "${FITTED:=1000}" "${LINEAR_STEPS:=1500}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}" ;;
   cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}" "${PEOPLE_A_STEP:=16}"
        : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1000}" "${AUTOENCODER_BATCH:=32}"
        : "${ENCODER_STEPS:=6000}" "${ENCODER_BATCH:=64}"
-       : "${BASE_STEPS:=25000}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=600}" ;;
+       : "${BASE_STEPS:=25000}" "${FITTED:=128}" "${LINEAR_STEPS:=350}" "${HYPERNET_STEPS:=1500}" "${JUDGE_STEPS:=600}" ;;
   *) echo "from_nothing.sh: expected cpu or gpu, not $KIND" >&2; exit 2 ;;
 esac
 HEADS=$OUT/heads
@@ -71,12 +71,15 @@ base() {
 }
 
 BASE="diffusion.path=$OUT/base/base diffusion.size=128"
-hypernet() {
-  local rest="$BASE data=$HEADS validation=$OUT/heads_validation model.encoder.size=128 batch=$PEOPLE_A_STEP"
-  once "$OUT/hypernet_diffusion/report.json" train_hypernet $rest steps="$HYPERNET_STEPS" \
-    model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet_diffusion"
-  once "$OUT/hypernet/report.json" train_hypernet $rest steps=150 warmup=20 identity_weight=0.05 \
-    init="$OUT/hypernet_diffusion/hypernet.safetensors" out="$OUT/hypernet"
+hypernet() { # where predictions begin; the linear map; then the decoder, and the likeness of drawn pictures
+  local rest="$BASE data=$HEADS validation=$OUT/heads_validation weights=$OUT/fits/default"
+  once "$OUT/fits/default/index.json" precompute $BASE data="$HEADS" identities="$FITTED" out="$OUT/fits/default"
+  once "$OUT/hypernet_linear/report.json" train_hypernet experiment=linear $rest steps="$LINEAR_STEPS" \
+    model.encoder.size=128 model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet_linear"
+  once "$OUT/hypernet_diffusion/report.json" train_hypernet $rest batch="$PEOPLE_A_STEP" steps="$HYPERNET_STEPS" \
+    weight_loss=fisher init="$OUT/hypernet_linear/hypernet.safetensors" out="$OUT/hypernet_diffusion"
+  once "$OUT/hypernet/report.json" train_hypernet $rest batch="$PEOPLE_A_STEP" steps=150 warmup=20 beta=0 \
+    identity_weight=0.05 init="$OUT/hypernet_diffusion/hypernet.safetensors" out="$OUT/hypernet"
 }
 
 judge() {

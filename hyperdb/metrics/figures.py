@@ -6,7 +6,7 @@ A row is one way to make pictures of I people, a figure a value a person and see
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +30,9 @@ class Standard:
     """What people's pictures are measured against.
 
     `reference [I, 3, H, W]` is the photo of each that was given, `views [I, K, 3, H, W]` are further ones. The last
-    pictures of a person are drawn in `styles`, one each; `styled` has views of everybody in each style.
+    pictures of a person are drawn in `styles`, one each; `styled` has views of everybody in each style. Those before
+    them, one for each of `changed`, are photos under other prompts than the plain one: in the place that is named, or
+    in none (None).
     """
 
     recognisers: list[Feature]  # the figures of the first have no suffix
@@ -39,6 +41,7 @@ class Standard:
     views: Tensor
     styles: list[str]
     styled: Mapping[str, Tensor]
+    changed: list[str | None] = field(default_factory=list)
 
     @cached_property
     def _galleries(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -50,19 +53,22 @@ class Standard:
         """Return {row: {figure: `[I]`}} of the pictures of each row, `[I, K, 3, H, W]` uint8."""
         return {row: self._likeness(images) | self._further(images) for row, images in pictures.items()}
 
-    def _apart(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Split pictures `[I, K, ...]` into those of the person as such and those in the styles."""
-        plain = images.shape[1] - len(self.styles)
-        return images[:, :plain], images[:, plain:]
+    def _apart(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split pictures `[I, K, ...]` into plain ones of the person, those under changed prompts, those in styles."""
+        plain = images.shape[1] - len(self.changed) - len(self.styles)
+        photo, changed, styled = images.split([plain, len(self.changed), len(self.styles)], 1)
+        return photo, changed, styled
 
     def _likeness(self, images: Tensor) -> dict[str, Tensor]:
         score: dict[str, Tensor] = {}
         for number, (recogniser, (gallery, styled)) in enumerate(zip(self.recognisers, self._galleries, strict=True)):
             suffix = f"_{recogniser.name}" if number else ""
-            photo, rest = self._apart(_each(recogniser, images))
-            score[f"cosine{suffix}"] = torch.as_tensor(cosine(photo, gallery[:, None])).mean(1)
-            score[f"detected{suffix}"] = photo.isfinite().all(-1).float().mean(1)
-            score[f"rank1{suffix}"] = torch.as_tensor(rank1(photo, gallery))
+            photo, changed, rest = self._apart(_each(recogniser, images))
+            for kind, faces in (("", photo), ("_changed", changed)):
+                if faces.shape[1]:
+                    score[f"cosine{kind}{suffix}"] = torch.as_tensor(cosine(faces, gallery[:, None])).mean(1)
+                    score[f"detected{kind}{suffix}"] = faces.isfinite().all(-1).float().mean(1)
+                    score[f"rank1{kind}{suffix}"] = torch.as_tensor(rank1(faces, gallery))
             if self.styles:
                 hits = [torch.as_tensor(rank1(rest[:, i, None], styled[name])) for i, name in enumerate(self.styles)]
                 score[f"rank1_styled{suffix}"] = torch.stack(hits).mean(0)
@@ -71,15 +77,21 @@ class Standard:
 
     def _further(self, images: Tensor) -> dict[str, Tensor]:
         score: dict[str, Tensor] = {}
-        photo, rest = self._apart(images)
+        photo, changed, rest = self._apart(images)
         for name, what in (("background", copying.background), ("pose", copying.pose)):
             others = _each(what, self.views)
             score[f"copy_{name}"] = copying.similarity(_each(what, photo), what(self.reference), others)
         score["diversity"] = copying.diversity(photo)
-        if self.judge is not None:
-            wanted = torch.tensor([self.judge.words["style"].index(name) for name in self.styles])
-            drawn = self.judge(rest.flatten(0, 1))["style"].view(-1, len(self.styles))
-            score["style_accuracy"] = (drawn == wanted).float().mean(1)
+        for figure, label, pictures, words in (
+            ("style_accuracy", "style", rest, self.styles),
+            ("place_accuracy", "place", changed, self.changed),
+        ):
+            if self.judge is None or not any(words):
+                continue
+            asked = {i: self.judge.words[label].index(word) for i, word in enumerate(words) if word is not None}
+            wanted = torch.tensor(list(asked.values()))
+            drawn = self.judge(pictures[:, list(asked)].flatten(0, 1))[label].view(-1, len(asked))
+            score[figure] = (drawn == wanted).float().mean(1)
         return score
 
 

@@ -25,7 +25,11 @@ PHOTOS = {  # rows of photos through the autoencoder, which no method makes and 
     "copy": "the given photo through the autoencoder",
     "ceiling": "the person's renders through the autoencoder",
 }
-FURTHER = ("cosine_dlib", "rank1", "rank1_styled", "style_accuracy")  # figures compared in pairs, beside the cosine
+# figures compared in pairs, beside the cosine
+FURTHER = (
+    *("cosine_dlib", "rank1", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
+    *("style_accuracy", "place_accuracy"),
+)
 
 WRITES = ("rows/*.safetensors", "prior.safetensors")
 KEPT = "the pictures of finished rows are kept"
@@ -39,7 +43,9 @@ class Config(PersonalizerConfig):
     `split`: whose people these must be; settings are chosen on those of validation.
 
     `rows` names `methods`, each a yaml of conf/methods, which draw `images` pictures of "a [V] face" a person and one
-    of each of `styled` (a style, or style/place), at the same seeds. Fine-tuning and drawing are repeated with `seeds`
+    of each of `styled` (a style, or style/place), at the same seeds. With `changed`, each a prompt for a photo, they
+    draw one of each too, and its likeness is judged as that of the plain ones: whoever has learned the photo and not
+    the person falls behind there. Fine-tuning and drawing are repeated with `seeds`
     seeds, and the intervals are over people and seeds. Two further rows are photos through the autoencoder: `ceiling`
     shows those after the ones that judge (round to the first), `copy` the given one, the likeness that copying gives.
     `recognisers` judge the likeness; the first one's figures have no suffix.
@@ -55,6 +61,7 @@ class Config(PersonalizerConfig):
     photos: int = 1
     views: int = 4
     styled: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)  # such as 'a photo of a [V] face, on the beach'
     recognisers: list[str] = field(default_factory=lambda: ["sface"])
     rows: list[str]
     methods: dict[str, MethodConfig]
@@ -85,6 +92,8 @@ class Config(PersonalizerConfig):
             raise UserError(
                 f"reference={self.reference}, photos={self.photos}, views={self.views}: expected at least 0, 1, 1"
             )
+        if odd := [text for text in self.changed if "[V]" not in text]:
+            raise UserError(f"changed={odd[0]!r}: write [V] where the person is meant")
         if self.seeds < 1:
             raise UserError(f"seeds={self.seeds}: expected at least 1")
         if not self.recognisers:
@@ -160,7 +169,7 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     from hyperdb.runtime.recipe import recipe
 
     own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers")
-    what = {k: v for k, v in recipe(config).items() if k not in own}
+    what = {k: v for k, v in recipe(config).items() if k not in own and (k != "changed" or v)}
     return {**what, "base": model.base.digest, "hypernet": _hypernet_digest(model), "data": people.digest}
 
 
@@ -251,17 +260,18 @@ def run(config: Config) -> Path:
         raise UserError(f"{config.data} needs at least two people with {needed} photos each")
     shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
     views = people.images[torch.stack([r[given:used] for r in rows])]  #            [I, K, 3, H, W]
-    cycled = [[r[used + k % (len(r) - used)] for k in range(config.images)] for r in rows]
-    others = people.images[torch.tensor(cycled)]  #                                 [I, images, 3, H, W]
+    photos = config.images + len(config.changed)
+    cycled = [[r[used + k % (len(r) - used)] for k in range(photos)] for r in rows]
+    others = people.images[torch.tensor(cycled)]  #                                 [I, images + changed, 3, H, W]
     pairs = [word.partition("/")[::2] for word in config.styled]
     styles = [style for style, _ in pairs]
     if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
         raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
     styled = styled_views(people, rows, styles)
-    best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, images + styled, 3, H, W]
+    best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, others + styled, 3, H, W]
     model = Personalizer(config)
     base, cohort = model.base, Cohort(model, shown, config.batch)
-    prompts = [base.config.instance_prompt] * config.images
+    prompts = [base.config.instance_prompt] * config.images + config.changed
     prompts += [prompt(style, "[V]", place or None) for style, place in pairs]
 
     whole = _made_from(config, model, people)
@@ -271,10 +281,11 @@ def run(config: Config) -> Path:
         out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), {**whole, **described[row]})
     claim(config.out, ("prior.safetensors",), whole)
     target = results_file(config, made_from, described)
+    places = [next((p for p, phrase in PLACE_PHRASES.items() if phrase in text), None) for text in config.changed]
     standard = Standard(  # before the long part: what is missing is said now
         [RECOGNISERS[name]() for name in config.recognisers],
-        Judge.load(resolve("package:embedded/judge.safetensors")) if styles else None,
-        shown[:, 0], views, styles, {style: renders[:, 1:] for style, renders in styled.items()},
+        Judge.load(resolve("package:embedded/judge.safetensors")) if styles or any(places) else None,
+        shown[:, 0], views, styles, {style: renders[:, 1:] for style, renders in styled.items()}, places,
     )  # fmt: skip
     fits = {row: config.fit(row) for row in config.rows}
     if model.prior is None and any(fit is not None and fit.prior_weight > 0 for fit in fits.values()):
@@ -340,6 +351,7 @@ def run(config: Config) -> Path:
         "split": config.split,
         "images_a_person": config.images,
         "styled": config.styled,
+        "changed": config.changed,
         "base": base.digest,
         "hypernet": {"digest": whole["hypernet"], **{k: hypernet.get(k) for k in ("base", "data", "steps")}},
         "data": people.digest,

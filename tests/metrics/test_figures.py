@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,12 @@ class Second(Mean):
 class Word:
     """A judge of styles to whom every picture is a sketch."""
 
-    words = {"style": ("photo", "sketch", "cartoon")}  # noqa: RUF012
+    words = {"style": ("photo", "sketch", "cartoon"), "place": ("plain", "beach", "snow")}  # noqa: RUF012
 
     def __call__(self, images):
-        return {"style": torch.ones(len(images), dtype=torch.long)}
+        """A picture with blue in it is of the snow, any other of the beach."""
+        blue = images[:, 2].amax((1, 2)) > 0
+        return {"style": torch.ones(len(images), dtype=torch.long), "place": 1 + blue.long()}
 
 
 def colours(*people):
@@ -62,6 +66,19 @@ def test_pictures_are_measured_person_by_person(standard):
     assert all(torch.equal(poor[name], poor[f"{name}_second"]) for name in ("cosine", "rank1", "rank1_styled"))
     assert rows["own"]["diversity"].tolist() == [0, 0]
     assert poor["diversity"][0] > 0
+
+
+def test_pictures_under_changed_prompts_are_judged_apart(standard):
+    changed = replace(standard, changed=["beach", None, "snow"])
+    found = changed.measure({"row": colours("rrrkgbb", "ggrgbgg")})["row"]  # 2 plain, 3 changed, 2 styled
+    assert found["cosine"].tolist() == pytest.approx([1, 1])
+    assert found["cosine_changed"].tolist() == pytest.approx([1 / 3, 1 / 3])  # of r k g, of r g b
+    assert found["detected_changed"].tolist() == pytest.approx([2 / 3, 1])
+    assert found["rank1_changed"].tolist()[0] == pytest.approx(1 / 3)
+    assert found["place_accuracy"].tolist() == [0.5, 1]  # the one without a place is not asked for it
+    assert found["rank1_styled"].tolist() == [1, 0]
+    places = replace(standard, changed=[None, None])
+    assert "place_accuracy" not in places.measure({"row": colours("rrrrbb", "ggggrr")})["row"]
 
 
 def test_without_styles_nothing_is_asked_of_them(standard):

@@ -549,11 +549,13 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     words.append(f"rows=[{','.join(ROWS)}]")
     words += ["views=1", "images=2", "batch=2", "styled=[sketch,cartoon/beach]", "seeds=2"]
     words += ["finetune.steps=1", "methods.lidb_fit.finetune.steps=2"]
+    words.append("changed=['a photo of a [V] face, in the snow','a smiling [V] face']")
     configuration.run("evaluate", words)
     result = json.loads((tmp_path / "results.json").read_text())
     assert list(result["rows"]) == ROWS
     row = result["rows"]["hyper_40"]
     assert {"cosine", "rank1", "rank1_styled", "style_accuracy", "copy_background", "diversity"} <= set(row)
+    assert {"cosine_changed", "rank1_changed", "detected_changed", "place_accuracy"} <= set(row)
     assert row["bytes"] > result["rows"]["hyper_only"]["bytes"] > 0
     assert set(result["paired"]) == PAIRS
     told = {name: (row["start"], row["adapter"], row["steps"]) for name, row in result["rows"].items()}
@@ -562,7 +564,8 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     assert told["no_hyper_40"] == (None, "lora", 1)
     assert told["lidb_fit"] == (None, "lidb", 2)
     assert told["ceiling"] == (None, None, 0)
-    assert set(result["paired_further"]) == {"rank1", "rank1_styled", "style_accuracy"}
+    changed = {"cosine_changed", "rank1_changed", "place_accuracy"}
+    assert set(result["paired_further"]) == {"rank1", "rank1_styled", "style_accuracy"} | changed
     # an untrained base draws no faces: there is no way to go; the backgrounds tell the rows apart
     assert not any(figures["detected"] for figures in result["rows"].values())
     assert result["closed"] == {}
@@ -632,6 +635,7 @@ def test_any_adapter_may_begin_at_the_prediction(made, judged, tmp_path):
 def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):
     words = [made["base"], *TINY, f"data={judged}", f"hypernet={made['hyper']}", f"out={tmp_path}"]
     bad_words = {"rows=[best]": "floor", "styled=[fresco]": "fresco", "styled=[sketch/moon]": "moon"}
+    bad_words["changed=['a face, on the beach']"] = "where the person is meant"
     bad_words |= {"recognisers=[]": "least one", "views=3": "photos", "split=train": "split"}
     for bad, message in bad_words.items():
         with pytest.raises(UserError, match=message):
