@@ -8,16 +8,18 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
 
 KIND = "hyperdb-judge-1"
+SIDE = 64  # pixels that it sees of any picture: enough for a style and a place
 BACKBONE = "convnext_zepto_rms"  # no running statistics: a checkpoint of parameters is all of it
 
 
 class Judge(nn.Module):
-    """Images `[B, 3, 64, 64]` uint8 -> the most likely word of each label, by a small convolutional network."""
+    """Images `[B, 3, H, W]` uint8 -> the most likely word of each label, by a small convolutional network."""
 
     def __init__(self, words: dict[str, list[str]]) -> None:
         super().__init__()
@@ -26,7 +28,10 @@ class Judge(nn.Module):
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Return logits `[B, words]` of each label for images in [0, 255]."""
-        parts = self.net(images.float() / 127.5 - 1).float().split([len(w) for w in self.words.values()], dim=1)
+        x = images.float()
+        if x.shape[-1] > SIDE:
+            x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
+        parts = self.net(x / 127.5 - 1).float().split([len(w) for w in self.words.values()], dim=1)
         return dict(zip(self.words, parts, strict=True))
 
     @torch.no_grad()

@@ -13,7 +13,8 @@ from hyperdb.runtime.paths import resolve
 SHIPPED = "package:embedded/judge.safetensors"
 
 
-def test_the_shipped_judge_knows_renders_it_has_not_seen():
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_shipped_judge_knows_renders_it_has_not_seen(size):
     import numpy as np
 
     from hyperdb.heads import PLACES, SPLITS, STYLES, Identity, render, sample_view
@@ -21,7 +22,7 @@ def test_the_shipped_judge_knows_renders_it_has_not_seen():
     judge, rng = Judge.load(resolve(SHIPPED)), np.random.default_rng(0)
     views = [sample_view(rng, style=style) for style in STYLES for _ in range(3)]
     people = [Identity(SPLITS["validation"][k]) for k in range(len(views))]
-    images = np.stack([render(person, view) for person, view in zip(people, views, strict=True)])
+    images = np.stack([render(person, view, size) for person, view in zip(people, views, strict=True)])
     found = judge(torch.from_numpy(images).permute(0, 3, 1, 2))
     styles = torch.tensor([STYLES.index(v.style) for v in views])
     places = torch.tensor([PLACES.index(v.place) for v in views])
