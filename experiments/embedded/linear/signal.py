@@ -28,7 +28,6 @@ SETTINGS = {
     "photos and styles": [],
     "photos": ["target_style=same"],
     "the conditioning photo": ["target_style=same", "target_view=same"],
-    "24 people, 16 levels each": ["target_style=same", "batch=24", "levels=16"],
 }
 
 
