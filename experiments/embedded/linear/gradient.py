@@ -1,10 +1,10 @@
 """How much of the linear map's gradient is the person, by which noise levels and pictures are denoised?
 
-    python experiments/embedded/linear/signal.py HYPERNET data=FOLDER [key=value of `hyperdb train_hypernet` ...]
+    python experiments/embedded/linear/gradient.py HYPERNET data=FOLDER [key=value of `hyperdb train_hypernet` ...]
 
 HYPERNET is the file of `hyperdb train_hypernet experiment=linear`; its map is set to nothing. The gradients of batches
 of other people, photos and noise agree in what is signal: their mean inner product is its square, and the rest of their
-own square is noise. Writes signal.json beside this file.
+own square is noise. Writes gradient.json beside this file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(file: str, *words: str) -> None:
     for name, more in SETTINGS.items():
         result[name] = measure(model, [*words, *more])
         print(name, result[name])
-    save_json(Path(__file__).with_name("signal.json"), {"settings": result, "batches": BATCHES, **provenance()})
+    save_json(Path(__file__).with_name("gradient.json"), {"settings": result, "batches": BATCHES, **provenance()})
 
 
 if __name__ == "__main__":
