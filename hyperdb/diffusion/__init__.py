@@ -98,3 +98,9 @@ class DiffusionConfig:
         base = Base.load(self)
         base.require_rare_token()
         return base
+
+
+def check_logit_normal(value: list[float] | None) -> None:
+    """Raise `UserError` unless `value` is None or the mean and deviation (above 0) of a noise level's logit."""
+    if value is not None and (len(value) != 2 or value[1] <= 0):
+        raise UserError(f"logit_normal={value}: expected [mean, standard deviation above 0] or null")

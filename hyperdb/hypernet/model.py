@@ -72,6 +72,12 @@ class Hypernet(nn.Module):
         self.register_buffer("feature_std", torch.ones(self.encoder.tokens, self.encoder.dim))
         self.register_buffer("whiten", torch.eye(self.encoder.dim, config.summary))
 
+    def require(self, lidb: LiDB, what: str) -> None:
+        """Raise `UserError` naming `what` unless this predicts the numbers of `lidb`: the same layers and settings."""
+        lidb.layout.require(self.lidb.layout, f"the hypernetwork {what}")
+        if self.lidb.config != lidb.config:
+            raise UserError(f"{what} was made with lidb {asdict(self.lidb.config)}; set the same")
+
     def refine(self, iterations: int) -> None:
         """Refine the prediction so many times from now on."""
         self.config = replace(self.config, iterations=iterations)

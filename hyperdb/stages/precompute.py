@@ -165,9 +165,7 @@ def _hypernet(config: Config, lidb: LiDB) -> Hypernet:
     from hyperdb.hypernet.model import Hypernet
 
     model = Hypernet.load(hypernet_file(config.start))
-    lidb.layout.require(model.lidb.layout, f"the hypernetwork {config.start}")
-    if asdict(model.lidb.config) != asdict(config.adapter):
-        raise UserError(f"{config.start} was made with lidb {asdict(model.lidb.config)}; set the same")
+    model.require(lidb, config.start)
     return model
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperdb.diffusion import check_logit_normal
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
 
@@ -58,8 +59,7 @@ class Config:
     seed: int = 0  # of the first weights, the batches and the noise
 
     def __post_init__(self) -> None:
-        if self.logit_normal is not None and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):
-            raise UserError(f"logit_normal={self.logit_normal}: expected [mean, standard deviation above 0] or null")
+        check_logit_normal(self.logit_normal)
 
 
 def _apply(pieces: list[str], first: str, second: str) -> list[str]:

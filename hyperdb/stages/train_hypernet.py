@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import AdapterConfig
-from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion import DiffusionConfig, check_logit_normal
 from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
@@ -135,8 +135,7 @@ class Config:
             raise UserError(f"tracker={self.tracker!r}: expected wandb, tensorboard or null")
         if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
             raise UserError(f"tracker={self.tracker} is not installed; run `pip install hyperdb[{self.tracker}]`")
-        if self.logit_normal is not None and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):
-            raise UserError(f"logit_normal={self.logit_normal}: expected [mean, standard deviation above 0] or null")
+        check_logit_normal(self.logit_normal)
         if self.identity_weight > 0 and (self.model.summary < 1 or self.identity_people < 1):
             raise UserError("identity_weight > 0 needs model.summary and identity_people of at least 1")
         if self.diffusion.dtype == "fp16":
@@ -513,9 +512,7 @@ def run(config: Config) -> Path:
     torch.manual_seed(derive(config.seed, "hypernet weights"))  # the only way to seed the modules' initialisation
     if config.init is not None:
         model = Hypernet.load(resolve(config.init))
-        layout.require(model.lidb.layout, f"the hypernetwork {config.init}")
-        if asdict(model.lidb.config) != asdict(config.adapter):
-            raise UserError(f"{config.init} was made with lidb {asdict(model.lidb.config)}; set the same")
+        model.require(lidb, config.init)
         if model.config.iterations == 0:
             model.refine(config.model.iterations)
     else:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hyperdb.diffusion import check_logit_normal
 from hyperdb.runtime.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ class FitConfig:
             raise UserError(f"warmup={self.warmup}: expected at least 0 steps")
         if len(self.noise) != 2 or not 0 <= self.noise[0] < self.noise[1] <= 1:
             raise UserError(f"noise={self.noise}: expected [low, high] with 0 <= low < high <= 1")
-        if self.logit_normal is not None and (len(self.logit_normal) != 2 or self.logit_normal[1] <= 0):
-            raise UserError(f"logit_normal={self.logit_normal}: expected [mean, standard deviation above 0] or null")
+        check_logit_normal(self.logit_normal)
         if self.optimizer not in ("adamw", "sgd"):
             raise UserError(f"optimizer={self.optimizer!r}: expected adamw or sgd")
 
