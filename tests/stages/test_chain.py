@@ -37,6 +37,9 @@ TINY = [
     "adapter.a=12",
     "adapter.b=8",
 ]
+# from the template, with AdamW: fits that move a network of random weights in two steps
+FITS = ["start=template", "fit.trained=all", "fit.optimizer=adamw", "fit.logit_normal=null", "fit.noise=[0,1]"]
+FITS += ["fit.views=3", "fit.rate=0.02", "fit.prior_weight=0.25", "fit.prior_rows=1", "fit.levels=2"]
 HYPER = [
     *TINY,
     "validation=null",
@@ -60,7 +63,7 @@ def made(tiny_base, rendered, tmp_path_factory):
     root = tmp_path_factory.mktemp("chain")
     base = f"diffusion.path={tiny_base}"
     fits, hyper = root / "fits", root / "hyper"
-    words = [base, *TINY, f"data={rendered}", "identities=3", "batch=2", "fit.steps=2", "fit.levels=2"]
+    words = [base, *TINY, f"data={rendered}", "identities=3", "batch=2", "fit.steps=2", *FITS]
     configuration.run("precompute", [*words, f"out={fits}"])
     words = [base, *HYPER, f"data={rendered}", f"weights={fits}", "steps=4"]
     configuration.run("train_hypernet", [*words, f"out={hyper}"])
@@ -73,7 +76,7 @@ def test_fits_are_complete_and_kept(made):
     assert index["by"] == "person"
     stamps = {p.name: p.stat().st_mtime_ns for p in made["fits"].glob("fits-*")}
     (made["fits"] / "fits-00001.safetensors").unlink()
-    words = [made["base"], *TINY, f"data={made['data']}", "identities=3", "batch=2", "fit.steps=2", "fit.levels=2"]
+    words = [made["base"], *TINY, f"data={made['data']}", "identities=3", "batch=2", "fit.steps=2", *FITS]
     configuration.run("precompute", [*words, f"out={made['fits']}"])
     again = {p.name: p.stat().st_mtime_ns for p in made["fits"].glob("fits-*")}
     assert again["fits-00000.safetensors"] == stamps["fits-00000.safetensors"]
@@ -81,7 +84,7 @@ def test_fits_are_complete_and_kept(made):
 
 
 def test_fits_of_another_configuration_are_not_mixed_in(made):
-    words = [made["base"], *TINY, f"data={made['data']}", "identities=3", "batch=2", "fit.steps=3", "fit.levels=2"]
+    words = [made["base"], *TINY, f"data={made['data']}", "identities=3", "batch=2", "fit.steps=3", *FITS]
     with pytest.raises(UserError, match="another"):
         configuration.run("precompute", [*words, f"out={made['fits']}"])
 
@@ -164,7 +167,7 @@ def test_the_identity_loss_brings_pictures_nearer_to_the_person(made):
         tokens = (tokens - 0.1 * step / step.norm()).detach().requires_grad_()
         found.append(loss.detach())
     injection.remove()
-    assert min(x.sum() for x in found) < 0.97 * found[0].sum()  # what is descended
+    assert (found[-1] < found[0]).all()
 
 
 def test_what_is_denoised_is_the_same_person_under_its_own_caption(made):
