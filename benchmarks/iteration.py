@@ -27,6 +27,8 @@ from hyperdb.runtime.precision import cpu_has_bf16
 from hyperdb.runtime.provenance import provenance
 from hyperdb.tuning.fit import fit
 
+WARM = 3  # turns before the first that counts: until then the C library's heap still grows
+
 
 def measure(words: list[str]) -> dict[str, Any]:
     """Take turns, print each, and return medians and ratios."""
@@ -35,7 +37,7 @@ def measure(words: list[str]) -> dict[str, Any]:
     settings = config.load("personalize", ["image=none", "finetune.prior_weight=0", *words])
     name = next((w.partition("=")[2] for w in words if w.startswith("diffusion=")), "embedded")
     base, tuning = settings.diffusion.load(), settings.finetune
-    tuning.steps = repeats + 1
+    tuning.steps = repeats + WARM
     layout = Layout.of(base.targets())
     lidb = settings.adapter.build(layout).to(base.device)
     frozen = lidb.factors({"tokens": lidb.template[None] + 0.02})
@@ -67,8 +69,8 @@ def measure(words: list[str]) -> dict[str, Any]:
     first = latents[None, :1]
     moments = torch.stack([first, torch.zeros_like(first)], 2)  #                   [1, 1, 2, c, h, w]
     fit(base, settings.relaxed.build(layout), moments, tuning, frozen, None, bare)
-    medians = {key: statistics.median(times[1:]) for key, times in seconds.items()}  # the first turn warms up
-    pairs = [a / b for a, b in zip(seconds["iteration"][1:], seconds["bare"][1:], strict=True)]
+    medians = {key: statistics.median(times[WARM:]) for key, times in seconds.items()}
+    pairs = [a / b for a, b in zip(*(times[WARM:] for times in seconds.values()), strict=True)]
     result = {"base": name, "rows": rows, "size": base.config.size, "dtype": base.config.dtype}
     result |= {"cpu_has_bf16": cpu_has_bf16(), "cores": os.cpu_count(), "repeats": repeats}
     result |= {"median_seconds": {k: round(v, 4) for k, v in medians.items()}}

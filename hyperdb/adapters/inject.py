@@ -1,4 +1,4 @@
-"""Apply changes to the modules of any model: by hooks that read a context, or by merging."""
+"""Apply changes to the modules of any model, by hooks that read a context."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hyperdb.adapters.base import Change, Changes, LowRank, identities_of
@@ -28,26 +27,6 @@ def _checked(sites: Mapping[str, Site], changes: Mapping[str, Any]) -> dict[str,
         ready[name] = LowRank(*change) if type(change) is tuple else change
         ready[name].check(sites[name])
     return ready
-
-
-def merge(modules: Mapping[str, Any], changes: Changes, strength: float = 1.0) -> None:
-    """Add the changes of one identity to the weights in place, in float32 or wider, rounded once.
-
-    Raises `NotMergeableError` for a change that no weight can stand for.
-    """
-    sites = _sites({name: module for name, module in modules.items() if name in changes})
-    ready = _checked(sites, changes)
-    if identities_of(ready) != 1:
-        raise UserError("only one identity can be merged into a model; select one first")
-    with torch.no_grad():
-        for name, change in ready.items():
-            wide = sites[name].weight()
-            sites[name].parameter.copy_(wide + strength * change.dense(wide)[0])
-
-
-def unmerge(modules: Mapping[str, Any], changes: Changes, strength: float = 1.0) -> None:
-    """Undo `merge` of changes that do not depend on the weight, up to the rounding of the weights' dtype."""
-    merge(modules, changes, -strength)
 
 
 def settled(changes: Changes, modules: Mapping[str, Any]) -> dict[str, Change]:
@@ -89,7 +68,7 @@ class Injection:
         change = self._changes.get(name)
         if change is None:
             return None
-        site = self.sites[name]
+        site, x = self.sites[name], inputs[0]
 
         def residual(x: Tensor, y: Tensor) -> Tensor:
             if self._identities == 1:
@@ -103,16 +82,16 @@ class Injection:
             y = y.unflatten(0, apart)
             return change(x.unflatten(0, apart), y, site).expand_as(y).flatten(0, 2)
 
+        changed = output
         if self.plain:
             blocks, rows = self.plain + self._repeat, len(output)
             if rows % blocks:
                 raise UserError(f"{name}: {rows} rows cannot be divided into {blocks} blocks")
             begin = rows // blocks * self.plain
-            # the layer has just made its output: nobody else holds it
-            output[begin:].add_(residual(inputs[0][begin:], output[begin:]), alpha=self._strength)
-            return output
-        added = residual(inputs[0], output)
-        return output + (added if self._strength == 1 else self._strength * added)
+            x, changed = x[begin:], output[begin:]
+        # the layer has just made its output: nobody else holds it
+        changed.add_(residual(x, changed), alpha=self._strength)
+        return output
 
     def set(self, changes: Changes, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> None:
         """Use `changes` from now on. Raises `UserError` for sites that do not exist or changes that do not fit."""
