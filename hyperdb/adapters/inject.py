@@ -72,7 +72,8 @@ class Injection:
 
         def residual(x: Tensor, y: Tensor) -> Tensor:
             if self._identities == 1:
-                return change(x[None, None], y[None, None], site)[0, 0]
+                # not [0, 0]: its gradient would be a tensor of zeros, filled, for each site
+                return change(x[None, None], y[None, None], site).squeeze(0).squeeze(0)
             if x.shape[0] % (self._repeat * self._identities):
                 raise UserError(
                     f"{name}: {x.shape[0]} rows cannot be divided among {self._identities} identities x "

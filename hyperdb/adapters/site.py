@@ -66,7 +66,7 @@ class Site:
             from torch.nn import functional as F
 
             if len(weight) == 1:
-                return F.embedding(x, weight[0])
+                return F.embedding(x, weight.squeeze(0))
             first = torch.arange(len(weight), device=x.device) * self.shape[0]  #     [I]
             return F.embedding(x + first.view(-1, *[1] * (x.ndim - 2)), weight.flatten(0, 1))
         if self.kind == "norm":
@@ -122,7 +122,7 @@ def linear(x: Tensor, *factors: Tensor) -> Tensor:
     """Multiply rows `x [R, I, S, ..., n]` by matrices, one after the other, each `[I, m, n]`: of its own identity."""
     if len(factors[0]) == 1:
         for factor in factors:
-            x = x @ factor[0].mT
+            x = x @ factor.squeeze(0).mT
         return x
     rows = x.flatten(2, -2)  #                                                        [R, I, S * ..., n]
     for factor in factors:
@@ -140,8 +140,8 @@ def conv(x: Tensor, weight: Tensor, like: nn.Conv2d, up: Tensor | None = None) -
     how: dict[str, Any] = {"stride": like.stride, "padding": like.padding, "dilation": like.dilation}
     shape, identities = x.shape[:3], len(weight)
     if identities == 1:
-        y = torch.conv2d(x.flatten(0, 2), weight[0], **how)
-        y = y if up is None else torch.conv2d(y, up[0][..., None, None])
+        y = torch.conv2d(x.flatten(0, 2), weight.squeeze(0), **how)
+        y = y if up is None else torch.conv2d(y, up.squeeze(0)[..., None, None])
         return y.unflatten(0, shape)
     rows = x.transpose(1, 2).flatten(2, 3).flatten(0, 1)  #                           [R * S, I * c, H, W]
     y = torch.conv2d(rows, weight.flatten(0, 1), **how, groups=identities)
