@@ -205,10 +205,10 @@ def results_file(config: Config, made_from: str, described: dict[str, Any]) -> P
     from hyperdb.runtime.output import check
     from hyperdb.runtime.recipe import plain
 
-    target = Path(config.out) / config.results
-    check(target.parent)
-    sheet = sheet_file(target)
-    then = load_json(target) if target.exists() else {}
+    file = Path(config.out) / config.results
+    check(file.parent)
+    sheet = sheet_file(file)
+    then = load_json(file) if file.exists() else {}
     known = isinstance(then, dict) and (not then or then.get("made_from") == made_from)
     known = known and all(then.get("methods", {}).get(row, how) == plain(how) for row, how in described.items())
     lost = [x for key, now in (("rows", config.rows), ("recognisers", config.recognisers)) for x in then.get(key, [])
@@ -217,10 +217,10 @@ def results_file(config: Config, made_from: str, described: dict[str, Any]) -> P
     if not known or lost or (sheet.exists() and read_text(sheet).get("software") != "hyperdb"):
         what = f"figures that would be lost ({', '.join(lost)})" if lost else "something else"
         raise UserError(
-            f"{target}, or {sheet.name} beside it, is there and holds {what}; "
+            f"{file}, or {sheet.name} beside it, is there and holds {what}; "
             "choose another file with results=FILE, another name=NAME, or delete it"
         )
-    return target
+    return file
 
 
 def run(config: Config) -> Path:
@@ -280,7 +280,7 @@ def run(config: Config) -> Path:
     for row in config.rows:
         out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), {**whole, **described[row]})
     claim(config.out, ("prior.safetensors",), whole)
-    target = results_file(config, made_from, described)
+    file = results_file(config, made_from, described)
     places = [next((p for p, phrase in PLACE_PHRASES.items() if phrase in text), None) for text in config.changed]
     standard = Standard(  # before the long part: what is missing is said now
         [RECOGNISERS[name]() for name in config.recognisers],
@@ -362,16 +362,16 @@ def run(config: Config) -> Path:
         "persons": people.seed[torch.stack([r[0] for r in rows])].tolist(),
         "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [S, I]
     }
-    save_json(target, result)
+    save_json(file, result)
     few = min(len(rows), 12)
     pixels = list(shown[:few, 0]) + [x for row in config.rows for x in drawn[row][0][:few, 0]]
     sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *config.rows])
-    save_png(sheet_file(target), sheet, {"software": "hyperdb", "results": hash_files([target])})
+    save_png(sheet_file(file), sheet, {"software": "hyperdb", "results": hash_files([file])})
     for row, score in result["rows"].items():
         c = score["cosine"]
         print(f"{row:12s} face cosine {c['mean']:.3f} [{c['lo']:.3f}, {c['hi']:.3f}]  rank-1 {score['rank1']:.2f}  "
               f"face found {score['detected']:.2f}")  # fmt: skip
     for name, c in result["paired"].items():
         print(f"{name:24s} {c['mean']:+.3f} [{c['lo']:+.3f}, {c['hi']:+.3f}]")
-    print(f"results in {target}, pictures beside it")
-    return target
+    print(f"results in {file}, pictures beside it")
+    return file

@@ -86,9 +86,9 @@ def run(config: Config) -> Path:
     words = f"{person.rare_token} {person.class_word}"
     if config.format == "textual_inversion":
         words = f"{embedding.word(config.name)} {person.class_word}"
-    target = out if config.format == "peft" else out / f"{config.name}.safetensors"
+    written = out if config.format == "peft" else out / f"{config.name}.safetensors"
     if config.format == "native":
-        _scaled(person, config.strength).save(target, dtype)
+        _scaled(person, config.strength).save(written, dtype)
     else:
         metadata = {
             "modelspec.sai_model_spec": "1.0.0",
@@ -105,15 +105,15 @@ def run(config: Config) -> Path:
                 "ss_v2": "False",
             }
         if config.format == "textual_inversion":
-            embedding.write(target, config.name, _vector(person, config.strength), metadata, dtype)
+            embedding.write(written, config.name, _vector(person, config.strength), metadata, dtype)
         elif (turned := _turned(person, config.strength)) is not None:
             factors = {name: LowRank(*change.tensors[:2]) for name, change in turned.items()}
             magnitudes = {name: change.tensors[2][0] for name, change in turned.items()}
-            lora.write(target, factors, config.format, metadata, dtype, magnitudes)
+            lora.write(written, factors, config.format, metadata, dtype, magnitudes)
         else:
-            lora.write(target, scale(person.factors(), config.strength), config.format, metadata, dtype)
+            lora.write(written, scale(person.factors(), config.strength), config.format, metadata, dtype)
     save_text(out / card, _card(config, person, words))
-    print(f"{config.format} adapter in {target}; the words that call the person: {words!r}")
+    print(f"{config.format} adapter in {written}; the words that call the person: {words!r}")
     return out
 
 

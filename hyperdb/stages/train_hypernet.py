@@ -243,7 +243,7 @@ class Batches:
         self.ids = base.tokenize(_prompts(people, config.diffusion)) if every_style else None
         self.instance, self.nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
 
-    def draw(self, step: int, process: int = 0) -> Batch:
+    def batch(self, step: int, process: int = 0) -> Batch:
         """Draw the batch of a 0-based step; each of several processes draws its own."""
         import torch
 
@@ -275,7 +275,7 @@ class Batches:
             goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (count, levels))
             if self.prior is not None:
                 mixed = torch.randperm(count * config.prior_rows, generator=g)
-                kept = self.prior.draw(len(mixed), config.seed, step)
+                kept = self.prior.rows(len(mixed), config.seed, step)
                 each = [x[mixed].unflatten(0, (count, -1)) for x in kept]
                 *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))  # [I, S + P, ...]
         some = who[: config.identity_people] if config.identity_weight > 0 else []
@@ -387,7 +387,7 @@ def backward(
     """
     from hyperdb.runtime.precision import attention
 
-    batch = batches.draw(step, accelerator.process_index)
+    batch = batches.batch(step, accelerator.process_index)
     with objective.base.autocast(), attention(_fused(objective.config)):
         predicted = network(batch.images)  #                                        [I, N, D]
     tokens = predicted.detach().requires_grad_()

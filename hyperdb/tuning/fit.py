@@ -147,7 +147,7 @@ def fit(
             wanted = target(base.schedule, z.flatten(0, 1), *_tile(people, noise, t)).unflatten(0, (people, levels))
             ids = instance.expand(levels, -1)
             if prior is not None and guarded:
-                pz, pnoise, pt, pids, own = prior.draw(extra, config.seed, step)
+                pz, pnoise, pt, pids, own = prior.rows(extra, config.seed, step)
                 z = torch.cat([z, pz.expand(people, *pz.shape)], 1)
                 wanted = torch.cat([wanted, own.expand(people, *own.shape)], 1)
                 noise, t, ids = torch.cat([noise, pnoise]), torch.cat([t, pt]), torch.cat([ids, pids])

@@ -38,16 +38,16 @@ class Prior:
     ids: Tensor
     own: Tensor
 
-    def draw(self, rows: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Draw latents, noise, timesteps, ids and own predictions `[rows, ...]` of evenly spread noise levels."""
+    def rows(self, count: int, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Draw latents, noise, timesteps, ids and own predictions `[count, ...]` of evenly spread noise levels."""
         import torch
 
         from hyperdb.runtime.seed import generator
 
         g = generator(seed, "prior", step)
         levels, images = self.timesteps.shape
-        level = ((torch.arange(rows) + torch.rand(rows, generator=g)) / rows * levels).long().clamp_(0, levels - 1)
-        image = torch.randint(0, images, (rows,), generator=g)
+        level = ((torch.arange(count) + torch.rand(count, generator=g)) / count * levels).long().clamp_(0, levels - 1)
+        image = torch.randint(0, images, (count,), generator=g)
         z, noise, t = (x[level, image] for x in (self.latents, self.noise, self.timesteps))
         return z, noise, t, self.ids[level, image], self.own[level, image]
 

@@ -38,7 +38,7 @@ def test_one_step_is_the_gradient_of_dreambooths_loss(base, moments, prior, monk
         for parameter in names.values():
             parameter.requires_grad_(True)
         own = predict(base, z, noise, t, ids) - target(base.schedule, z, noise, t)
-        pz, pnoise, pt, pids, kept = prior.draw(3, config.seed, 0)
+        pz, pnoise, pt, pids, kept = prior.rows(3, config.seed, 0)
         class_error = predict(base, pz, pnoise, pt, pids) - kept
         loss = own.square().mean() + WEIGHT * class_error.square().mean()
         gradients = torch.autograd.grad(loss, list(names.values()), allow_unused=True)
