@@ -83,6 +83,25 @@ class Hypernet(nn.Module):
         self.config = replace(self.config, iterations=iterations)
         self.decoder.iterations = iterations
 
+    @torch.no_grad()
+    def cut(self, size: int) -> None:
+        """Keep of the summary the `size` directions in which the linear map moves the tokens most.
+
+        What the gradients of a batch have in common is of few directions, and their noise is of all: cut down, the map
+        loses most of its noise and little of what distinguishes people. Raises `UserError` if there is no such map.
+        """
+        decoder = self.decoder
+        if decoder.linear is None:
+            raise UserError(f"model.summary={size}: only that of a hypernetwork with model.linear can be cut")
+        moving = decoder.linear * (self.spread * self.mask != 0)
+        axes = torch.linalg.svd(moving.flatten(1), full_matrices=False).U[:, :size]  # [K, size]
+        decoder.linear = nn.Parameter(torch.einsum("ks,knd->snd", axes, decoder.linear))
+        entry = nn.Linear(size, decoder.summary.out_features, device=axes.device)
+        entry.weight.copy_(decoder.summary.weight @ axes)
+        entry.bias.copy_(decoder.summary.bias)
+        decoder.summary, self.whiten = entry, self.whiten @ axes
+        self.config = replace(self.config, summary=size)
+
     def standardise(self, tokens: Tensor, moment: Tensor | None = None) -> None:
         """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's.
 

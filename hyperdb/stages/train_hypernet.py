@@ -53,10 +53,12 @@ class Config:
 
         L = alpha * diffusion + beta * weight space + prior_weight * prior + identity_weight * identity
 
-    - *Diffusion*: the base with the predicted adapter denoises pictures of the person under the prompt "a [V] face".
-      `target_view` says which pictures: `same` is the conditioning photo, as in the paper, and `other` another photo of
-      the person. With `target_style=any` they include pictures of the person in other styles, each under its own
-      caption. Rendered people have such pictures, photographed ones do not.
+    - *Diffusion*: the base with the predicted adapter denoises pictures of the person. `target_view` says which ones:
+      `same` is the conditioning photo, as in the paper, and `other` another photo of the person. With
+      `target_style=any` they include pictures of the person in other styles. Rendered people have such pictures,
+      photographed ones do not. `target_prompt` says under which prompt photos are denoised: `instance` is "a [V] face",
+      as in the paper, and `caption` the photo's own caption with [V] before the class word, so that [V] is learned as
+      what stays the same from place to place. Pictures in other styles always have their own caption.
     - *Weight space*: the distance from a fit that `hyperdb precompute` made before. `weights` names the store of fits;
       null or beta=0 leaves the term out. A fit of one image is compared with the prediction for that image, a fit of a
       person with the prediction for any photo of that person. `weight_loss` is the metric. `plain` is the squared
@@ -65,14 +67,18 @@ class Config:
       loss's gradient where the fits began: what hardly moves a picture hardly counts. It needs fits that did not begin
       at the template.
     - *Prior*: on class pictures the adapted network shall predict what the base predicts (`hyperdb.tuning.prior`).
-    - *Identity*: the encoder compares pictures drawn with the prediction with the person's photos (`identity_loss`).
+    - *Identity*: the encoder compares photos drawn with the prediction, under the prompts of the diffusion loss, with
+      the person's own (`hyperdb.tuning.identity`).
 
     `flips` turns half of the people left to right, the conditioning photo and the pictures alike. `prompt_dropout` is
     the share of pictures that are denoised under the empty prompt. Classifier-free guidance later subtracts what the
     network predicts there with the same adapter in place.
 
+    With `init` the training goes on from a hypernetwork. A smaller `model.summary` than it has keeps the directions in
+    which its linear map moves the predictions most.
+
     If `weights` names fits, predictions begin at their mean, whatever beta is. The training is measured on the people
-    of `validation`, who are never trained on.
+    of `validation`, who are never trained on: in pictures of "a [V] face", and under each of the `changed` prompts.
     """
 
     diffusion: DiffusionConfig
@@ -93,6 +99,7 @@ class Config:
     weight_loss: str = "gauge_free"
     target_view: str
     target_style: str
+    target_prompt: str
     signal_weight: float | None  # how much each noise level counts, as in `FitConfig`; null: the base's own loss
     face_weight: float  # extra weight of the middle of the frame in the diffusion loss
     identity_weight: float
@@ -114,6 +121,7 @@ class Config:
     decay: float  # share of the steps, at the end, over which the rates fall as a cosine
     ema: float  # decay of the running average of the weights, which is what is written
     default_spread: float  # scale of the predicted numbers where there are no fits to take it from
+    changed: list[str]  # such as 'a photo of a [V] face, on the beach'
     validate_every: int  # steps
     validation_people: int
     save_every: int  # steps between checkpoints, from which the same command goes on
@@ -129,8 +137,12 @@ class Config:
             raise UserError(f"target_view={self.target_view!r}: expected same or other")
         if self.target_style not in ("same", "any"):
             raise UserError(f"target_style={self.target_style!r}: expected same or any")
+        if self.target_prompt not in ("instance", "caption"):
+            raise UserError(f"target_prompt={self.target_prompt!r}: expected instance or caption")
         if self.target_style == "any" and self.target_view == "same":
             raise UserError("target_style=any needs target_view=other: the conditioning photo has one style")
+        if odd := [text for text in self.changed if "[V]" not in text]:
+            raise UserError(f"changed={odd[0]!r}: write [V] where the person is meant")
         if self.tracker not in (None, "wandb", "tensorboard"):
             raise UserError(f"tracker={self.tracker!r}: expected wandb, tensorboard or null")
         if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
@@ -190,12 +202,14 @@ def _views(given: list[Tensor], pictures: list[Tensor], levels: int, target_view
     return torch.stack(shown), torch.stack(wanted)
 
 
-def _prompts(people: People, config: DiffusionConfig) -> list[str]:
-    """Return what every picture is denoised under: photos the instance prompt, others their caption about [V]."""
+def _prompts(people: People, config: DiffusionConfig, photos: str) -> list[str]:
+    """Return what every picture is denoised under: its caption about [V]; photos so or under the `instance` prompt."""
     photo, word = people.is_style("photo").tolist(), config.class_word
     named = re.compile(rf"(?<!{re.escape(config.rare_token)} )\b{re.escape(word)}\b")
     return [
-        config.instance_prompt if is_photo else named.sub(f"{config.rare_token} {word}", text, count=1)
+        config.instance_prompt
+        if is_photo and photos == "instance"
+        else named.sub(f"{config.rare_token} {word}", text, count=1)
         for text, is_photo in zip(people.captions, photo, strict=True)
     ]
 
@@ -211,6 +225,8 @@ class Batch:
     fit_rows: Tensor  # [I] which row of the store is the fit of each photo; -1: there is none
     noise: Tensor  # [J, c, h, w] what the pictures of the identity loss begin at; J = 0 without that loss
     portraits: list[Tensor]  # all photos [K, 3, H, W] of each of these J people
+    prompts: list[str]  # what they are drawn under
+    seed: int  # of how the pictures are moved before they are compared
 
 
 class Batches:
@@ -240,7 +256,10 @@ class Batches:
             self.few_fitted = config.batch
         every_style = config.target_style == "any"
         self.pictures = people.rows if every_style else self.photos
-        self.ids = base.tokenize(_prompts(people, config.diffusion)) if every_style else None
+        self.is_photo = people.is_style("photo")
+        self.prompts = _prompts(people, config.diffusion, config.target_prompt)
+        same = set(self.prompts) == {config.diffusion.instance_prompt}
+        self.ids = None if same else base.tokenize(self.prompts)
         self.instance, self.nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
 
     def batch(self, step: int, process: int = 0) -> Batch:
@@ -248,7 +267,7 @@ class Batches:
         import torch
 
         from hyperdb.diffusion.loss import stratified_timesteps, target
-        from hyperdb.runtime.seed import generator
+        from hyperdb.runtime.seed import derive, generator
 
         config, base, count, levels = self.config, self.base, self.config.batch, self.config.levels
         g = generator(config.seed, "hypernet", process, step)
@@ -280,6 +299,8 @@ class Batches:
                 *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))  # [I, S + P, ...]
         some = who[: config.identity_people] if config.identity_weight > 0 else []
         portraits = [self.people.images[self.photos[i]] for i in some]
+        # a photo's prompt: that of the first photo among what is denoised, else that of what conditions
+        rows_of = [torch.cat([row[self.is_photo[row]], shown[i, None]])[0] for i, row in enumerate(wanted[: len(some)])]
         return Batch(
             images=images,
             rows=rows,
@@ -287,24 +308,9 @@ class Batches:
             fit_rows=self.fit_rows[shown].where(~mirror, -1),
             noise=torch.randn((len(some), *base.latent_shape), generator=g),
             portraits=[x.flip(-1) if turn else x for x, turn in zip(portraits, mirror[: len(some)], strict=True)],
+            prompts=[self.prompts[row] for row in rows_of],
+            seed=derive(config.seed, "identity", process, step),
         )
-
-
-def identity_loss(base: Base, model: Hypernet, noise: Tensor, photos: list[Tensor], steps: int) -> Tensor:
-    """Return how far the picture of each `noise [I, c, h, w]` is from that person's photos `[K, 3, H, W]`, `[I]`.
-
-    The squared distance of summaries of the hypernetwork's encoder, a mean over their components. What is injected is
-    differentiated through the last of `steps` of sampling (Xu et al. 2023, ReFL).
-    """
-    import torch
-
-    from hyperdb.diffusion.sample import sample
-
-    with torch.no_grad():
-        known = torch.stack([model.features(images)[1].mean(0) for images in photos])
-    prompts, guide = [base.config.instance_prompt] * len(noise), base.config.guide()
-    latents = sample(base, prompts, noise, steps, gradient=True, subject_guidance=guide.subject)
-    return (model.features(base.pixels(latents))[1] - known).square().mean(1)
 
 
 class Objective:
@@ -360,6 +366,7 @@ class Objective:
 
     def _identify(self, tokens: Tensor, batch: Batch) -> Tensor:
         from hyperdb.runtime.precision import attention
+        from hyperdb.tuning.identity import identity_loss
 
         config, guide = self.config, self.config.diffusion.guide()
         own = self.lidb.factors({"tokens": tokens[: len(batch.noise)]})
@@ -367,7 +374,9 @@ class Objective:
             self.injection.using(own, repeat=guide.adapted, plain=guide.plain),
             attention(_fused(config)),
         ):
-            distance = identity_loss(self.base, self.model, batch.noise, batch.portraits, config.identity_steps)
+            distance = identity_loss(
+                self.base, self.model, batch.noise, batch.portraits, config.identity_steps, batch.prompts, batch.seed
+            )
             term = config.identity_weight * distance.mean()
             term.backward(inputs=[tokens])  # never the encoder: it would learn to see less
         return term
@@ -429,6 +438,7 @@ def _validation(
         lidb=lidb,
         people=people,
         style=config.prior.prompts[-1].replace(word, f"[V] {word}"),
+        changed=config.changed,
         logit_normal=config.logit_normal,
         signal_weight=config.signal_weight,
         face_weight=config.face_weight,
@@ -515,6 +525,8 @@ def run(config: Config) -> Path:
         model.require(lidb, config.init)
         if model.config.iterations == 0:
             model.refine(config.model.iterations)
+        if config.model.summary < model.config.summary:
+            model.cut(config.model.summary)
     else:
         model = Hypernet(config.model, lidb, config.default_spread)
         if fits is not None and len(fits.tokens) > 1:

@@ -28,6 +28,7 @@ from hyperdb.runtime.seed import generator
 from hyperdb.tuning.draw import draw
 
 LEVELS = 4  # noise levels for each person
+PLAIN = 2  # pictures of each person under the instance prompt
 SHOWN = 10  # people on the sheet
 
 
@@ -38,6 +39,7 @@ class Validation:
     The hypernetwork sees a person's first photo. The training's diffusion loss on the second, and the face cosine of
     pictures with all but the first, are measured in three ways: with the person's `own` prediction, with another
     person's (`shuffled`), and with the `mean` of all. Of a network that sees who somebody is, the own one does best.
+    The pictures are two of "a [V] face", and one under each of the prompts `changed`, whose figures stand apart.
 
     `people` have two photos or more each. `logit_normal`, `signal_weight` and `face_weight` are those of the training.
     With `fits`, a store that holds some of these people, the `weight_space` loss to them is measured too.
@@ -47,6 +49,7 @@ class Validation:
     lidb: LiDB
     people: People
     style: str  # prompt of the last row of the sheet
+    changed: list[str]
     logit_normal: list[float] | None
     signal_weight: float | None
     face_weight: float
@@ -88,14 +91,20 @@ class Validation:
         if self.fits is not None and self.fit_rows is not None and self.weight_space is not None:
             distance = self.weight_space(tokens, self.fits.tokens, self.fit_rows)
             scores["weights"] = round(distance.mean().item(), 5)
-        prompts = [self.base.config.instance_prompt] * 2
-        drawn = {n: draw(self.base, x, count, prompts, [0, 1]) for n, x in (("own", own), ("shuffled", shuffled))}
-        drawn["mean"] = draw(self.base, mean, 1, prompts, [0, 1]).expand_as(drawn["own"])  # alike for all
-        faces = {n: face_cosine(self._recogniser, images, self._gallery).mean(1) for n, images in drawn.items()}
-        scores |= {f"face_cosine_{name}": round(cosine.mean().item(), 4) for name, cosine in faces.items()}
+        prompts = [self.base.config.instance_prompt] * PLAIN + self.changed
+        seeds = list(range(len(prompts)))
+        drawn = {n: draw(self.base, x, count, prompts, seeds) for n, x in (("own", own), ("shuffled", shuffled))}
+        drawn["mean"] = draw(self.base, mean, 1, prompts, seeds).expand_as(drawn["own"])  # alike for all
+        cosines = {n: face_cosine(self._recogniser, images, self._gallery) for n, images in drawn.items()}
+        measured = {"diffusion": losses, "face_cosine": {n: x[:, :PLAIN].mean(1) for n, x in cosines.items()}}
+        if self.changed:
+            measured["face_cosine_changed"] = {n: x[:, PLAIN:].mean(1) for n, x in cosines.items()}
+        for kind, values in measured.items():
+            if kind != "diffusion":
+                scores |= {f"{kind}_{name}": round(cosine.mean().item(), 4) for name, cosine in values.items()}
         pairs = {
             f"{kind}_own-{name}": paired(values["own"].numpy(), values[name].numpy(), seed)
-            for kind, values in (("diffusion", losses), ("face_cosine", faces))
+            for kind, values in measured.items()
             for name in ("shuffled", "mean")
         }
         styled = draw(self.base, own, count, [self.style], [0])
@@ -140,8 +149,13 @@ def verdict(found: Mapping[str, Any]) -> str:
     for other, word in (("shuffled", "another person's"), ("mean", "everybody's average")):
         loss, face = (found[f"{kind}_own-{other}"] for kind in ("diffusion", "face_cosine"))
         said = "it carries the person" if loss["hi"] < 0 else "it is not better"
-        lines.append(
+        line = (
             f"  {word}: loss {loss['mean']:+.5f} [{loss['lo']:+.5f}, {loss['hi']:+.5f}], "
             f"face cosine {face['mean']:+.3f} [{face['lo']:+.3f}, {face['hi']:+.3f}]: {said}"
         )
+        if changed := found.get(f"face_cosine_changed_own-{other}"):
+            line += (
+                f"; under other prompts face cosine {changed['mean']:+.3f} [{changed['lo']:+.3f}, {changed['hi']:+.3f}]"
+            )
+        lines.append(line)
     return "\n".join(lines)

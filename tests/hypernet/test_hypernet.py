@@ -189,6 +189,25 @@ def test_the_linear_map_begins_at_the_centre_and_learns_from_differences(lidb):
         torch.testing.assert_close(model(images)[2:3], model(images[2:3]), atol=1e-4, rtol=1e-4)
 
 
+def test_a_summary_is_cut_to_the_directions_that_move_the_tokens(lidb):
+    torch.manual_seed(0)
+    model = Hypernet(replace(CONFIG, linear=True, iterations=0, summary=4), lidb)
+    images, g = _images(8), torch.Generator().manual_seed(0)
+    model.standardise_features(images)
+    rank2 = torch.einsum("kr,rnd->knd", torch.randn(4, 2, generator=g), torch.randn(2, *model.mask.shape, generator=g))
+    with torch.no_grad():
+        model.decoder.linear.copy_(rank2)
+        whole = model(images)
+        model.cut(2)
+        assert model.config.summary == 2
+        assert model.features(images)[1].shape == (8, 2)
+        torch.testing.assert_close(model(images), whole, atol=1e-4, rtol=1e-4)
+        model.cut(1)  # what is left is the best map of one direction, which is not the whole
+        assert not torch.allclose(model(images), whole, atol=1e-3)
+    with pytest.raises(UserError, match=r"model.summary=2: only that of a hypernetwork with model.linear"):
+        Hypernet(CONFIG, lidb).cut(2)
+
+
 def test_the_spread_of_fits_with_gradients_makes_layers_move_alike(lidb):
     model, g = Hypernet(CONFIG, lidb), torch.Generator().manual_seed(0)
     fits = torch.randn(5, *lidb.mask.shape, generator=g) * lidb.mask

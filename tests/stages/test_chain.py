@@ -13,13 +13,10 @@ import torch
 
 from hyperdb import config as configuration
 from hyperdb.adapters.base import delta
-from hyperdb.adapters.inject import Injection
 from hyperdb.data.people import load_people
 from hyperdb.diffusion import DiffusionConfig
-from hyperdb.diffusion.sample import start_noise
 from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
-from hyperdb.hypernet.model import Hypernet
 from hyperdb.metrics.figures import closed, summary
 from hyperdb.metrics.score import paired
 from hyperdb.report.table import markdown
@@ -112,8 +109,9 @@ def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
 
 
 PLAIN = [
-    "steps=2", "fit_share=0.5", "target_view=other", "target_style=same", "face_weight=0", "signal_weight=null",
-    "logit_normal=null", "identity_weight=0", "prior_weight=0.25", "levels=2", "rate=1e-3", "matrix_rate=null",
+    "steps=2", "fit_share=0.5", "target_view=other", "target_style=same", "target_prompt=instance", "face_weight=0",
+    "signal_weight=null", "logit_normal=null", "identity_weight=0", "prior_weight=0.25", "levels=2", "rate=1e-3",
+    "matrix_rate=null",
 ]  # fmt: skip
 IDENTITY = ["identity_weight=0.1", "identity_people=2", "identity_steps=2"]
 
@@ -137,13 +135,14 @@ def trained(made, tmp_path_factory):
     ("under", "word"),
     [
         *(([], word) for word in (
-            "weight_loss=plain", "target_view=same", "target_style=any", "alpha=0", "beta=0", "fit_share=0",
-            "prior_weight=0", "prior_rows=2", "face_weight=2", "signal_weight=0.5", "logit_normal=[0.2,1.0]",
-            "levels=1", "matrix_rate=0.01", "encoder_rate=1e-4", "flips=true", "prompt_dropout=0.5",
-            "identity_weight=0.1", "decay=0", "ema=0.05", "seed=1",
+            "weight_loss=plain", "target_view=same", "target_style=any", "target_prompt=caption", "alpha=0", "beta=0",
+            "fit_share=0", "prior_weight=0", "prior_rows=2", "face_weight=2", "signal_weight=0.5",
+            "logit_normal=[0.2,1.0]", "levels=1", "matrix_rate=0.01", "encoder_rate=1e-4", "flips=true",
+            "prompt_dropout=0.5", "identity_weight=0.1", "decay=0", "ema=0.05", "seed=1",
         )),
         (["weights=null"], "default_spread=0.1"),  # fits have a spread of their own
         (IDENTITY, "identity_people=1"), (IDENTITY, "identity_steps=1"), (IDENTITY, "flips=true"),
+        ([*IDENTITY, "alpha=0", "fit_share=1"], "target_prompt=caption"),
     ],
 )  # fmt: skip
 def test_every_setting_of_the_training_counts(trained, under, word):
@@ -152,32 +151,15 @@ def test_every_setting_of_the_training_counts(trained, under, word):
     assert any(not torch.equal(without[name], with_it[name]) for name in without)
 
 
-def test_the_identity_loss_brings_pictures_nearer_to_the_person(made):
-    base = DiffusionConfig(path=made["base"].partition("=")[2], size=32, dtype="fp32", device="cpu").load()
-    model = Hypernet.load(made["hyper"] / "hypernet.safetensors")
-    people = load_people(made["data"], split=None)
-    photos = [people.images[rows] for rows in people.photos[:2]]
-    noise, injection = start_noise(base, [0, 1]), Injection(base.targets())
-    tokens = model(torch.stack([p[0] for p in photos])).detach().requires_grad_()
-    found = []
-    for _ in range(8):
-        with injection.using(model.lidb.factors({"tokens": tokens}), repeat=2):
-            loss = train_hypernet.identity_loss(base, model, noise, photos, 2)
-        (step,) = torch.autograd.grad(loss.sum(), tokens)
-        tokens = (tokens - 0.1 * step / step.norm()).detach().requires_grad_()
-        found.append(loss.detach())
-    injection.remove()
-    assert (found[-1] < found[0]).all()
-
-
 def test_what_is_denoised_is_the_same_person_under_its_own_caption(made):
     people = load_people(made["data"], split=None)
-    prompts = train_hypernet._prompts(people, DiffusionConfig())
+    captions, prompts = (train_hypernet._prompts(people, DiffusionConfig(), k) for k in ("caption", "instance"))
     photo = people.is_style("photo")
     assert not photo.all()
-    for text, caption, is_photo in zip(prompts, people.captions, photo, strict=True):
-        assert text.count("sks face") == 1
-        assert text == "a sks face" if is_photo else text.replace("sks ", "") == caption.replace("sks ", "")
+    for own, text, caption, is_photo in zip(captions, prompts, people.captions, photo, strict=True):
+        assert own.count("sks face") == 1
+        assert own.replace("sks ", "") == caption.replace("sks ", "")
+        assert text == ("a sks face" if is_photo else own)
     g = torch.Generator().manual_seed(0)
     who = torch.arange(len(people.rows)).repeat(20)
     for pictures in (people.photos, people.rows):

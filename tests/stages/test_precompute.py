@@ -231,6 +231,10 @@ def test_a_linear_map_is_trained_alone_and_then_refined(base_words, aligned, tmp
     assert torch.equal(refined.decoder.linear, alone.decoder.linear)
     with torch.no_grad():
         assert not torch.equal(refined(images), predicted)
+    more = [f"init={first}/hypernet.safetensors", *linear, "model.summary=2"]
+    third = configuration.run("train_hypernet", [*words, *more, f"out={tmp_path / 'cut'}"])
+    cut = Hypernet.load(third / "hypernet.safetensors")
+    assert cut.config.summary == len(cut.decoder.linear) == 2
 
 
 def test_other_photos_of_the_same_people(base_words, aligned, tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ def tokens(lidb):
 def make(base, lidb, rendered):
     def new(**settings) -> Validation:
         how = {"logit_normal": None, "signal_weight": None, "face_weight": 0.0, "style": "a sketch of a [V] face"}
+        how["changed"] = ["a [V] face, on the beach"]
         return Validation(base=base, lidb=lidb, people=load_people(rendered), **how, **settings)
 
     return new
