@@ -1,0 +1,63 @@
+"""What do the directions in which the linear map moves the predictions say of a person?
+
+    python experiments/embedded/linear/attributes.py HYPERNET data=FOLDER [key=value of `hyperdb train_hypernet` ...]
+
+HYPERNET is the file of `hyperdb train_hypernet experiment=linear`, FOLDER holds rendered people, whose attributes and
+coefficients of shape are known. A ridge regression learns them from the first directions of the summary of one photo of
+half of the people; written is the share of the variance that it explains in the other half. Writes attributes.json
+beside this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hyperdb import config
+from hyperdb.data.people import load_people
+from hyperdb.hypernet.model import Hypernet
+from hyperdb.runtime.files import hash_files, save_json
+from hyperdb.runtime.provenance import provenance
+
+SIZES = [6, 12, 24, 64]
+RIDGE = 10.0
+
+
+def explained(x: Tensor, y: Tensor) -> float:
+    """Return the share of the variance of `y [n, d]` in its second half that `x [n, k]` explains."""
+    half, y = len(x) // 2, y - y[: len(y) // 2].mean(0)
+    seen, wanted = x[:half], y[:half]
+    weight = torch.linalg.solve(seen.mT @ seen + RIDGE * torch.eye(x.shape[1]).to(x), seen.mT @ wanted)
+    return round(1 - ((y[half:] - x[half:] @ weight).square().sum() / y[half:].square().sum()).item(), 3)
+
+
+def main(file: str, *words: str) -> None:
+    """Measure every size, write."""
+    settings = config.load("train_hypernet", ["experiment=linear", *words])
+    people = load_people(settings.data, size=settings.diffusion.size)
+    first = torch.stack([rows[0] for rows in people.photos])
+    model = Hypernet.load(Path(file))
+    model.cut(model.config.summary)
+    with torch.no_grad():
+        summary = torch.cat([model.features(people.images[part])[1] for part in first.split(64)]).double()
+    summary -= summary.mean(0)
+    known = {name: torch.nn.functional.one_hot(people.labels[name][first]) for name in ("sex", "skin", "hair")}
+    known |= {"age": people.labels["age"][first, None], "shape": people.labels["coefficients"][first]}
+    known |= {"yaw of the photo": people.labels["yaw"][first, None]}
+    result = {
+        str(size): {name: explained(summary[:, :size], values.double()) for name, values in known.items()}
+        for size in SIZES
+    }
+    for size, found in result.items():
+        print(size, found)
+    save_json(
+        Path(__file__).with_name("attributes.json"),
+        {"explained": result, "people": len(first), "hypernet": hash_files([Path(file)]), **provenance()},
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
