@@ -1,11 +1,11 @@
 """How many directions of the summary does the linear map know, and how many are noise?
 
-    python experiments/embedded/linear/directions.py HYPERNET validation=FOLDER [key=value ...]
+    python experiments/embedded/linear/directions.py HYPERNET validation=FOLDER [recogniser=dlib] [key=value ...]
 
 HYPERNET is the file of `hyperdb train_hypernet experiment=linear`, the other words are those of that stage. Its summary
 is cut to fewer and fewer directions, and the unseen people of `validation` are drawn with their own prediction and with
 everybody's average: twice as "a [V] face", and under each of the `changed` prompts. Writes directions_RUN.json beside
-this file, RUN the folder of HYPERNET.
+this file, RUN the folder of HYPERNET, and directions_RUN_dlib.json with the other recogniser.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from hyperdb import config
 from hyperdb.data.people import load_people
 from hyperdb.hypernet.model import Hypernet
-from hyperdb.metrics.face import SFace
+from hyperdb.metrics.face import Dlib, SFace
 from hyperdb.metrics.likeness import face_cosine, galleries
 from hyperdb.metrics.score import paired
 from hyperdb.runtime.files import hash_files, save_json
@@ -33,8 +33,10 @@ PLAIN = 2
 
 def main(file: str, *words: str) -> None:
     """Measure every size, write."""
-    settings = config.load("train_hypernet", ["experiment=linear", *words])
-    base, recogniser = settings.diffusion.load(), SFace()
+    second = "recogniser=dlib" in words
+    settings = config.load("train_hypernet", ["experiment=linear", *(w for w in words if w != "recogniser=dlib")])
+    base, recogniser = settings.diffusion.load(), Dlib() if second else SFace()
+    out = Path(__file__).with_name(f"directions_{Path(file).parent.name}{'_dlib' if second else ''}.json")
     people = load_people(settings.validation, PEOPLE, "validation", settings.diffusion.size, least=2)
     views = min(len(rows) for rows in people.photos)
     shown = people.images[torch.stack([rows[0] for rows in people.photos])]
@@ -65,7 +67,7 @@ def main(file: str, *words: str) -> None:
         }
         print(size, result[str(size)], flush=True)
         save_json(
-            Path(__file__).with_name(f"directions_{Path(file).parent.name}.json"),
+            out,
             {"directions": result, "people": len(tokens), "hypernet": hash_files([Path(file)]), **provenance()},
         )
 
