@@ -104,3 +104,9 @@ def check_logit_normal(value: list[float] | None) -> None:
     """Raise `UserError` unless `value` is None or the mean and deviation (above 0) of a noise level's logit."""
     if value is not None and (len(value) != 2 or value[1] <= 0):
         raise UserError(f"logit_normal={value}: expected [mean, standard deviation above 0] or null")
+
+
+def check_subject(name: str, prompts: list[str]) -> None:
+    """Raise `UserError` naming the setting `name` unless each of `prompts` says where the person stands."""
+    if odd := [text for text in prompts if PLACEHOLDER not in text]:
+        raise UserError(f"{name}={odd[0]!r}: write {PLACEHOLDER} where the person is meant")

@@ -88,11 +88,14 @@ class Hypernet(nn.Module):
         """Keep of the summary the `size` directions in which the linear map moves the tokens most.
 
         What the gradients of a batch have in common is of few directions, and their noise is of all: cut down, the map
-        loses most of its noise and little of what distinguishes people. Raises `UserError` if there is no such map.
+        loses most of its noise and little of what distinguishes people. Raises `UserError` if there is no such map, or
+        nothing of it would be left.
         """
         decoder = self.decoder
         if decoder.linear is None:
             raise UserError(f"model.summary={size}: only that of a hypernetwork with model.linear can be cut")
+        if size < 1:
+            raise UserError(f"model.summary={size}: expected at least 1 of the hypernetwork's {self.config.summary}")
         moving = decoder.linear * (self.spread * self.mask != 0)
         axes = torch.linalg.svd(moving.flatten(1), full_matrices=False).U[:, :size]  # [K, size]
         decoder.linear = nn.Parameter(torch.einsum("ks,knd->snd", axes, decoder.linear))

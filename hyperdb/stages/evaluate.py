@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hyperdb.diffusion import check_subject
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.fit import FitConfig
@@ -92,8 +93,7 @@ class Config(PersonalizerConfig):
             raise UserError(
                 f"reference={self.reference}, photos={self.photos}, views={self.views}: expected at least 0, 1, 1"
             )
-        if odd := [text for text in self.changed if "[V]" not in text]:
-            raise UserError(f"changed={odd[0]!r}: write [V] where the person is meant")
+        check_subject("changed", self.changed)
         if self.seeds < 1:
             raise UserError(f"seeds={self.seeds}: expected at least 1")
         if not self.recognisers:

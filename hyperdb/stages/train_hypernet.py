@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import AdapterConfig
-from hyperdb.diffusion import DiffusionConfig, check_logit_normal
+from hyperdb.diffusion import DiffusionConfig, check_logit_normal, check_subject
 from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
@@ -141,8 +141,7 @@ class Config:
             raise UserError(f"target_prompt={self.target_prompt!r}: expected instance or caption")
         if self.target_style == "any" and self.target_view == "same":
             raise UserError("target_style=any needs target_view=other: the conditioning photo has one style")
-        if odd := [text for text in self.changed if "[V]" not in text]:
-            raise UserError(f"changed={odd[0]!r}: write [V] where the person is meant")
+        check_subject("changed", self.changed)
         if self.tracker not in (None, "wandb", "tensorboard"):
             raise UserError(f"tracker={self.tracker!r}: expected wandb, tensorboard or null")
         if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
@@ -258,8 +257,8 @@ class Batches:
         self.pictures = people.rows if every_style else self.photos
         self.is_photo = people.is_style("photo")
         self.prompts = _prompts(people, config.diffusion, config.target_prompt)
-        same = set(self.prompts) == {config.diffusion.instance_prompt}
-        self.ids = None if same else base.tokenize(self.prompts)
+        differ = set(self.prompts) != {config.diffusion.instance_prompt}
+        self.ids = base.tokenize(self.prompts) if denoises and differ else None
         self.instance, self.nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
 
     def batch(self, step: int, process: int = 0) -> Batch:

@@ -96,15 +96,14 @@ class Validation:
         drawn = {n: draw(self.base, x, count, prompts, seeds) for n, x in (("own", own), ("shuffled", shuffled))}
         drawn["mean"] = draw(self.base, mean, 1, prompts, seeds).expand_as(drawn["own"])  # alike for all
         cosines = {n: face_cosine(self._recogniser, images, self._gallery) for n, images in drawn.items()}
-        measured = {"diffusion": losses, "face_cosine": {n: x[:, :PLAIN].mean(1) for n, x in cosines.items()}}
+        faces = {"face_cosine": {n: x[:, :PLAIN].mean(1) for n, x in cosines.items()}}
         if self.changed:
-            measured["face_cosine_changed"] = {n: x[:, PLAIN:].mean(1) for n, x in cosines.items()}
-        for kind, values in measured.items():
-            if kind != "diffusion":
-                scores |= {f"{kind}_{name}": round(cosine.mean().item(), 4) for name, cosine in values.items()}
+            faces["face_cosine_changed"] = {n: x[:, PLAIN:].mean(1) for n, x in cosines.items()}
+        for kind, values in faces.items():
+            scores |= {f"{kind}_{name}": round(cosine.mean().item(), 4) for name, cosine in values.items()}
         pairs = {
             f"{kind}_own-{name}": paired(values["own"].numpy(), values[name].numpy(), seed)
-            for kind, values in measured.items()
+            for kind, values in {"diffusion": losses, **faces}.items()
             for name in ("shuffled", "mean")
         }
         styled = draw(self.base, own, count, [self.style], [0])

@@ -204,6 +204,8 @@ def test_a_summary_is_cut_to_the_directions_that_move_the_tokens(lidb):
         torch.testing.assert_close(model(images), whole, atol=1e-4, rtol=1e-4)
         model.cut(1)  # what is left is the best map of one direction, which is not the whole
         assert not torch.allclose(model(images), whole, atol=1e-3)
+    with pytest.raises(UserError, match=r"model.summary=0: expected at least 1 of the hypernetwork's 1"):
+        model.cut(0)
     with pytest.raises(UserError, match=r"model.summary=2: only that of a hypernetwork with model.linear"):
         Hypernet(CONFIG, lidb).cut(2)
 

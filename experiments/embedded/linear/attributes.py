@@ -21,6 +21,7 @@ from hyperdb.data.people import load_people
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.files import hash_files, save_json
 from hyperdb.runtime.provenance import provenance
+from hyperdb.tuning.space import ridge
 
 SIZES = [6, 12, 24, 64]
 RIDGE = 10.0
@@ -28,10 +29,10 @@ RIDGE = 10.0
 
 def explained(x: Tensor, y: Tensor) -> float:
     """Return the share of the variance of `y [n, d]` in its second half that `x [n, k]` explains."""
-    half, y = len(x) // 2, y - y[: len(y) // 2].mean(0)
-    seen, wanted = x[:half], y[:half]
-    weight = torch.linalg.solve(seen.mT @ seen + RIDGE * torch.eye(x.shape[1]).to(x), seen.mT @ wanted)
-    return round(1 - ((y[half:] - x[half:] @ weight).square().sum() / y[half:].square().sum()).item(), 3)
+    half = len(x) // 2
+    coefficients, offset = ridge(x[:half], y[:half], RIDGE)
+    missed, whole = y[half:] - x[half:] @ coefficients - offset, y[half:] - y[:half].mean(0)
+    return round(1 - (missed.square().sum() / whole.square().sum()).item(), 3)
 
 
 def main(file: str, *words: str) -> None:
@@ -43,7 +44,6 @@ def main(file: str, *words: str) -> None:
     model.cut(model.config.summary)
     with torch.no_grad():
         summary = torch.cat([model.features(people.images[part])[1] for part in first.split(64)]).double()
-    summary -= summary.mean(0)
     known = {name: torch.nn.functional.one_hot(people.labels[name][first]) for name in ("sex", "skin", "hair")}
     known |= {"age": people.labels["age"][first, None], "shape": people.labels["coefficients"][first]}
     known |= {"yaw of the photo": people.labels["yaw"][first, None]}
