@@ -7,22 +7,22 @@
 #
 # What parts of it took on an H200 with 16 cores is in experiments/embedded/base128; it has not been run to its end.
 #
-# Parts, in their order: few people autoencoder encoder sharp base hypernet judge. All of them by default. The results lie in
+# Parts, in their order: few people faces autoencoder encoder sharp base hypernet judge. All of them by default. The results lie in
 # runs/from_nothing; a length can be set from outside, such as BASE_STEPS=4000.
 set -eu
 KIND=${1:?cpu or gpu}
 shift
-PARTS=${*:-few people autoencoder encoder sharp base hypernet judge}
+PARTS=${*:-few people faces autoencoder encoder sharp base hypernet judge}
 OUT=${OUT_FOLDER:-runs/from_nothing}
 PYTHON=${PYTHON:-python3}
 case $KIND in
   gpu) : "${WORKERS:=$(nproc)}" "${PEOPLE:=10000}" "${BATCH:=1024}" "${PEOPLE_A_STEP:=48}"
        : "${AUTOENCODER_STEPS:=2500}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1500}" "${AUTOENCODER_BATCH:=256}"
-       : "${ENCODER_STEPS:=4000}" "${ENCODER_BATCH:=256}"
+       : "${FACES:=40000}" "${ENCODER_STEPS:=8000}" "${ENCODER_BATCH:=256}"
        : "${BASE_STEPS:=6000}" "${FITTED:=1000}" "${LINEAR_STEPS:=1500}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}" ;;
   cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}" "${PEOPLE_A_STEP:=16}"
        : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1000}" "${AUTOENCODER_BATCH:=32}"
-       : "${ENCODER_STEPS:=6000}" "${ENCODER_BATCH:=64}"
+       : "${FACES:=20000}" "${ENCODER_STEPS:=8000}" "${ENCODER_BATCH:=96}"
        : "${BASE_STEPS:=25000}" "${FITTED:=128}" "${LINEAR_STEPS:=350}" "${HYPERNET_STEPS:=1500}" "${JUDGE_STEPS:=600}" ;;
   *) echo "from_nothing.sh: expected cpu or gpu, not $KIND" >&2; exit 2 ;;
 esac
@@ -46,6 +46,11 @@ people() { # the first people of each split; validation and test never share a p
     shard=4 workers="$WORKERS" out="$OUT/heads_validation"
 }
 
+faces() { # for the encoder: many people, few photos; none of them is met by the hypernetwork, to which they would be too clear
+  once "$OUT/faces/index.json" render_heads size=64 identities="$FACES" views=3 photo_views=3 first=300000 \
+    workers="$WORKERS" out="$OUT/faces"
+}
+
 autoencoder() { # crops, then whole pictures
   local rest="data=$OUT/heads_few channels=[32,64,128,128] latent_channels=8"
   once "$OUT/crops/report.json" train_autoencoder $rest crop=64 batch="$AUTOENCODER_BATCH" steps="$AUTOENCODER_STEPS" \
@@ -57,11 +62,11 @@ autoencoder() { # crops, then whole pictures
 sharp() { # the decoder alone, against a discriminator and on the encoder's features: the latents stay as they are
   once "$OUT/sharp/report.json" train_autoencoder data="$OUT/heads_few" channels=[32,64,128,128] latent_channels=8 \
     init="$OUT/whole/vae" decoder_only=true batch="$WHOLE" steps="$SHARP_STEPS" rate=0.0003 adversarial_weight=0.02 \
-    feature_weight=0.05 encoder.size=128 encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/sharp"
+    feature_weight=0.05 encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/sharp"
 }
 
 encoder() {
-  once "$OUT/encoder/report.json" train_encoder data="$HEADS" encoder.size=128 batch="$ENCODER_BATCH" \
+  once "$OUT/encoder/report.json" train_encoder data="$OUT/faces" batch="$ENCODER_BATCH" \
     steps="$ENCODER_STEPS" workers="$WORKERS" out="$OUT/encoder"
 }
 
@@ -75,7 +80,7 @@ hypernet() { # where predictions begin; the linear map; the decoder on top of it
   local rest="$BASE data=$HEADS validation=$OUT/heads_validation weights=$OUT/fits/default"
   once "$OUT/fits/default/index.json" precompute $BASE data="$HEADS" identities="$FITTED" out="$OUT/fits/default"
   once "$OUT/hypernet_linear/report.json" train_hypernet experiment=linear $rest steps="$LINEAR_STEPS" \
-    model.encoder.size=128 model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet_linear"
+    model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet_linear"
   once "$OUT/hypernet_diffusion/report.json" train_hypernet $rest batch="$PEOPLE_A_STEP" steps="$HYPERNET_STEPS" \
     weight_loss=fisher model.summary=12 init="$OUT/hypernet_linear/hypernet.safetensors" out="$OUT/hypernet_diffusion"
   once "$OUT/hypernet/report.json" train_hypernet $rest batch="$PEOPLE_A_STEP" steps=150 warmup=20 beta=0 \

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hyperdb.heads.mesh import head_mesh, local_axes
+from hyperdb.heads.mesh import front_vertices, head_mesh, local_axes
 
 AGES = ("young", "adult", "old")
 SEXES = ("woman", "man")
@@ -176,6 +176,17 @@ class Identity:
     def vertices(self) -> np.ndarray:
         """The neutral mesh of this person, [5447, 3]."""
         return head_mesh().blend(self.morph_weights)
+
+    @property
+    def face(self) -> np.ndarray:
+        """The shape of the face, [487, 3]: points of the neutral mesh, as it would be without asymmetry.
+
+        It is centred and scaled to best agree with the mean head, because a photo's crop shows neither place nor size.
+        """
+        mesh, front = head_mesh(), front_vertices()
+        symmetric = [0 if name.startswith("asym/") else 1 for name in mesh.names] * self.morph_weights
+        points, mean = (v[front] - v[front].mean(0) for v in (mesh.blend(symmetric), mesh.vertices))
+        return points * (points * mean).sum() / np.square(points).sum()
 
     # -- hair and paint --------------------------------------------------------------------
 

@@ -105,6 +105,13 @@ def shadow_faces() -> np.ndarray:
 
 
 @functools.cache
+def front_vertices() -> np.ndarray:
+    """Every eighth vertex of the front of the face, from chin to forehead, eyes included."""
+    x, y, z = head_mesh().vertices.T
+    return np.flatnonzero((np.abs(x) < 1.1) & (y > 5.7) & (y < 8.2) & (z > 0.55))[::8]
+
+
+@functools.cache
 def _positions() -> dict[str, int]:
     return {name: i for i, name in enumerate(head_mesh().names)}
 

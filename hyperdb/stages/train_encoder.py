@@ -1,8 +1,9 @@
-"""Pretrain a small image encoder on rendered people: from any photo, draw that person's portrait.
+"""Pretrain a small image encoder on rendered people: from any photo, draw the person's portrait, tell the face's shape.
 
-The portrait is a plain one (from the front, no expression, plain light and backdrop), so what the encoder must keep is
-what can be seen of a person, each thing in proportion to how much of the picture it fills. For bases whose encoder
-cannot be downloaded; SD1.5 uses a pretrained ViT-H (paper section 4.2).
+The portrait is a plain one (from the front, no expression, plain light and backdrop), so what the encoder must keep for
+it is what can be seen of a person, each thing in proportion to how much of the picture it fills: hair, skin, clothes.
+The shape is what people are told apart by when these are alike. For bases whose encoder cannot be downloaded; SD1.5
+uses a pretrained ViT-H (paper section 4.2).
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ KEPT = "its last checkpoint is kept"
 class Config:
     """What the encoder learns from, and how it is trained.
 
-    A linear layer draws the portrait of `portrait` x `portrait` pixels from the mean of the encoder's features, and
-    the loss is the mean squared error of that drawing. The layer is thrown away at the end. Photos are mirrored,
-    shifted by a few pixels and tinted at random, because nothing of this says who the person is.
+    From the mean of the encoder's features, a linear layer draws the portrait of `portrait` x `portrait` pixels and
+    tells `shape` principal components of the face's points (`Identity.face`), each at unit variance. The loss is the
+    mean squared error of the drawing and, times `shape_weight`, that of the components. The layer is thrown away at the
+    end. Photos are mirrored, shifted by a few pixels and tinted at random, because nothing of this says who the person
+    is.
     """
 
     data: FilePath = "data/heads"  # rendered people: a folder of `hyperdb render_heads`
@@ -41,6 +44,8 @@ class Config:
     out: FilePath = "runs/train_encoder/default"  # folder that is written
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     portrait: int = 32  # side of the portrait in pixels
+    shape: int = 40  # principal components of the face's shape that are learned; 0: none
+    shape_weight: float = 1.0
     jitter: float = 0.03  # standard deviation of the tint: the factor on each colour channel of a photo is about 1
     steps: int = 3000  # of the optimiser, in all
     batch: int = 64  # photos in each step
@@ -81,22 +86,25 @@ def run(config: Config) -> Path:
     begun_from = hash_files([weights]) if weights is not None and weights.is_file() else None
     whole = {**recipe(config), "made_from": people.digest, "begun_from": begun_from}
     out = claim(config.out, WRITES, whole)
-    portraits = _portraits(people, config.portrait, out / "portraits.safetensors", config.workers).flatten(1).float()
-    portraits = (portraits - portraits.mean(0)) / (portraits - portraits.mean(0)).std()
+    plain, faces = _known(people, config.portrait, out / "portraits.safetensors", config.workers)
+    portraits = plain.flatten(1).float() - plain.flatten(1).float().mean(0)
+    portraits /= portraits.std()
+    shapes = components(faces.flatten(1).float(), config.shape)
     seen, held = torch.cat(photos[: -config.held_out]), torch.cat(photos[-config.held_out :])
     device = pick_device(config.device)
-    portraits, pictures = portraits.to(device), people.images.to(device)
+    portraits, shapes, pictures = portraits.to(device), shapes.to(device), people.images.to(device)
 
     # --- model
     torch.manual_seed(derive(config.seed, "encoder weights"))  # the only way to seed timm's initialisation
     encoder = Encoder(config.encoder).to(device)
-    draw = torch.nn.Linear(encoder.dim, portraits.shape[1]).to(device)
-    params = [*encoder.parameters(), *draw.parameters()]
+    sizes = [portraits.shape[1], shapes.shape[1]]
+    tell = torch.nn.Linear(encoder.dim, sum(sizes)).to(device)
+    params = [*encoder.parameters(), *tell.parameters()]
     encoder.net.train()
 
-    def drawn(images: Tensor) -> Tensor:
+    def told(images: Tensor) -> tuple[Tensor, ...]:
         with autocast(device, torch.bfloat16), attention(fused=device.type != "cpu"):
-            return draw(encoder(images)[:, 0]).float()
+            return tell(encoder(images)[:, 0]).float().split(sizes, 1)
 
     # --- train
     def backward(step: int) -> dict[str, Tensor]:
@@ -110,9 +118,12 @@ def run(config: Config) -> Path:
         gain = (1 + config.jitter * torch.randn(len(rows), 3, 1, 1, generator=g)).to(device)
         shift = torch.randint(-3, 4, (len(rows), 2), generator=g).tolist()
         images = torch.stack([x.roll(s, (1, 2)) for x, s in zip(images, shift, strict=True)])
-        loss = F.mse_loss(drawn((images * gain).clamp(0, 255)), wanted.flatten(1))
-        loss.backward()
-        return {"portrait": loss.detach()}
+        drawn, shape = told((images * gain).clamp(0, 255))
+        terms = {"portrait": F.mse_loss(drawn, wanted.flatten(1))}
+        if config.shape > 0:  # without asymmetry, a mirrored face has the same
+            terms["shape"] = config.shape_weight * F.mse_loss(shape, shapes[people.identity[rows]])
+        torch.stack(list(terms.values())).sum().backward()
+        return {name: term.detach() for name, term in terms.items()}
 
     optimizer, ema = adamw(params, config.rate, 0.05), EMA(params, 0.995)
     schedule = Schedule(config.steps, warmup=100)
@@ -124,29 +135,53 @@ def run(config: Config) -> Path:
     update_bn([encoder.pixels(pictures[part]) for part in batches], encoder.net)
     encoder.eval()
     with torch.no_grad():
-        guess = torch.cat([drawn(pictures[part]) for part in held.split(64)]).cpu()
-    who, portraits = people.identity[held], portraits.cpu()
-    truth = portraits[who]
-    r2 = 1 - F.mse_loss(guess, truth).item() / truth.square().mean().item()  # against everyone's mean, which is 0
+        parts = [told(pictures[part]) for part in held.split(64)]
+    guess, shape = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    who, portraits, shapes = people.identity[held], portraits.cpu(), shapes.cpu()
     gallery = who.unique()
     nearest = gallery[torch.cdist(guess, portraits[gallery]).argmin(1)]
-    rank1 = (nearest == who).float().mean().item()
+    report = {
+        "portrait_r2": _explained(guess, portraits[who]),
+        "shape_r2": _explained(shape, shapes[who]) if config.shape > 0 else None,
+        "rank1_held_out": round((nearest == who).float().mean().item(), 4),
+        "people_held_out": len(gallery),
+    }
     save_tensors(out / "encoder.safetensors", encoder.net.state_dict(), {"data": people.digest})
-    report = {"portrait_r2": round(r2, 4), "rank1_held_out": round(rank1, 4), "people_held_out": len(gallery)}
     save_json(out / "report.json", {**report, "steps": config.steps, "data": people.digest})
-    print(f"{len(gallery)} unseen people: portrait R2 {r2:.2f}, rank-1 by portrait {rank1:.2f}; encoder in {out}")
+    found = ", ".join(f"{name} {value}" for name, value in report.items() if value is not None)
+    print(f"unseen people: {found}; encoder in {out}")
     return out
 
 
-def _portrait(seed: int, size: int) -> np.ndarray:
-    """Render one person's plain portrait; runs in a worker process."""
+def _explained(guess: Tensor, truth: Tensor) -> float:
+    """Return the share of the square of `truth [n, d]`, whose mean over everyone is 0, that `guess` explains."""
+    return round(1 - ((guess - truth).square().sum() / truth.square().sum()).item(), 4)
+
+
+def components(points: Tensor, count: int) -> Tensor:
+    """Return the first principal components of points `[I, d]`, at unit variance: `[I, count]`, or all there are."""
+    import torch
+
+    centred = (points - points.mean(0)).double()
+    count = min(count, len(points) - 1, points.shape[1])
+    variance, axes = torch.linalg.eigh(centred.mT @ centred / max(1, len(points) - 1))  # the smallest first
+    variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
+    axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # an axis has no sign of its own
+    return (centred @ axes / variance.clamp_min(1e-12).sqrt()).float()
+
+
+def _person(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Render one person's plain portrait and return it and the face's shape; runs in a worker process."""
+    import numpy as np
+
     from hyperdb.heads import Identity, View, render
 
-    return render(Identity(seed), View(), size)
+    person = Identity(seed)
+    return render(person, View(), size), person.face.astype(np.float32)
 
 
-def _portraits(people: People, size: int, path: Path, workers: int) -> Tensor:
-    """Return everyone's plain portrait `[I, 3, size, size]` uint8, rendered once and kept at `path`."""
+def _known(people: People, size: int, path: Path, workers: int) -> tuple[Tensor, Tensor]:
+    """Return everyone's portrait `[I, 3, size, size]` uint8 and face `[I, V, 3]`, made once and kept at `path`."""
     import multiprocessing
     from functools import partial
 
@@ -159,13 +194,13 @@ def _portraits(people: People, size: int, path: Path, workers: int) -> Tensor:
     key = f"{people.digest} {size}"
     if path.is_file():
         tensors, metadata = load_tensors(path)
-        if metadata.get("key") == key:
-            return tensors["portraits"]
+        if metadata.get("key") == key and "faces" in tensors:
+            return tensors["portraits"], tensors["faces"]
     seeds = [int(people.seed[rows[0]]) for rows in people.rows]
     with multiprocessing.get_context("spawn").Pool(min(workers, len(seeds))) as pool:
-        drawn = pool.imap(partial(_portrait, size=size), seeds, chunksize=8)
-        bar = tqdm(drawn, total=len(seeds), desc="portraits", unit="person", dynamic_ncols=True)
-        pixels = np.stack(list(bar))
-    portraits = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    save_tensors(path, {"portraits": portraits}, {"key": key})
-    return portraits
+        made = pool.imap(partial(_person, size=size), seeds, chunksize=8)
+        each = list(tqdm(made, total=len(seeds), desc="portraits", unit="person", dynamic_ncols=True))
+    pixels, points = (torch.from_numpy(np.stack(part)) for part in zip(*each, strict=True))
+    portraits = pixels.permute(0, 3, 1, 2).contiguous()
+    save_tensors(path, {"portraits": portraits, "faces": points}, {"key": key})
+    return portraits, points

@@ -11,6 +11,7 @@ from hyperdb import config, heads
 from hyperdb.faces.align import face_crop
 from hyperdb.faces.detect import detect
 from hyperdb.heads.captions import words
+from hyperdb.heads.mesh import front_vertices, head_mesh
 
 
 def _view(seed: int, **named: str) -> heads.View:
@@ -24,6 +25,23 @@ def test_a_seed_is_a_person() -> None:
     assert first.coefficients.dtype == np.float32
     assert first.coefficients.shape == other.coefficients.shape
     assert not np.array_equal(first.coefficients, other.coefficients)
+
+
+def test_a_face_has_neither_place_nor_size_nor_asymmetry() -> None:
+    person = heads.Identity(7)
+    face = person.face
+    assert np.abs(face.mean(0)).max() < 1e-9
+    lopsided, larger = heads.Identity(7), heads.Identity(7)
+    asymmetric = np.array([name.startswith("asym/") for name in head_mesh().names])
+    lopsided.__dict__["morph_weights"] = person.morph_weights + 0.5 * asymmetric
+    assert np.array_equal(lopsided.face, face)
+    # halfway to everybody's mean shape is another face, of the same size by the fit to the mean
+    larger.__dict__["morph_weights"] = 0.5 * person.morph_weights
+    assert np.abs(larger.face - face).max() > 0.01
+    mean = head_mesh().vertices[front_vertices()]
+    mean = mean - mean.mean(0)
+    for each in (face, larger.face):
+        assert (each * mean).sum() == pytest.approx((mean * mean).sum(), rel=0.05)
 
 
 @pytest.mark.parametrize("style", heads.STYLES)

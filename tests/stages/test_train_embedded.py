@@ -14,6 +14,7 @@ from hyperdb.data.people import load_people
 from hyperdb.runtime import checkpoint
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.stages.train_encoder import components
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +113,26 @@ def test_encoder_needs_enough_people(rendered, tmp_path):
 
 
 def test_encoder_trains(rendered, tmp_path):
-    small = ["batch=2", "held_out=1", "steps=2", "encoder.size=32", "portrait=16"]
+    small = ["batch=2", "held_out=1", "steps=2", "encoder.size=32", "portrait=16", "shape=3"]
     configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}", *small])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["people_held_out"] == report["rank1_held_out"] == 1  # alone, that person is the nearest
     assert report["portrait_r2"] < 0.5  # two steps teach no stranger's portrait
+    assert report["shape_r2"] < 0.5
     tensors, _ = load_tensors(tmp_path / "encoder.safetensors")
     means = [v for k, v in tensors.items() if k.endswith("running_mean")]
     assert means
     assert all((v != 0).any() for v in means)
+
+
+def test_components_come_largest_first_and_of_unit_variance():
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    points = corners * torch.tensor([1.0, 5.0, 3.0]) + 7
+    found = components(points, 2)
+    unit = (7 / 8) ** 0.5  # by hand: of eight points, variance 8 / 7; an axis points to its largest coordinate's side
+    assert torch.allclose(found, corners[:, [1, 2]] * unit, atol=1e-5)
+    assert components(points[:3], 40).shape == (3, 2)
+    assert components(points, 0).shape == (8, 0)
 
 
 def test_judge_trains(tiny_base, rendered, tmp_path):
