@@ -76,13 +76,13 @@ base() {
 }
 
 BASE="diffusion.path=$OUT/base/base diffusion.size=128"
-hypernet() { # where predictions begin; the linear map; the decoder on top of its first directions; the likeness
+hypernet() { # where predictions begin; the linear map; the decoder on top of it; the likeness
   local rest="$BASE data=$HEADS validation=$OUT/heads_validation weights=$OUT/fits/default"
   once "$OUT/fits/default/index.json" precompute $BASE data="$HEADS" identities="$FITTED" out="$OUT/fits/default"
   once "$OUT/hypernet_linear/report.json" train_hypernet experiment=linear $rest steps="$LINEAR_STEPS" \
     model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet_linear"
   once "$OUT/hypernet_diffusion/report.json" train_hypernet $rest batch="$PEOPLE_A_STEP" steps="$HYPERNET_STEPS" \
-    weight_loss=fisher model.summary=12 init="$OUT/hypernet_linear/hypernet.safetensors" out="$OUT/hypernet_diffusion"
+    weight_loss=fisher init="$OUT/hypernet_linear/hypernet.safetensors" out="$OUT/hypernet_diffusion"
   once "$OUT/hypernet/report.json" train_hypernet $rest batch="$PEOPLE_A_STEP" steps=150 warmup=20 beta=0 \
     identity_weight=0.05 init="$OUT/hypernet_diffusion/hypernet.safetensors" out="$OUT/hypernet"
 }

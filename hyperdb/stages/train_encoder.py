@@ -72,6 +72,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.optim import EMA, Schedule, adamw
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.precision import attention, autocast
+    from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
     from hyperdb.runtime.seed import derive, generator
 
@@ -147,7 +148,7 @@ def run(config: Config) -> Path:
         "people_held_out": len(gallery),
     }
     save_tensors(out / "encoder.safetensors", encoder.net.state_dict(), {"data": people.digest})
-    save_json(out / "report.json", {**report, "steps": config.steps, "data": people.digest})
+    save_json(out / "report.json", {**report, "steps": config.steps, "data": people.digest, **provenance()})
     found = ", ".join(f"{name} {value}" for name, value in report.items() if value is not None)
     print(f"unseen people: {found}; encoder in {out}")
     return out
