@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyperdb.diffusion.base import Base
-from hyperdb.diffusion.digest import digest_vae
+from hyperdb.diffusion.digest import digest_latents
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files, load_json, load_tensors, load_text, save_tensors
 from hyperdb.runtime.recipe import AROUND
@@ -210,14 +210,14 @@ def latent_moments(
     """Return the latents' mean and standard deviation `[n, 2, c, h, w]` float16, computed once for a VAE.
 
     `rows [n]` are those of some pictures, None of all; `mirrored` turns each left to right first. They are kept in
-    `folder`, beside the images, under the hashes of VAE and pixels: every base around the same autoencoder and every
-    stage shares them.
+    `folder`, beside the images, under the hashes of encoder and pixels: every base around an autoencoder of the same
+    encoder and every stage shares them.
     """
     rows = torch.arange(len(people)) if rows is None else rows
     pixels = hashlib.sha256()
     for row in rows.tolist():
         pixels.update(people.images[row].numpy().data)
-    key = f"{digest_vae(base.vae)} {pixels.hexdigest()[:16]}{' mirrored' if mirrored else ''}"
+    key = f"{digest_latents(base.vae)} {pixels.hexdigest()[:16]}{' mirrored' if mirrored else ''}"
     cache = folder / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
     if cache.is_file():
         tensors, metadata = load_tensors(cache)

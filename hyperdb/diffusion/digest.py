@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-# {digest: the name of the same base before digests covered configurations}. Whatever was made of the base in
-# `hyperdb/embedded/base` before (the hypernetwork and the prior beside it, people's own fits) states the older name:
-# so that all of it stays valid, that base keeps it. Any other content has another digest, thus no older name.
-FORMER = {"8ad42867b070528e": "60e783efe6915eef"}
-
 # of a text encoder's configuration: how it was stored and by what
 STORED = {"_name_or_path", "architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
 
@@ -36,10 +31,16 @@ def _of_tensor(name: str, value: Tensor) -> bytes:
     return digest.digest()
 
 
-def _weights(module: nn.Module, dtype: torch.dtype = torch.float32) -> bytes:
-    """Hash names, shapes and values of parameters as rounded to `dtype`: what they are stored in does not count."""
+def _weights(module: nn.Module, dtype: torch.dtype = torch.float32, parts: tuple[str, ...] = ("",)) -> bytes:
+    """Hash names, shapes and values of parameters as rounded to `dtype`: what they are stored in does not count.
+
+    Only those count whose names begin as one of `parts`.
+    """
     # some versions of transformers put a CLIPTextModel's layers under `text_model.`
-    named = {name.removeprefix("text_model."): value.to(dtype) for name, value in module.named_parameters()}
+    named = {
+        name.removeprefix("text_model."): value.to(dtype)
+        for name, value in module.named_parameters() if name.startswith(parts)
+    }  # fmt: skip
     with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter: gigabytes in all cores
         return b"".join(pool.map(_of_tensor, sorted(named), [named[name] for name in sorted(named)]))
 
@@ -70,6 +71,12 @@ def digest_vae(vae: AutoencoderKL) -> str:
     return hashlib.sha256(_weights(vae, torch.float16) + _text(_chosen(vae))).hexdigest()[:16]
 
 
+def digest_latents(vae: AutoencoderKL) -> str:
+    """Return 16 hex digits over all that decides the latents of an autoencoder: the same with another decoder."""
+    encodes = _weights(vae, torch.float16, ("encoder.", "quant_conv."))
+    return hashlib.sha256(encodes + _text(_chosen(vae))).hexdigest()[:16]
+
+
 def digest_base(
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
@@ -95,5 +102,4 @@ def digest_base(
     for weights in (unet, text_encoder, vae):
         digest.update(_weights(weights))
     digest.update(_text([_chosen(unet), text_settings, _chosen(vae), _words(tokenizer), written]))
-    found = digest.hexdigest()[:16]
-    return FORMER.get(found, found)
+    return digest.hexdigest()[:16]

@@ -109,10 +109,14 @@ def summary(score: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 
 def differences(scores: Scores, against: Mapping[str, Sequence[str]], figure: str, seed: int) -> dict[str, Any]:
-    """Return `{a-b: mean and interval}` of the figure of each row a minus that of each row b that it is set against."""
+    """Return `{a-b: mean and interval}` of the figure of each row a minus that of each row b that it is set against.
+
+    Rows without the figure are left out.
+    """
+    known = {row: score[figure] for row, score in scores.items() if figure in score}
     return {
-        f"{a}-{b}": paired(scores[a][figure], scores[b][figure], seed)
-        for a, rows in against.items() for b in rows if a in scores and b in scores
+        f"{a}-{b}": paired(known[a], known[b], seed)
+        for a, rows in against.items() for b in rows if a in known and b in known
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
-from hyperdb.diffusion.digest import digest_base, digest_vae
+from hyperdb.diffusion.digest import digest_base, digest_latents, digest_vae
 from hyperdb.runtime.files import load_json, load_tensors, save_json, save_tensors
 
 UNET, TEXT, VAE = "unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"
@@ -163,3 +163,13 @@ def test_an_autoencoder_is_its_settings_and_its_weights_to_float16(base: Base, c
     assert of(copy) == known
     setting("vae/config.json", scaling_factor=0.5)(copy)
     assert of(copy) != known
+
+
+def test_latents_are_the_same_with_another_decoder(base: Base, copy: Path) -> None:
+    tensors, metadata = load_tensors(copy / f"{VAE}.safetensors")
+    for part, same in (("decoder.", True), ("post_quant_conv.", True), ("encoder.", False), ("quant_conv.", False)):
+        other = {k: v + 1 if k.startswith(part) else v for k, v in tensors.items()}
+        save_tensors(copy / f"{VAE}.safetensors", other, metadata)
+        vae = replace(base.config, path=str(copy)).load().vae
+        assert (digest_latents(vae) == digest_latents(base.vae)) is same
+        assert digest_vae(vae) != digest_vae(base.vae)
