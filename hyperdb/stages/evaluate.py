@@ -26,6 +26,7 @@ PHOTOS = {  # rows of photos through the autoencoder, which no method makes and 
     "copy": "the given photo through the autoencoder",
     "ceiling": "the person's renders through the autoencoder",
 }
+UNASKED = {"copy": ("style_accuracy", "place_accuracy"), "ceiling": ("place_accuracy",)}  # they obey no prompt
 # figures compared in pairs, beside the cosine
 FURTHER = (
     *("cosine_dlib", "rank1", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
@@ -327,9 +328,10 @@ def run(config: Config) -> Path:
         of_seed = {row: images[seed] for row, images in drawn.items() if seed < len(images)}
         for row, score in standard.measure(of_seed).items():
             for name, values in score.items():
-                found[row].setdefault(name, []).append(values.double().numpy().round(6))
+                if name not in UNASKED.get(row, ()):
+                    found[row].setdefault(name, []).append(values.double().numpy().round(6))
     scores = {row: {name: np.stack(v, 1) for name, v in score.items()} for row, score in found.items()}  # [I, S] each
-    figures = ["cosine", *(name for name in FURTHER if name in next(iter(scores.values())))]
+    figures = ["cosine", *(name for name in FURTHER if any(name in score for score in scores.values()))]
     against = {row: config.against(row) for row in config.rows}
     paired = {name: differences(scores, against, name, config.seed) for name in figures}
     known = []

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from hyperdb.report.table import EARLIER, labels, markdown
-from hyperdb.runtime.files import load_json
-
-EMBEDDED = Path(__file__).parents[2] / "experiments" / "embedded"
+from hyperdb.report.table import markdown
 
 
 def row(**told):
@@ -26,9 +19,10 @@ def test_rows_stand_in_the_files_order_with_the_files_labels():
     assert table[-1] == "| SVDiff, 7 iterations − hypernetwork + 5 iterations | 0.500 [0.400, 0.600] |"
 
 
-@pytest.mark.parametrize(("file", "steps"), [("results", 40), ("after_5", 5), ("after_20", 20)])
-def test_a_file_without_labels_gets_the_iterations_of_its_fits(file, steps):
-    found = labels(load_json(EMBEDDED / "likeness" / f"{file}.json"))
-    assert found["hyper_40"] == f"hypernetwork + {steps} iterations"
-    assert all("40" not in label for label in found.values()) or steps == 40
-    assert list(found) == [name for name in EARLIER if name in found]
+def test_what_a_row_was_not_asked_is_a_dash():
+    rows = {"floor": row(label="base", cosine_changed={"mean": 0.4567}, style_accuracy={"mean": 0.987}),
+            "copy": row(label="photo", cosine_changed={"mean": 0.8})}  # fmt: skip
+    table = markdown({"rows": rows, "paired": {}}).splitlines()
+    assert table[0] == "| embedded base | face cosine | rank-1 | face cosine, changed prompt | style obeyed |"
+    assert table[2].endswith("| 0.25 | 0.457 | 0.99 |")
+    assert table[3].endswith("| 0.25 | 0.800 | — |")
