@@ -541,6 +541,11 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     row = result["rows"]["hyper_40"]
     assert {"cosine", "rank1", "rank1_styled", "style_accuracy", "copy_background", "diversity"} <= set(row)
     assert {"cosine_changed", "rank1_changed", "detected_changed", "place_accuracy"} <= set(row)
+    # photos were not made under the prompts; the renders of the ceiling do have styles
+    asked = {name: {"style_accuracy", "place_accuracy"} & set(result["rows"][name]) for name in ("copy", "ceiling")}
+    assert asked == {"copy": set(), "ceiling": {"style_accuracy"}}
+    assert "hyper_40-copy" in result["paired"]
+    assert "hyper_40-copy" not in result["paired_further"]["place_accuracy"]
     assert row["bytes"] > result["rows"]["hyper_only"]["bytes"] > 0
     assert set(result["paired"]) == PAIRS
     told = {name: (row["start"], row["adapter"], row["steps"]) for name, row in result["rows"].items()}
