@@ -49,6 +49,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "train_hypernet": ("hyperdb.stages.train_hypernet", "the hypernetwork: one photo -> LiDB weights"),
     "weights": ("hyperdb.stages.weights", "many people's adapters: components, attributes, new people"),
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
+    "report": ("hyperdb.stages.report", "results of evaluate -> tables and figures"),
 }
 
 

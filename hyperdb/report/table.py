@@ -2,48 +2,186 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from hyperdb.runtime.files import load_json
+from hyperdb.report.results import is_figure, load
 
-FURTHER = {  # columns that an evaluation with styles, changed prompts or a second recogniser has
-    "rank1_dlib": "rank-1 by dlib",
-    "cosine_changed": "face cosine, changed prompt",
-    "rank1_styled": "rank-1 in the style",
-    "style_accuracy": "style obeyed",
-    "copy_pose": "pose copied",
-    "copy_background": "backdrop copied",
+
+class Column(NamedTuple):
+    """A figure's heading and decimal places, and whether the brief table has it too."""
+
+    label: str
+    digits: int = 2
+    brief: bool = False
+
+
+COLUMNS = {  # in this order, of those that some row has; any other figure stands last, under its own name
+    "cosine": Column("face cosine", 3, brief=True),
+    "rank1": Column("rank-1", brief=True),
+    "cosine_dlib": Column("face cosine by dlib", 3),
+    "rank1_dlib": Column("rank-1 by dlib", brief=True),
+    "cosine_changed": Column("face cosine, changed prompt", 3, brief=True),
+    "rank1_changed": Column("rank-1, changed prompt"),
+    "cosine_changed_dlib": Column("face cosine by dlib, changed prompt", 3),
+    "rank1_changed_dlib": Column("rank-1 by dlib, changed prompt"),
+    "rank1_styled": Column("rank-1 in the style", brief=True),
+    "rank1_styled_dlib": Column("rank-1 by dlib in the style"),
+    "style_accuracy": Column("style obeyed", brief=True),
+    "place_accuracy": Column("place obeyed"),
+    "copy_pose": Column("pose copied", brief=True),
+    "copy_background": Column("backdrop copied", brief=True),
+    "detected": Column("face found"),
+    "detected_dlib": Column("face found by dlib"),
+    "detected_changed": Column("face found, changed prompt"),
+    "detected_changed_dlib": Column("face found by dlib, changed prompt"),
+    "detected_styled": Column("face found in the style"),
+    "detected_styled_dlib": Column("face found by dlib in the style"),
+    "diversity": Column("diversity", 3),
+    "seconds": Column("seconds", 3),
+    "steps": Column("iterations", 0),
+    "bytes": Column("bytes", 0),
 }
+BAR = r"\|"  # in Markdown
+LATEX: dict[str, str | int | None] = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "−": "$-$",
+    "—": "---",
+}
+Table = list[list[str]]  # the heading, then the lines; the first cell of each names it
 
 
-def _interval(value: dict[str, float]) -> str:
+def _columns(entries: Iterable[Mapping[str, Any]]) -> dict[str, Column]:
+    """Return the figures that some entry has, in the order of a table."""
+    found = dict.fromkeys(name for entry in entries for name, value in entry.items() if is_figure(value))
+    known = {name: column for name, column in COLUMNS.items() if name in found}
+    return known | {name: Column(name.replace("_", " "), 3) for name in found if name not in COLUMNS}
+
+
+def _interval(value: Mapping[str, float]) -> str:
     return f"{value['mean']:.3f} [{value['lo']:.3f}, {value['hi']:.3f}]"
 
 
-def _cell(row: dict[str, Any], figure: str) -> str:
+def _cell(row: Mapping[str, Any], figure: str, digits: int) -> str:
     if figure not in row:
         return "—"
     mean = row[figure]["mean"] if isinstance(row[figure], dict) else row[figure]
-    return f"{mean:.{3 if figure.startswith('cosine') else 2}f}"
+    return f"{mean:,.{digits}f}"
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Return the likeness table of an evaluation, of the rows and columns that it has."""
+def _label(results: Mapping[str, Any], name: str) -> str:
+    """Return what people read of a row, or of two that are compared, on one line."""
     rows = results["rows"]
-    further = {name: label for name, label in FURTHER.items() if any(name in row for row in rows.values())}
-    lines = [f"| {' | '.join(['embedded base', 'face cosine', 'rank-1', *further.values()])} |"]
-    lines.append("| --- | --- | --- |" + " --- |" * len(further))
-    for row in rows.values():
-        cells = [row["label"], _interval(row["cosine"]), *(_cell(row, figure) for figure in ("rank1", *further))]
-        lines.append(f"| {' | '.join(cells)} |")
-    over = "people and seeds" if results.get("seeds", 1) > 1 else "people"
-    lines += ["", f"| paired difference | mean [95 % interval over {over}] |", "| --- | --- |"]
-    for name, value in results["paired"].items():
-        lines.append(f"| {' − '.join(rows[row]['label'] for row in name.split('-'))} | {_interval(value)} |")
-    return "\n".join(lines)
+    labels = [name] if name in rows else name.split("-")
+    return " − ".join(" ".join(rows[row].get("label", row).split()) for row in labels)
+
+
+def _pairs(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the paired differences as rows are: {a-b: {figure: mean and interval}}."""
+    figures = {"cosine": results["paired"], **results.get("paired_further", {})}
+    names = dict.fromkeys(name for found in figures.values() for name in found)
+    return {name: {figure: found[name] for figure, found in figures.items() if name in found} for name in names}
+
+
+def _over(results: Mapping[str, Any]) -> str:
+    return "people and seeds" if results.get("seeds", 1) > 1 else "people"
+
+
+def _counted(results: Mapping[str, Any]) -> str:
+    people, seeds = results["people"], results.get("seeds", 1)
+    return f"n = {people} people, {seeds} seed{'s' * (seeds > 1)}; in brackets: 95 % intervals over {_over(results)}"
+
+
+def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
+    """Return the table of rows and, if there are some, that of paired differences."""
+    rows, pairs = results["rows"], _pairs(results)
+    columns = {name: column for name, column in _columns(rows.values()).items() if column.brief or not brief}
+    table = [["embedded base" if brief else "way to personalise", *(column.label for column in columns.values())]]
+    for name, row in rows.items():
+        cells = [_cell(row, figure, column.digits) for figure, column in columns.items() if figure != "cosine"]
+        table.append([_label(results, name), _interval(row["cosine"]), *cells])
+    compared = {"cosine": f"mean [95 % interval over {_over(results)}]"}
+    if not brief:
+        compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
+    differences = [["paired difference", *compared.values()]]
+    for name, pair in pairs.items():
+        cells = [_interval(pair[figure]) if figure in pair else "—" for figure in compared]
+        differences.append([_label(results, name), *cells])
+    return [table, differences] if pairs else [table]
+
+
+def comma_separated(named: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return all rows and paired differences of several results as CSV, the figures as the files have them.
+
+    `named` says what each results file is called. A figure with an interval has the columns `_lo` and `_hi` too.
+    """
+    entries = [
+        ([title, name, _label(results, name), results["people"], results.get("seeds", 1)], figures)
+        for title, results in named.items()
+        for name, figures in (results["rows"] | _pairs(results)).items()
+    ]
+    columns = []
+    for figure in _columns(figures for _, figures in entries):
+        spread = any(isinstance(figures.get(figure), dict) for _, figures in entries)
+        columns += [(figure, part) for part in (("mean", "lo", "hi") if spread else ("mean",))]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    heading = [figure if part == "mean" else f"{figure}_{part}" for figure, part in columns]
+    writer.writerow(["results", "name", "label", "people", "seeds", *heading])
+    for named_by, figures in entries:
+        values = [(figures.get(figure, ""), part) for figure, part in columns]
+        cells = [v[part] if isinstance(v, dict) else v if part == "mean" else "" for v, part in values]
+        writer.writerow([*named_by, *cells])
+    return text.getvalue()
+
+
+def _escaped(text: str) -> str:
+    """Return text as LaTeX shows it; a bracket or a star at the beginning would belong to the line break above."""
+    text = text.translate(str.maketrans(LATEX))
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", re.sub(r"^(?=[\[*])", "{}", text))
+
+
+def latex(results: Mapping[str, Any], title: str) -> str:
+    """Return the tables of an evaluation for LaTeX; needs the packages booktabs and adjustbox."""
+    lines = []
+    for (first, *heads), *body in _tables(results, brief=False):
+        lines += [r"\begin{table}", r"\centering", r"\begin{adjustbox}{max width=\linewidth}"]
+        lines += [f"\\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule"]
+        lines += [" & ".join([_escaped(first), *(f"\\rotatebox{{90}}{{{_escaped(head)}}}" for head in heads)]) + r" \\"]
+        lines += [r"\midrule"]
+        for label, *cells in body:
+            # the interval under the mean, for a page is narrow
+            split = (_escaped(cell).partition(" [") for cell in cells)
+            shown = [f"\\shortstack{{{m}\\\\{{\\scriptsize [{end}}}}}" if end else m for m, _, end in split]
+            lines.append(" & ".join([_escaped(label), *shown]) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}"]
+        lines += [f"\\caption{{{_escaped(title)}: {_escaped(_counted(results))}.}}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(results: Mapping[str, Any], brief: bool = True) -> str:
+    """Return the tables of an evaluation, of the rows and columns that it has.
+
+    The brief ones leave out the figures that COLUMNS does not call brief, and how many people and seeds there were.
+    """
+    lines = []
+    for heading, *body in _tables(results, brief):
+        for cells in (heading, ["---"] * len(heading), *body):
+            lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
+        lines.append("")
+    return "\n".join(lines[:-1] if brief else [*lines, _counted(results)])
 
 
 if __name__ == "__main__":
-    print(markdown(load_json(Path(sys.argv[1]))))
+    print(markdown(load(Path(sys.argv[1]))))

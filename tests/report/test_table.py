@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hyperdb.report.table import markdown
+from hyperdb.report.table import comma_separated, latex, markdown
 
 
 def row(**told):
@@ -20,9 +20,121 @@ def test_rows_stand_in_the_files_order_with_the_files_labels():
 
 
 def test_what_a_row_was_not_asked_is_a_dash():
-    rows = {"floor": row(label="base", cosine_changed={"mean": 0.4567}, style_accuracy={"mean": 0.987}),
-            "copy": row(label="photo", cosine_changed={"mean": 0.8})}  # fmt: skip
+    changed, styled = ({"mean": x, "lo": x, "hi": x} for x in (0.4567, 0.987))
+    rows = {"floor": row(label="base", cosine_changed=changed, style_accuracy=styled),
+            "copy": row(label="photo", cosine_changed={**changed, "mean": 0.8})}  # fmt: skip
     table = markdown({"rows": rows, "paired": {}}).splitlines()
     assert table[0] == "| embedded base | face cosine | rank-1 | face cosine, changed prompt | style obeyed |"
     assert table[2].endswith("| 0.25 | 0.457 | 0.99 |")
     assert table[3].endswith("| 0.25 | 0.800 | — |")
+
+
+RESULTS = {
+    "rows": {
+        "copy": {
+            "label": "[V]: 50 % of A_B & C|D",
+            "start": None,
+            "cosine": {"mean": 0.8125, "lo": 0.75, "hi": 0.875},
+            "rank1": 1.0,
+            "lpips": 0.25,
+            "copy_pose": {"mean": -0.0625, "lo": -0.125, "hi": 0.03125},
+            "bytes": 1234567.0,
+        },
+        "lora": {"cosine": {"mean": 0.5, "lo": 0.375, "hi": 0.625}, "rank1": 0.0417},
+    },
+    "paired": {"lora-copy": {"mean": -0.3125, "lo": -0.375, "hi": -0.25}},
+    "paired_further": {"rank1": {}, "copy_pose": {"lora-copy": {"mean": 0.5, "lo": 0.25, "hi": 0.75}}},
+    "people": 24,
+    "seeds": 3,
+}
+
+
+MARKDOWN = r"""
+| way to personalise | face cosine | rank-1 | pose copied | bytes | lpips |
+| --- | --- | --- | --- | --- | --- |
+| [V]: 50 % of A_B & C\|D | 0.812 [0.750, 0.875] | 1.00 | -0.06 | 1,234,567 | 0.250 |
+| lora | 0.500 [0.375, 0.625] | 0.04 | — | — | — |
+
+| paired difference | face cosine | pose copied |
+| --- | --- | --- |
+| lora − [V]: 50 % of A_B & C\|D | -0.312 [-0.375, -0.250] | 0.500 [0.250, 0.750] |
+
+n = 24 people, 3 seeds; in brackets: 95 % intervals over people and seeds
+"""
+LATEX = r"""
+\begin{table}
+\centering
+\begin{adjustbox}{max width=\linewidth}
+\begin{tabular}{lrrrrr}
+\toprule
+way to personalise
+ & \rotatebox{90}{face cosine}
+ & \rotatebox{90}{rank-1}
+ & \rotatebox{90}{pose copied}
+ & \rotatebox{90}{bytes}
+ & \rotatebox{90}{lpips} \\
+\midrule
+{}[V]: 50 \% of A\_B \& C\textbar{}D
+ & \shortstack{0.812\\{\scriptsize [0.750, 0.875]}}
+ & 1.00
+ & $-$0.06
+ & 1,234,567
+ & 0.250 \\
+lora
+ & \shortstack{0.500\\{\scriptsize [0.375, 0.625]}}
+ & 0.04
+ & ---
+ & ---
+ & --- \\
+\bottomrule
+\end{tabular}
+\end{adjustbox}
+\caption{a\_b.json: n = 24 people, 3 seeds; in brackets: 95 \% intervals over people and seeds.}
+\end{table}
+\begin{table}
+\centering
+\begin{adjustbox}{max width=\linewidth}
+\begin{tabular}{lrr}
+\toprule
+paired difference
+ & \rotatebox{90}{face cosine}
+ & \rotatebox{90}{pose copied} \\
+\midrule
+lora $-$ [V]: 50 \% of A\_B \& C\textbar{}D
+ & \shortstack{$-$0.312\\{\scriptsize [$-$0.375, $-$0.250]}}
+ & \shortstack{0.500\\{\scriptsize [0.250, 0.750]}} \\
+\bottomrule
+\end{tabular}
+\end{adjustbox}
+\caption{a\_b.json: n = 24 people, 3 seeds; in brackets: 95 \% intervals over people and seeds.}
+\end{table}
+"""
+CSV = """
+results,name,label,people,seeds,cosine,cosine_lo,cosine_hi,rank1,copy_pose,copy_pose_lo,copy_pose_hi,steps,bytes,lpips
+a.json,copy,[V]: 50 % of A_B & C|D,24,3,0.8125,0.75,0.875,1.0,-0.0625,-0.125,0.03125,,1234567.0,0.25
+a.json,lora,lora,24,3,0.5,0.375,0.625,0.0417,,,,,,
+a.json,lora-copy,lora − [V]: 50 % of A_B & C|D,24,3,-0.3125,-0.375,-0.25,,0.5,0.25,0.75,,,
+b.json,lora,"LoRA, 7",9,1,0.5,0.4,0.6,0.25,,,,7,,
+"""
+
+
+def test_the_whole_table_has_every_figure_and_says_of_how_many():
+    assert markdown(RESULTS, brief=False) == MARKDOWN.strip()
+
+
+def test_latex_is_escaped_and_has_the_intervals_under_the_means():
+    assert latex(RESULTS, "a_b.json").replace(" & ", "\n & ") == LATEX.lstrip()
+
+
+def test_every_special_character_of_latex_is_text():
+    rows = {"a": row(label="\\ {x} $1 #2 ~ ^ <y> level -1")}
+    lines = latex({"rows": rows, "paired": {}, "people": 2}, "x").splitlines()
+    assert lines[7].startswith(
+        r"\textbackslash{} \{x\} \$1 \#2 \textasciitilde{} \textasciicircum{} \textless{}y\textgreater{} level $-$1 & "
+    )
+    assert sum(line == r"\begin{table}" for line in lines) == 1, "no pairs, no table of them"
+
+
+def test_csv_has_full_precision_the_ends_and_all_files():
+    other = {"rows": {"lora": {"label": "LoRA, 7", **row(steps=7)}}, "paired": {}, "people": 9}
+    assert comma_separated({"a.json": RESULTS, "b.json": other}) == CSV.lstrip()

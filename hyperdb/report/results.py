@@ -1,0 +1,59 @@
+"""Results files of `hyperdb evaluate`: read, and checked as far as tables and figures need it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_json
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(part)) for part in ("mean", "lo", "hi"))
+
+
+def is_figure(value: Any) -> bool:
+    """Whether an entry of a row is a figure: a number, or a mean with the ends of its 95 % interval."""
+    return _is_number(value) or _is_interval(value)
+
+
+def _wrong(found: Any) -> str | None:
+    """Return why something is not the results of an evaluation; None if it is."""
+    if not isinstance(found, dict) or not isinstance(rows := found.get("rows"), dict) or not rows:
+        return "it has no rows"
+    for name, row in rows.items():
+        if not isinstance(row, dict) or not _is_interval(row.get("cosine")):
+            return f"its row {name!r} has no face cosine with an interval"
+        if not isinstance(row.get("label", name), str):
+            return f"the label of its row {name!r} is no text"
+    figures = {figure for row in rows.values() for figure, value in row.items() if is_figure(value)}
+    for name, row in rows.items():
+        for figure, value in row.items():
+            if (figure in figures or isinstance(value, float)) and not is_figure(value):
+                return f"{figure} of its row {name!r} is neither a number nor a mean with lo and hi"
+    for count in ("people", "seeds"):
+        if not isinstance(n := found.get(count, 1 if count == "seeds" else None), int) or n < 1:
+            return f"it does not say of how many {count} it is"
+    further = found.get("paired_further", {})
+    for pairs in (found.get("paired"), *(further.values() if isinstance(further, dict) else [further])):
+        if not isinstance(pairs, dict):
+            return "it has no paired differences"
+        for name, value in pairs.items():
+            two = name.split("-")
+            if len(two) != 2 or not set(two) <= rows.keys() or not _is_interval(value):
+                return f"its paired difference {name!r} is not an interval of two rows"
+    return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read the results of an evaluation. Raises `UserError` naming a file that is missing, broken or of other kind."""
+    found = load_json(path)
+    if (wrong := _wrong(found)) is not None:
+        raise UserError(f"{path} is not a results file of `hyperdb evaluate`: {wrong}")
+    return dict(found)

@@ -1,0 +1,70 @@
+"""Tables and figures of what `hyperdb evaluate` measured, from its results files alone.
+
+    hyperdb report results=runs/evaluate/likeness/results.json
+    hyperdb report results=[a.json,b.json] name=both
+
+Needs no model. The figures need matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from hyperdb.report.plot import PLANES
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath, resolve
+
+WRITES = ("table.md", "table.tex", "table.csv", *(f"{name}.png" for name in PLANES))
+
+
+@dataclass
+class Config:
+    """Whose figures are shown.
+
+    The tables have every row, the paired differences, and the number of people and seeds. Markdown and LaTeX have a
+    table for each file. The CSV has all files in one, every figure in full precision with the ends of its interval.
+
+    A picture sets the likeness against something that it costs: seconds, bytes, copying of the photo, obedience to the
+    style. Every row is a point with its 95 % interval, and all files are in one picture.
+    """
+
+    results: list[FilePath] = "???"  # type: ignore[assignment]
+    """files of `hyperdb evaluate`"""
+    name: str = "default"  # of the run, the last part of `out`
+    out: FilePath = "runs/report/default"  # folder that is written
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise UserError("results=[]: name a file of `hyperdb evaluate`, or several as [A,B]")
+
+
+def run(config: Config) -> Path:
+    """Write the tables and those figures that the results have; return `out`."""
+    from hyperdb.report.plot import draw, points
+    from hyperdb.report.results import load
+    from hyperdb.report.table import comma_separated, latex, markdown
+    from hyperdb.runtime.files import hash_files, save_text
+    from hyperdb.runtime.output import claim
+
+    named = {file: load(resolve(file)) for file in config.results}
+    out = claim(config.out, WRITES, {"results": [hash_files([resolve(file)]) for file in named]})
+    parts = [f"## {title}\n\n{markdown(results, brief=False)}\n" for title, results in named.items()]
+    written = [
+        save_text(out / "table.md", "\n".join(parts)),
+        save_text(out / "table.tex", "\n".join(latex(results, title) for title, results in named.items())),
+        save_text(out / "table.csv", comma_separated(named)),
+    ]
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures: matplotlib is not installed; run `pip install 'hyperdb[plots]'`")
+    else:
+        for name, plane in PLANES.items():
+            shown = {title: results for title, results in named.items() if points(plane, results)}
+            if lacking := [title for title in named if title not in shown]:
+                what = f"is without {', '.join(lacking)}" if shown else "is left out"
+                print(f"{name}.png {what}: no row has {' and '.join(plane.figures)}")
+            if shown:
+                written.append(draw(out / f"{name}.png", plane, shown))
+    print(f"{', '.join(file.name for file in written)} in {out}")
+    return out

@@ -1,0 +1,102 @@
+"""From results files to tables and pictures, without torch and without replacing what is the user's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hyperdb import cli, config
+from hyperdb.report.plot import PLANES
+from hyperdb.report.table import comma_separated, latex, markdown
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = [str(ROOT / "experiments" / "embedded" / name) for name in ("linear/validation.json",
+                                                                     "likeness/validation_seeds.json")]  # fmt: skip
+TABLES = ["table.csv", "table.md", "table.tex"]
+PICTURES = [f"{name}.png" for name in PLANES]
+
+
+@pytest.fixture
+def small(in_tmp):
+    """Return results of one row that cost no time, in a file."""
+    one = {"cosine": {"mean": 0.5, "lo": 0.4, "hi": 0.6}, "rank1": 0.25, "bytes": 5}
+    (in_tmp / "small.json").write_text(json.dumps({"rows": {"a": one}, "paired": {}, "people": 3}))
+    return in_tmp / "small.json"
+
+
+def test_several_files_give_a_table_each_and_one_picture(in_tmp, capsys):
+    out = config.run("report", [f"results=[{','.join(FILES)}]", "name=both"])
+    assert out == Path("runs/report/both")
+    assert sorted(p.name for p in out.iterdir() if p.name[0] != ".") == sorted(TABLES + PICTURES)
+    named = {file: json.loads(Path(file).read_text()) for file in FILES}
+    text = (out / "table.md").read_text()
+    assert text == "\n".join(f"## {file}\n\n{markdown(found, brief=False)}\n" for file, found in named.items())
+    assert (out / "table.tex").read_text() == "\n".join(latex(found, file) for file, found in named.items())
+    assert (out / "table.csv").read_text() == comma_separated(named)
+    for name in PICTURES:
+        with Image.open(out / name) as picture:
+            assert picture.width > 600
+    said = capsys.readouterr().out
+    assert said == f"{', '.join(['table.md', 'table.tex', 'table.csv', *PICTURES])} in {out}\n"
+
+
+def test_pictures_that_a_file_has_no_figures_for_are_left_out(small, capsys):
+    out = config.run("report", [f"results={small}"])
+    assert {p.name for p in out.glob("*.png")} == {"bytes.png"}
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "seconds.png is left out: no row has seconds",
+        "copying.png is left out: no row has copy_pose and copy_background",
+        "style.png is left out: no row has style_accuracy",
+    ]
+    out = config.run("report", [f"results=[{small},{FILES[0]}]", "name=both"])
+    assert f"seconds.png is without {small}: no row has seconds" in capsys.readouterr().out
+    assert {p.name for p in out.glob("*.png")} == set(PICTURES)
+
+
+def test_without_matplotlib_there_are_tables(small, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = config.run("report", [f"results={small}"])
+    assert sorted(p.name for p in out.iterdir() if p.name[0] != ".") == TABLES
+    assert "no figures: matplotlib is not installed; run `pip install 'hyperdb[plots]'`" in capsys.readouterr().out
+
+
+def test_a_report_replaces_its_own_files_alone(small, capsys):
+    words = ["report", f"results={small}", "out=out"]
+    assert cli.main(words) == cli.main(words) == 0
+    table = Path("out/table.md").read_text()
+    assert cli.main([*words[:1], f"results={FILES[0]}", "out=out"]) == 2
+    assert "of a run with other results, which would be lost" in capsys.readouterr().err
+    assert Path("out/table.md").read_text() == table
+    Path("mine").mkdir()
+    Path("mine/table.csv").write_text("mine")
+    assert cli.main([*words[:2], "out=mine"]) == 2
+    assert [path.name for path in Path("mine").iterdir()] == ["table.csv"]
+    assert Path("mine/table.csv").read_text() == "mine"
+
+
+def test_bad_files_are_one_line_and_nothing_is_written(small, capsys):
+    Path("other.json").write_text('{"steps": 3}')
+    for words, said in [
+        (["results=[]"], "results=[]: name a file"),
+        (["results=none.json"], "cannot read none.json"),
+        ([f"results=[{small},other.json]"], "other.json is not a results file of `hyperdb evaluate`: it has no rows"),
+        ([], "report needs results=..."),
+    ]:
+        assert cli.main(["report", *words, "out=out"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"hyperdb: error: {said}")
+        assert error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_reports_need_no_torch(small):
+    code = "import sys; from hyperdb import config; config.run('report', sys.argv[1:]); print([*sys.modules])"
+    command = [sys.executable, "-c", code, f"results={small}"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert "'matplotlib'" in loaded
+    assert "'torch'" not in loaded
