@@ -56,7 +56,7 @@ def points(plane: Plane, results: Mapping[str, Any]) -> list[tuple[str, Spread, 
 
 
 def draw(path: Path, plane: Plane, named: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write a picture of the rows of several results, which have points there.
+    """Write a picture of the rows of several results, some of which have points there.
 
     `named` says what each results file is called. A label has the same colour in all files, and a file one marker.
     """

@@ -17,6 +17,7 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 
 WRITES = ("table.md", "table.tex", "table.csv", *(f"{name}.png" for name in PLANES))
+PACKAGES = "% \\usepackage{booktabs, adjustbox}\n"
 
 
 @dataclass
@@ -51,20 +52,21 @@ def run(config: Config) -> Path:
     named = {file: load(resolve(file)) for file in config.results}
     out = claim(config.out, WRITES, {"results": [hash_files([resolve(file)]) for file in named]})
     parts = [f"## {title}\n\n{markdown(results, brief=False)}\n" for title, results in named.items()]
+    typeset = [PACKAGES, *(latex(results, title) for title, results in named.items())]
     written = [
         save_text(out / "table.md", "\n".join(parts)),
-        save_text(out / "table.tex", "\n".join(latex(results, title) for title, results in named.items())),
+        save_text(out / "table.tex", "\n".join(typeset)),
         save_text(out / "table.csv", comma_separated(named)),
     ]
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures: matplotlib is not installed; run `pip install 'hyperdb[plots]'`")
     else:
         for name, plane in PLANES.items():
-            shown = {title: results for title, results in named.items() if points(plane, results)}
-            if lacking := [title for title in named if title not in shown]:
-                what = f"is without {', '.join(lacking)}" if shown else "is left out"
+            lacking = [title for title, results in named.items() if not points(plane, results)]
+            if len(lacking) < len(named):
+                written.append(draw(out / f"{name}.png", plane, named))
+            if lacking:
+                what = "is left out" if len(lacking) == len(named) else f"is without {', '.join(lacking)}"
                 print(f"{name}.png {what}: no row has {' and '.join(plane.figures)}")
-            if shown:
-                written.append(draw(out / f"{name}.png", plane, shown))
     print(f"{', '.join(file.name for file in written)} in {out}")
     return out

@@ -19,6 +19,7 @@ from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.metrics.figures import closed, summary
 from hyperdb.metrics.score import paired
+from hyperdb.report.results import load
 from hyperdb.report.table import markdown
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
@@ -536,7 +537,7 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     words += ["finetune.steps=1", "methods.lidb_fit.finetune.steps=2"]
     words.append("changed=['a photo of a [V] face, in the snow','a smiling [V] face']")
     configuration.run("evaluate", words)
-    result = json.loads((tmp_path / "results.json").read_text())
+    result = load(tmp_path / "results.json")  # `hyperdb report` takes what is written
     assert list(result["rows"]) == ROWS
     row = result["rows"]["hyper_40"]
     assert {"cosine", "rank1", "rank1_styled", "style_accuracy", "copy_background", "diversity"} <= set(row)

@@ -36,7 +36,10 @@ def test_several_files_give_a_table_each_and_one_picture(in_tmp, capsys):
     named = {file: json.loads(Path(file).read_text()) for file in FILES}
     text = (out / "table.md").read_text()
     assert text == "\n".join(f"## {file}\n\n{markdown(found, brief=False)}\n" for file, found in named.items())
-    assert (out / "table.tex").read_text() == "\n".join(latex(found, file) for file, found in named.items())
+    text = (out / "table.tex").read_text()
+    assert text == "\n".join(
+        [r"% \usepackage{booktabs, adjustbox}", "", *(latex(x, file) for file, x in named.items())]
+    )
     assert (out / "table.csv").read_text() == comma_separated(named)
     for name in PICTURES:
         with Image.open(out / name) as picture:
