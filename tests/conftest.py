@@ -82,6 +82,36 @@ def tiny_base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_judges(tmp_path_factory):
+    """Return the folders of an untrained DINO, 32 px, and an untrained CLIP, 24 px, which knows WORDS."""
+    import timm
+    import torch
+    from timm.models import save_for_hf
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    from hyperdb.stages.train_base import build_tokenizer
+
+    folders = {name: tmp_path_factory.mktemp("judges") / name for name in ("dino", "clip")}
+    small = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    tokenizer = build_tokenizer(WORDS, 16)
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    words |= {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    config = CLIPConfig(
+        text_config=layers | words, vision_config=layers | {"image_size": 24, "patch_size": 8}, projection_dim=12
+    )
+    size = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dino = timm.create_model("vit_tiny_patch16_224", num_classes=0, **small)
+        clip = CLIPModel(config)
+    save_for_hf(dino, folders["dino"], model_args=small, safe_serialization=True)
+    clip.save_pretrained(folders["clip"])
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folders["clip"])
+    return folders
+
+
+@pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
     """Return a folder of 4 rendered people with 3 views each, in shards of 2 people, 32 px."""
     from hyperdb.stages.render_heads import Config, run

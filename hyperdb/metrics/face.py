@@ -19,7 +19,6 @@ from torch import Tensor
 
 from hyperdb.faces.align import arcface, to_points
 from hyperdb.faces.detect import Face, detect, model_file
-from hyperdb.metrics.feature import Feature
 from hyperdb.runtime.errors import UserError
 
 # Where dlib's mean face puts the centres of the eyes, the tip of the nose and the mouth corners
@@ -119,7 +118,3 @@ class Dlib:
     def __call__(self, images: Tensor) -> Tensor:
         """Encode uint8 [N, 3, H, W] as float32 [N, 128]; NaN where no face is found."""
         return _encode(images, self.dim, _encode_dlib)
-
-
-RECOGNISERS: dict[str, Callable[[], Feature]] = {"sface": SFace, "dlib": Dlib}
-"""{name: what makes one}."""

@@ -23,6 +23,15 @@ class Feature(Protocol):
         ...
 
 
+@runtime_checkable
+class TextFeature(Feature, Protocol):
+    """A frozen encoder of pictures that reads words too, and puts both into one space."""
+
+    def words(self, texts: list[str]) -> Tensor:
+        """Encode texts as float32 [N, dim] of length 1, on the CPU."""
+        ...
+
+
 def detection_rate(features: Tensor) -> float:
     """Return the share, in 0..1, of rows [N, C] that are not NaN; NaN for no rows."""
     return float(torch.isfinite(features).all(-1).float().mean())

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hyperdb.metrics import copying
-from hyperdb.metrics.feature import Feature
+from hyperdb.metrics.feature import Feature, TextFeature
 from hyperdb.metrics.likeness import galleries
 from hyperdb.metrics.obedience import Judge
 from hyperdb.metrics.score import bootstrap, cosine, paired, rank1
@@ -33,6 +33,18 @@ class Standard:
     pictures of a person are drawn in `styles`, one each; `styled` has views of everybody in each style. Those before
     them, one for each of `changed`, are photos under other prompts than the plain one: in the place that is named, or
     in none (None).
+
+    `encoders` judge whole pictures by two figures, both over all prompts of a person, each of which counts once: the
+    plain pictures are of one prompt, so their mean is one value. Beside them stands each kind of prompt alone, with
+    `_plain`, `_changed` or `_styled` behind its name.
+
+    - Likeness, `dino` and `clip_i`: the mean cosine of a picture with each of the `views`, as DreamBooth (Ruiz et al.
+      2023) has it. The views are always photos, so a picture in a style loses by it: compare rows, not prompts. The
+      reference is not among them; who repeats it gains nothing by that alone.
+    - Fidelity, `clip_t`: the cosine of a picture with its one of `prompts`, which names no person. The identifier means
+      nothing to CLIP. Textual Inversion (Gal et al. 2022) leaves it out of the text ("a photo of on the moon");
+      DreamBooth does not say. Here too it is left out, and the noun stays: "a photo of a [V] face" is compared with
+      "a photo of a face".
     """
 
     recognisers: list[Feature]  # the figures of the first have no suffix
@@ -42,6 +54,8 @@ class Standard:
     styles: list[str]
     styled: Mapping[str, Tensor]
     changed: list[str | None] = field(default_factory=list)
+    encoders: list[Feature] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)  # a picture, those of the styles included; read by encoders alone
 
     @cached_property
     def _galleries(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -49,9 +63,18 @@ class Standard:
         return [(galleries(r, self.views), {k: galleries(r, v) for k, v in self.styled.items()})
                 for r in self.recognisers]  # fmt: skip
 
+    @cached_property
+    def _known(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The people and the prompts as each encoder sees them: the mean over the views `[I, C]`, words `[K, C]`."""
+        read = [e.words(self.prompts) if isinstance(e, TextFeature) else None for e in self.encoders]
+        return [(_each(e, self.views).mean(1), words) for e, words in zip(self.encoders, read, strict=True)]
+
     def measure(self, pictures: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return {row: {figure: `[I]`}} of the pictures of each row, `[I, K, 3, H, W]` uint8."""
-        return {row: self._likeness(images) | self._further(images) for row, images in pictures.items()}
+        return {
+            row: self._likeness(images) | self._further(images) | self._whole(images)
+            for row, images in pictures.items()
+        }
 
     def _apart(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split pictures `[I, K, ...]` into plain ones of the person, those under changed prompts, those in styles."""
@@ -92,6 +115,23 @@ class Standard:
             wanted = torch.tensor(list(asked.values()))
             drawn = self.judge(pictures[:, list(asked)].flatten(0, 1))[label].view(-1, len(asked))
             score[figure] = (drawn == wanted).float().mean(1)
+        return score
+
+    # the mean of cosines with several unit vectors is the product with their mean
+    def _whole(self, images: Tensor) -> dict[str, Tensor]:
+        score: dict[str, Tensor] = {}
+        for encoder, (photos, words) in zip(self.encoders, self._known, strict=True):
+            seen = _each(encoder, images)  #                                        [I, K, C]
+            found = {encoder.name: (seen * photos[:, None]).sum(-1)}  #             [I, K]
+            if words is not None:
+                found = {f"{encoder.name}_i": found[encoder.name], f"{encoder.name}_t": (seen * words).sum(-1)}
+            for figure, values in found.items():
+                plain, changed, styled = self._apart(values)
+                plain = plain.mean(1, keepdim=True)
+                score[figure] = torch.cat([plain, changed, styled], 1).mean(1)
+                for kind, some in (("plain", plain), ("changed", changed), ("styled", styled)):
+                    if some.shape[1]:
+                        score[f"{figure}_{kind}"] = some.mean(1)
         return score
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import check_subject
+from hyperdb.metrics import RECOGNISERS, JudgesConfig, judge
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.fit import FitConfig
@@ -26,11 +27,14 @@ PHOTOS = {  # rows of photos through the autoencoder, which no method makes and 
     "copy": "the given photo through the autoencoder",
     "ceiling": "the person's renders through the autoencoder",
 }
-UNASKED = {"copy": ("style_accuracy", "place_accuracy"), "ceiling": ("place_accuracy",)}  # they obey no prompt
+UNASKED = {  # they obey no prompt, but that the ceiling's renders have styles and a photo is a plain picture
+    "copy": ("style_accuracy", "place_accuracy", "clip_t", "clip_t_changed", "clip_t_styled"),
+    "ceiling": ("place_accuracy", "clip_t", "clip_t_changed"),
+}
 # figures compared in pairs, beside the cosine
 FURTHER = (
     *("cosine_dlib", "rank1", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
-    *("style_accuracy", "place_accuracy"),
+    *("style_accuracy", "place_accuracy", "dino", "clip_i", "clip_t"),
 )
 
 WRITES = ("rows/*.safetensors", "prior.safetensors")
@@ -50,7 +54,8 @@ class Config(PersonalizerConfig):
     the person falls behind there. Fine-tuning and drawing are repeated with `seeds`
     seeds, and the intervals are over people and seeds. Two further rows are photos through the autoencoder: `ceiling`
     shows those after the ones that judge (round to the first), `copy` the given one, the likeness that copying gives.
-    `recognisers` judge the likeness; the first one's figures have no suffix.
+    `recognisers` judge the likeness; the first one's figures have no suffix. `judges` give the figures of whole
+    pictures, DINO, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count.
     """
 
     image: FilePath = "none"
@@ -65,6 +70,7 @@ class Config(PersonalizerConfig):
     styled: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # such as 'a photo of a [V] face, on the beach'
     recognisers: list[str] = field(default_factory=lambda: ["sface"])
+    judges: JudgesConfig
     rows: list[str]
     methods: dict[str, MethodConfig]
     seeds: int = 1
@@ -100,8 +106,8 @@ class Config(PersonalizerConfig):
         if not self.recognisers:
             raise UserError("recognisers=[]: name at least one")
         for name in self.recognisers:
-            if name not in ("sface", "dlib"):
-                raise UserError(f"recognisers={name!r}: expected sface or dlib")
+            if name not in RECOGNISERS:
+                raise UserError(f"recognisers={name!r}: expected {' or '.join(RECOGNISERS)}")
 
     def fit(self, row: str) -> FitConfig | None:
         """Return the fine-tuning of a row; None where nothing is trained. Raises `UserError`."""
@@ -169,7 +175,7 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     """Return all that decides every row; `_described` has what decides one of them."""
     from hyperdb.runtime.recipe import recipe
 
-    own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers")
+    own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers", "judges")
     what = {k: v for k, v in recipe(config).items() if k not in own and (k != "changed" or v)}
     return {**what, "base": model.base.digest, "hypernet": _hypernet_digest(model), "data": people.digest}
 
@@ -212,8 +218,8 @@ def results_file(config: Config, made_from: str, described: dict[str, Any]) -> P
     then = load_json(file) if file.exists() else {}
     known = isinstance(then, dict) and (not then or then.get("made_from") == made_from)
     known = known and all(then.get("methods", {}).get(row, how) == plain(how) for row, how in described.items())
-    lost = [x for key, now in (("rows", config.rows), ("recognisers", config.recognisers)) for x in then.get(key, [])
-            if x not in now] if known else []  # fmt: skip
+    kept = {"rows": config.rows, "recognisers": config.recognisers, "judges": config.judges.asked()}
+    lost = [x for key, now in kept.items() for x in then.get(key, []) if x not in now] if known else []
     lost += [f"{then['seeds']} seeds"] if known and then.get("seeds", 0) > config.seeds else []
     if not known or lost or (sheet.exists() and read_text(sheet).get("software") != "hyperdb"):
         what = f"figures that would be lost ({', '.join(lost)})" if lost else "something else"
@@ -237,7 +243,6 @@ def run(config: Config) -> Path:
     from hyperdb.data.people import load_people
     from hyperdb.faces.image import grid, save_png
     from hyperdb.heads import PLACE_PHRASES, Identity, prompt
-    from hyperdb.metrics.face import RECOGNISERS
     from hyperdb.metrics.figures import Standard, closed, differences, slices, summary
     from hyperdb.metrics.obedience import Judge
     from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
@@ -283,10 +288,12 @@ def run(config: Config) -> Path:
     claim(config.out, ("prior.safetensors",), whole)
     file = results_file(config, made_from, described)
     places = [next((p for p, phrase in PLACE_PHRASES.items() if phrase in text), None) for text in config.changed]
+    encoders = [judge(name, path, base.device) for name, path in config.judges.asked().items()]
     standard = Standard(  # before the long part: what is missing is said now
-        [RECOGNISERS[name]() for name in config.recognisers],
+        [judge(name) for name in config.recognisers],
         Judge.load(resolve("package:embedded/judge.safetensors")) if styles or any(places) else None,
         shown[:, 0], views, styles, {style: renders[:, 1:] for style, renders in styled.items()}, places,
+        encoders, [base.config.plain_prompt(text) for text in prompts],
     )  # fmt: skip
     fits = {row: config.fit(row) for row in config.rows}
     if model.prior is None and any(fit is not None and fit.prior_weight > 0 for fit in fits.values()):
@@ -358,6 +365,7 @@ def run(config: Config) -> Path:
         "hypernet": {"digest": whole["hypernet"], **{k: hypernet.get(k) for k in ("base", "data", "steps")}},
         "data": people.digest,
         "recognisers": config.recognisers,
+        "judges": {one.name: one.digest for one in encoders},
         "methods": described,
         "made_from": made_from,
         **provenance(),

@@ -87,6 +87,39 @@ def test_without_styles_nothing_is_asked_of_them(standard):
     assert set(found) == {"cosine", "detected", "rank1", "copy_background", "copy_pose", "diversity"}
 
 
+class Reads(Mean):
+    """An encoder that sees the mean colour and knows the words for colours."""
+
+    name = "reads"
+
+    def words(self, texts):
+        return torch.tensor([{"red": [1, 0, 0], "yellow": [0.6, 0.8, 0]}[text] for text in texts])
+
+
+def test_encoders_judge_whole_pictures_under_all_prompts(standard):
+    """By hand: cosines with a red and a green photo, and with the words, prompt by prompt."""
+    views = colours("rg", "gg")
+    texts = ["red", "red", "yellow", "red", "yellow"]  # 2 plain, 1 changed, 2 styled
+    whole = replace(standard, views=views, changed=[None], encoders=[Mean(), Reads()], prompts=texts)
+    found = whole.measure({"row": colours("rgbrr", "ggggr")})["row"]
+    likeness = {"": [(0.5 + 0 + 0.5 + 0.5) / 4, (1 + 1 + 1 + 0) / 4], "_plain": [0.5, 1], "_changed": [0, 1],
+                "_styled": [0.5, 0.5]}  # fmt: skip
+    fidelity = {"": [(0.5 + 0 + 1 + 0.6) / 4, (0 + 0.8 + 0 + 0.6) / 4], "_plain": [0.5, 0], "_changed": [0, 0.8],
+                "_styled": [0.8, 0.3]}  # fmt: skip
+    for kind, values in likeness.items():
+        assert found[f"mean{kind}"].tolist() == found[f"reads_i{kind}"].tolist() == pytest.approx(values)
+        assert found[f"reads_t{kind}"].tolist() == pytest.approx(fidelity[kind])
+    assert not {"mean_t", "mean_i", "reads"} & set(found)
+    assert {name: values for name, values in found.items() if not name.startswith(("mean", "reads"))}.keys() == (
+        replace(whole, encoders=[]).measure({"row": colours("rgbrr", "ggggr")})["row"].keys()
+    )
+
+
+def test_identical_pictures_are_one(standard):
+    whole = replace(standard, encoders=[Mean()])
+    assert whole.measure({"row": colours("rrrr", "gggg")})["row"]["mean"].tolist() == pytest.approx([1, 1])
+
+
 SCORES = {
     name: {"cosine": np.array(values), "rank1": np.array(values)}
     for name, values in {"floor": [[0.1], [0.3]], "best": [[0.9], [0.7]], "half": [[0.5], [0.5]]}.items()

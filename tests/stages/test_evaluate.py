@@ -6,9 +6,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from hyperdb import config, options
 from hyperdb.data.people import load_people
+from hyperdb.metrics import judge
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
 from hyperdb.tuning import methods
@@ -89,6 +91,42 @@ def test_a_row_is_added_to_what_is_there(evaluated, words, tmp_path):
     assert list(after["rows"]) == rows
     assert {row: after["values"][row] for row in before["values"]} == before["values"]
     assert all((evaluated / "rows" / name).stat().st_mtime_ns == then for name, then in stamps.items())
+
+
+def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path):
+    further = "changed=['a photo of a [V] face, on the beach']"
+    words = [*words, "rows=[floor,lora,copy,ceiling]", further, f"out={tmp_path}"]
+    with pytest.raises(UserError, match=r"judges\.dino=.*there is no such folder"):
+        config.run("evaluate", [*words, f"judges.dino={tmp_path / 'nothing'}"])
+    assert not list(tmp_path.glob("rows/*"))  # said before the long work
+    config.run("evaluate", words)
+    before = load_json(tmp_path / "results.json")
+    assert before["judges"] == {}
+    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()}
+    config.run("evaluate", [*words, *(f"judges.{name}={folder}" for name, folder in tiny_judges.items())])
+    after = load_json(tmp_path / "results.json")
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()} == stamps
+    new = {row: set(after["values"][row]) - set(values) for row, values in before["values"].items()}
+    all_of = {figure + kind for figure in ("dino", "clip_i", "clip_t") for kind in ("", "_plain", "_changed")}
+    photos = all_of - {"clip_t", "clip_t_changed"}  # which were made under no prompt
+    assert new == {"floor": all_of, "lora": all_of, "copy": photos, "ceiling": photos}
+    assert all(after["values"][row].items() >= values.items() for row, values in before["values"].items())
+    # the figures are those of the pictures, of the photos that judge, and of the prompts without the person
+    found = load_people(people, split="test")
+    views = found.images[torch.stack(found.photos)[:, 1:3]].flatten(0, 1)
+    drawn = pictures(tmp_path, "lora").flatten(0, 1)
+    dino, clip = (judge(name, str(tiny_judges[name]), torch.device("cpu")) for name in ("dino", "clip"))
+    values = {name: torch.tensor(x[0]) for name, x in after["values"]["lora"].items()}
+    likeness = torch.einsum("ikc,ilc->ikl", dino(drawn).view(PEOPLE, 3, -1), dino(views).view(PEOPLE, 2, -1)).mean(-1)
+    assert torch.allclose(values["dino_plain"], likeness[:, :2].mean(1), atol=1e-5)
+    assert torch.allclose(values["dino"], (likeness[:, :2].mean(1) + likeness[:, 2]) / 2, atol=1e-5)
+    said = clip.words(["a face", "a photo of a face, on the beach"])
+    obeyed = clip(drawn).view(PEOPLE, 3, -1) @ said.T
+    assert torch.allclose(values["clip_t_plain"], obeyed[:, :2, 0].mean(1), atol=1e-5)
+    assert torch.allclose(values["clip_t_changed"], obeyed[:, 2, 1], atol=1e-5)
+    assert set(after["judges"]) == {"dino", "clip"}
+    with pytest.raises(UserError, match=r"would be lost \(clip, dino\)"):
+        config.run("evaluate", words)
 
 
 def test_a_new_row_is_a_yaml_and_a_line(words, tmp_path, monkeypatch):
