@@ -40,11 +40,10 @@ class Standard:
 
     - Likeness, `dino` and `clip_i`: the mean cosine of a picture with each of the `views`, as DreamBooth (Ruiz et al.
       2023) has it. The views are always photos, so a picture in a style loses by it: compare rows, not prompts. The
-      reference is not among them; who repeats it gains nothing by that alone.
-    - Fidelity, `clip_t`: the cosine of a picture with its one of `prompts`, which names no person. The identifier means
-      nothing to CLIP. Textual Inversion (Gal et al. 2022) leaves it out of the text ("a photo of on the moon");
-      DreamBooth does not say. Here too it is left out, and the noun stays: "a photo of a [V] face" is compared with
-      "a photo of a face".
+      reference is not among them.
+    - Fidelity, `clip_t`: the cosine of a picture with its prompt, from which the identifier is taken out, for it means
+      nothing to CLIP. Textual Inversion (Gal et al. 2022) does so too ("a photo of on the moon"); DreamBooth does not
+      say. The noun stays: "a photo of a [V] face" is compared with "a photo of a face".
     """
 
     recognisers: list[Feature]  # the figures of the first have no suffix
@@ -55,7 +54,7 @@ class Standard:
     styled: Mapping[str, Tensor]
     changed: list[str | None] = field(default_factory=list)
     encoders: list[Feature] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)  # a picture, those of the styles included; read by encoders alone
+    prompts: list[str] = field(default_factory=list)  # one a picture, without [V]; only encoders read them
 
     @cached_property
     def _galleries(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
