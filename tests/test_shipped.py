@@ -13,7 +13,6 @@ from diffusers import StableDiffusionPipeline
 import hyperdb
 from hyperdb import config
 from hyperdb.adapters.layout import Layout
-from hyperdb.diffusion.digest import FORMER
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.hypernet.model import Hypernet
@@ -36,12 +35,12 @@ def test_the_hypernetwork_belongs_to_the_base(model):
 
 
 def test_another_base_has_another_name(model, tmp_path):
-    """The shipped base keeps its older name; the least change of its settings takes it away."""
+    """The least change of its settings is another base."""
     copy = shutil.copytree(EMBEDDED / "base", tmp_path / "base")
     assert replace(model.base.config, path=str(copy)).load().digest == model.base.digest
     file = copy / "scheduler" / "scheduler_config.json"
     save_json(file, {**load_json(file), "prediction_type": "epsilon"})
-    assert replace(model.base.config, path=str(copy)).load().digest not in (model.base.digest, *FORMER.values())
+    assert replace(model.base.config, path=str(copy)).load().digest != model.base.digest
 
 
 def test_the_directions_are_in_the_hypernetworks_bases(model):
@@ -66,7 +65,7 @@ def test_a_plain_pipeline_loads_the_base_and_draws_what_we_draw(model):
     base = model.base
     noise, generator = start_noise(base, [3]), torch.Generator().manual_seed(3)
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
-    theirs = pipe("a pencil sketch of a face", generator=generator, height=64, width=64, **settings).images
+    theirs = pipe("a pencil sketch of a face", generator=generator, height=128, width=128, **settings).images
     base.config.dtype = "fp32"
     with torch.no_grad():
         ours = sample(base, ["a pencil sketch of a face"], noise, steps=2, guidance=3.0)
@@ -77,5 +76,5 @@ def test_sizes():
     def megabytes(folder):
         return sum(f.stat().st_size for f in (EMBEDDED / folder).rglob("*.safetensors")) / 1e6
 
-    assert megabytes("base") <= 45
-    assert megabytes("hypernet") <= 20
+    assert megabytes("base") <= 53
+    assert megabytes("hypernet") <= 24

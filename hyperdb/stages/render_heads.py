@@ -37,7 +37,7 @@ class Config:
     identities: int = 10000  # people to render
     views: int = 6  # pictures of each person
     photo_views: int = 3  # of these pictures the first so many are photos; the others are in other styles
-    size: int = 64  # side of the square pictures in pixels
+    size: int = 128  # side of the square pictures in pixels
     seed: int = 0  # of pose, light, style and place; who the people are does not depend on it
     first: int = 0  # how many people of the split to skip
     workers: int = 2  # processes that render; their number changes no pixel

@@ -37,9 +37,9 @@ class Config:
     init: FilePath | None = None  # folder of an autoencoder to go on from; null: a new one
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/train_autoencoder/default"  # folder that is written
-    # widths of the levels; each after the first halves the side, so three levels are f = 4
-    channels: list[int] = field(default_factory=lambda: [32, 64, 128])
-    latent_channels: int = 4  # channels of a latent; 4 in Stable Diffusion
+    # widths of the levels; each after the first halves the side, so four levels are f = 8
+    channels: list[int] = field(default_factory=lambda: [32, 64, 128, 128])
+    latent_channels: int = 8  # channels of a latent; 4 in Stable Diffusion
     steps: int = 2000  # of the optimiser, in all
     batch: int = 16  # pictures in each step
     rate: float = 1.5e-3  # AdamW's learning rate, after a warm-up of 100 steps and before its decay

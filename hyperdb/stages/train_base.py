@@ -40,7 +40,7 @@ class Config:
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/train_base/default"  # folder that is written
     # widths of the UNet's levels; each after the first halves the side of the latents
-    channels: list[int] = field(default_factory=lambda: [64, 128, 192])
+    channels: list[int] = field(default_factory=lambda: [96, 192, 256])
     # attention heads of each level; one head of 64 at 16 x 16 is fast
     heads: list[int] = field(default_factory=lambda: [1, 4, 4])
     text_width: int = 128  # width of the text encoder, and of what the UNet attends to

@@ -1,7 +1,7 @@
 """G0: does the autoencoder keep a face recognisable?
 
     hyperdb render_heads split=validation identities=200 views=9 photo_views=2 out=data/heads_gates
-    python experiments/embedded/gates/g0_autoencoder.py [base folder, its people, size, result.json, vae folder]
+    python experiments/embedded/gates/g0_autoencoder.py [base folder, its people, result.json, vae folder]
 
 Asks of the reconstructions of held-out photo renders: same/different AUC within .012 of the renders' own, mean cosine
 with the render >= .92. A VAE's folder takes the place of the base's own. (Until the base of 128 px, .985 and .80 were
@@ -33,10 +33,10 @@ def pairs(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
 
 
 def main(
-    folder: str = "", data: str = "data/heads_gates", size: str = "64", out: str = "g0.json", vae: str = ""
+    folder: str = "", data: str = "data/heads_gates", out: str = "g0.json", vae: str = ""
 ) -> None:
     """Reconstruct, embed, compare, write."""
-    other = [f"diffusion.path={folder}", f"diffusion.size={size}"] if folder else []
+    other = [f"diffusion.path={folder}"] if folder else []
     base = config.load("personalize", ["image=none", *other]).diffusion.load()
     if vae:
         base.vae = AutoencoderKL.from_pretrained(vae).requires_grad_(False)
