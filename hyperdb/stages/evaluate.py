@@ -189,7 +189,8 @@ def _described(config: Config, model: Personalizer, row: str) -> dict[str, Any]:
     method, fit = config.methods[row], config.fit(row)
     settings = {"relaxed": model.learned, "lidb": model.lidb.config, None: method.adapter}[method.train]
     adapter = None if settings is None else {"kind": kind_of(settings), **asdict(settings)}
-    return {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
+    found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
+    return found if method.refinements is None else {**found, "refinements": method.refinements}
 
 
 def _read(config: Config, row: str, described: dict[str, Any]) -> dict[str, Any]:
@@ -277,6 +278,10 @@ def run(config: Config) -> Path:
     best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, others + styled, 3, H, W]
     model = Personalizer(config)
     base, cohort = model.base, Cohort(model, shown, config.batch)
+    trained = model.hypernet.config.iterations if model.hypernet is not None else 0
+    if odd := [row for row, method in methods.items() if (method.refinements or 0) > trained]:
+        count = methods[odd[0]].refinements
+        raise UserError(f"methods.{odd[0]}.refinements={count}: the hypernetwork was trained with {trained}")
     prompts = [base.config.instance_prompt] * config.images + config.changed
     prompts += [prompt(style, "[V]", place or None) for style, place in pairs]
 

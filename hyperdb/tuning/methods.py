@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import AdapterConfig
@@ -28,12 +27,14 @@ class MethodConfig:
     """A way to personalise, a row of an evaluation: one yaml of conf/methods.
 
     `start` is the prediction that it begins at: the person's `own`, everybody's `average`, `another` person's, or null,
-    the base alone. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast
+    the base alone. `refinements` is how many times the hypernetwork refines it, where null means as many times as it was
+    trained with. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast
     fine-tuning, or `lidb` itself; `adapter` describes any other. With neither, nothing is trained.
     """
 
     label: str  # what people read; {steps} in it stands for the number of iterations
     start: str | None = None
+    refinements: int | None = None  # s of eq. 3
     train: str | None = None
     adapter: AdapterConfig | None = None
     finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the stage's fine-tuning
@@ -42,6 +43,8 @@ class MethodConfig:
     def __post_init__(self) -> None:
         if self.start not in (None, *STARTS):
             raise UserError(f"start={self.start!r}: expected of {', '.join(STARTS)}, or null")
+        if self.refinements is not None and (self.start is None or self.refinements < 1):
+            raise UserError(f"refinements={self.refinements}: expected at least 1, of a method that has a start")
         if self.train not in (None, *TRAINED):
             raise UserError(f"train={self.train!r}: expected of {', '.join(TRAINED)}, or null")
         if self.train is not None and self.adapter is not None:
@@ -96,30 +99,35 @@ class Cohort:
 
     def __init__(self, model: Personalizer, photos: Tensor, batch: int) -> None:
         self.model, self.photos, self.batch = model, photos, batch
+        self._predictions: dict[int | None, tuple[Tensor, float]] = {}
 
-    @cached_property
-    def _prediction(self) -> tuple[Tensor, float]:
-        """The mean prediction over each person's photos, `[I, N, D]`, and the seconds a person that it took."""
+    def _prediction(self, refinements: int | None) -> tuple[Tensor, float]:
+        """Return the mean prediction over each person's photos, `[I, N, D]`, and the seconds a person that it took."""
         import torch
 
         base, hypernet = self.model.base, self.model.hypernet
         assert hypernet is not None
-        began = time.perf_counter()
-        with torch.no_grad(), base.autocast():
-            tokens = hypernet(self.photos.flatten(0, 1)).unflatten(0, self.photos.shape[:2]).mean(1)
-        return tokens, (time.perf_counter() - began) / len(self.photos)
+        if refinements not in self._predictions:
+            trained = hypernet.config.iterations
+            hypernet.refine(trained if refinements is None else refinements)
+            began = time.perf_counter()
+            with torch.no_grad(), base.autocast():
+                tokens = hypernet(self.photos.flatten(0, 1)).unflatten(0, self.photos.shape[:2]).mean(1)
+            self._predictions[refinements] = tokens, (time.perf_counter() - began) / len(self.photos)
+            hypernet.refine(trained)
+        return self._predictions[refinements]
 
-    def start(self, name: str | None) -> Factors | None:
-        """Return what everybody begins at, by its name among `STARTS`; None for the base alone."""
+    def start(self, method: MethodConfig) -> Factors | None:
+        """Return what everybody begins at; None for the base alone."""
         from hyperdb.adapters.base import moved, select
 
-        if name is None:
+        if method.start is None:
             return None
-        tokens, count = self._prediction[0], len(self.photos)
-        if name == "average":
+        tokens, count = self._prediction(method.refinements)[0], len(self.photos)
+        if method.start == "average":
             tokens = tokens.mean(0, keepdim=True).expand_as(tokens)
         factors: Factors = moved(self.model.lidb.factors({"tokens": tokens}))
-        return select(factors, [(i + 1) % count for i in range(count)]) if name == "another" else factors
+        return select(factors, [(i + 1) % count for i in range(count)]) if method.start == "another" else factors
 
     def adapter(self, method: MethodConfig) -> Adapter | None:
         """Return what a method trains."""
@@ -161,7 +169,7 @@ class Cohort:
         from hyperdb.tuning.trainable import numbers
 
         count, base = len(self.photos), self.model.base
-        start, adapter = self.start(method.start), self.adapter(method)
+        start, adapter = self.start(method), self.adapter(method)
         size = 4 * (0 if start is None else numbers(self.model.lidb)) + 4 * (0 if adapter is None else numbers(adapter))
         noises = [seed * len(prompts) + k for k in range(len(prompts))]
         together = max(self.batch, HELD // max(1, size))
@@ -177,5 +185,5 @@ class Cohort:
             images.append(draw(base, changes, some.stop - some.start, prompts, noises, progress=progress))
         seconds /= count
         if method.start in ("own", "another"):  # everybody's average is there before the person
-            seconds += self._prediction[1]
+            seconds += self._prediction(method.refinements)[1]
         return torch.cat(images), {"seconds": round(seconds, 3), "bytes": float(size)}

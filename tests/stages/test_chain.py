@@ -17,6 +17,7 @@ from hyperdb.data.people import load_people
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
+from hyperdb.hypernet.model import Hypernet
 from hyperdb.metrics.figures import closed, summary
 from hyperdb.metrics.score import paired
 from hyperdb.report.results import load
@@ -621,6 +622,26 @@ def test_any_adapter_may_begin_at_the_prediction(made, judged, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert (rows["svdiff"]["start"], rows["svdiff"]["adapter"]) == ("own", "svdiff")
     assert rows["svdiff"]["bytes"] > rows["hyper_only"]["bytes"] > 0
+
+
+def test_a_method_may_use_fewer_refinements(made, judged, tmp_path):
+    """Its pictures are those of a hypernetwork that refines so many times, and other rows keep theirs."""
+    words = [made["base"], *TINY, f"data={judged}", "people=3", "views=1", "images=1", "methods.hyper_40_k1.train=null"]
+    hypernet = Hypernet.load(made["hyper"] / "hypernet.safetensors")
+    hypernet.refine(1)
+    hypernet.save(tmp_path / "one" / "hypernet.safetensors", {"base": hypernet.metadata["base"]})
+
+    def pictures(hyper, *rows, more=()):
+        out = tmp_path / f"{hyper.name}-{len(rows)}"
+        configuration.run("evaluate", [*words, f"hypernet={hyper}", f"rows=[{','.join(rows)}]", f"out={out}", *more])
+        return {row: load_tensors(out / "rows" / f"{row}.safetensors")[0]["images"] for row in rows}
+
+    both = pictures(made["hyper"], "hyper_40_k1", "hyper_only")
+    assert torch.equal(both["hyper_40_k1"], pictures(tmp_path / "one", "hyper_only")["hyper_only"])
+    assert torch.equal(both["hyper_only"], pictures(made["hyper"], "hyper_only")["hyper_only"])
+    assert not torch.equal(both["hyper_40_k1"], both["hyper_only"])
+    with pytest.raises(UserError, match="hyper_40_k1.refinements=3: the hypernetwork was trained with 2"):
+        pictures(made["hyper"], "hyper_40_k1", "floor", "copy", more=["methods.hyper_40_k1.refinements=3"])
 
 
 def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):
