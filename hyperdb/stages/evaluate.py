@@ -49,10 +49,11 @@ class Config(PersonalizerConfig):
     `split`: whose people these must be; settings are chosen on those of validation.
 
     `rows` names `methods`, each a yaml of conf/methods, which draw `images` pictures of "a [V] face" a person and one
-    of each of `styled` (a style, or style/place), at the same seeds. With `changed`, each a prompt for a photo, they
+    of each of `styled` (a style, or style/place), at the same seeds. With `changed`, each a prompt of any kind, they
     draw one of each too, and its likeness is judged as that of the plain ones: whoever has learned the photo and not
     the person falls behind there. Fine-tuning and drawing are repeated with `seeds`
-    seeds, and the intervals are over people and seeds. Two further rows are photos through the autoencoder: `ceiling`
+    seeds, each of which trains everybody anew on other noise and draws other pictures, and the intervals are over people
+    and seeds. Two further rows are photos through the autoencoder: `ceiling`
     shows those after the ones that judge (round to the first), `copy` the given one, the likeness that copying gives.
     `recognisers` judge the likeness; the first one's figures have no suffix. `judges` give the figures of whole
     pictures, DINO, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count.
@@ -292,7 +293,8 @@ def run(config: Config) -> Path:
         out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), {**whole, **described[row]})
     claim(config.out, ("prior.safetensors",), whole)
     file = results_file(config, made_from, described)
-    places = [next((p for p, phrase in PLACE_PHRASES.items() if phrase in text), None) for text in config.changed]
+    phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone
+    places = [next((p for p, phrase in phrases.items() if phrase in text), None) for text in config.changed]
     encoders = [judge(name, path, base.device) for name, path in config.judges.asked().items()]
     standard = Standard(  # before the long part: what is missing is said now
         [judge(name) for name in config.recognisers],

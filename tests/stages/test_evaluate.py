@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from hyperdb import config, options
 from hyperdb.data.people import load_people
+from hyperdb.faces.image import save_png
+from hyperdb.heads.captions import vocabulary
+from hyperdb.heads.captions import words as words_of
 from hyperdb.metrics import judge
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
@@ -147,3 +152,43 @@ def test_a_new_row_is_a_yaml_and_a_line(words, tmp_path, monkeypatch):
 def test_rows_that_begin_at_a_prediction_need_a_hypernetwork(words, tmp_path):
     with pytest.raises(UserError, match=r"rows='hyper_40' begins at a prediction.*hypernet=FOLDER"):
         config.run("evaluate", [*words, "rows=[floor,hyper_40]", f"out={tmp_path}"])
+
+
+TABLES = ["table1", "table2", "table3"]
+CONTROLS = {"floor", "shuffled_40", "mean_40", "hyper_40", "copy", "ceiling"}
+
+
+@pytest.mark.parametrize("base", options.choices("diffusion"))
+def test_the_papers_tables_share_people_prompts_and_pictures(base):
+    found = [config.load("evaluate", [f"experiment={name}", f"diffusion={base}"]) for name in TABLES]
+    prompts = [*found[0].styled, *found[0].changed]
+    assert len(set(prompts)) == len(prompts) == 30
+    for table, settings in zip(TABLES, found, strict=True):
+        assert set(settings.rows) > CONTROLS
+        assert settings.results == f"{table}.json"
+        assert replace(settings, rows=found[0].rows, results="results.json") == replace(found[0], results="results.json")
+
+
+def test_the_prompts_of_the_embedded_base_are_in_words_that_it_knows():
+    found = config.load("evaluate", ["experiment=table1"])
+    assert len(found.styled) == len(found.changed) == 15
+    assert {word for text in found.changed for word in words_of(text.replace("[V]", "sks"))} <= set(vocabulary())
+
+
+def test_a_table_is_made_of_photographs(tiny_base, tiny_judges, tmp_path):
+    """An aligned folder knows no styles, places or accessories, and none are asked for."""
+    rng, folder, records = np.random.default_rng(0), tmp_path / "aligned", []
+    for i, (who, split) in enumerate([("ben", "test"), ("ada", "train"), ("cy", "test"), ("ben", "test")] * 3):
+        save_png(folder / f"{i}.png", rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        records.append({"file": f"{i}.png", "identity": who, "split": split})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    told = ["experiment=table2", "diffusion=sd15", f"diffusion.path={tiny_base}", *TINY, "hypernet=null"]
+    told += [f"data={folder}", "views=1", "images=1", "recognisers=[sface]", "methods.dreambooth_agg_2.finetune.steps=1"]
+    told += [f"judges.{name}={path}" for name, path in tiny_judges.items()]
+    file = config.run("evaluate", [*told, "rows=[floor,dreambooth_agg_2,copy,ceiling]", f"out={tmp_path / 'out'}"])
+    result = load_json(file)
+    assert (file.name, result["people"], result["slices"]) == ("table2.json", 2, {})
+    row = result["rows"]["dreambooth_agg_2"]
+    assert {"dino_changed", "clip_i_changed", "clip_t_changed", "cosine_changed"} <= set(row)
+    assert not [name for name in row if name.endswith("styled") or name in ("style_accuracy", "place_accuracy")]
+    assert pictures(tmp_path / "out", "dreambooth_agg_2").shape == (2, 31, 3, 32, 32)
