@@ -23,6 +23,7 @@ class Column(NamedTuple):
 
 COLUMNS = {  # in this order, of those that some row has; any other figure stands last, under its own name
     "cosine": Column("face cosine", 3, brief=True),
+    "people": Column("people", 0, brief=True),
     "rank1": Column("rank-1", brief=True),
     "cosine_dlib": Column("face cosine by dlib", 3),
     "rank1_dlib": Column("rank-1 by dlib", brief=True),
@@ -100,10 +101,15 @@ def _label(results: Mapping[str, Any], name: str) -> str:
 
 
 def _pairs(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the paired differences as rows are: {a-b: {figure: mean and interval}}."""
+    """Return the paired differences as rows are: {a-b: {figure: mean and interval}}, and of how many people."""
+    counts = {row: figures["people"] for row, figures in results["rows"].items() if "people" in figures}
     figures = {"cosine": results["paired"], **results.get("paired_further", {})}
     names = dict.fromkeys(name for found in figures.values() for name in found)
-    return {name: {figure: found[name] for figure, found in figures.items() if name in found} for name in names}
+    pairs = {name: {figure: found[name] for figure, found in figures.items() if name in found} for name in names}
+    for name, pair in pairs.items():
+        if counts.keys() >= (both := set(name.split("-"))):  # of both rows, the people whom both have
+            pair["people"] = min(counts[row] for row in both)
+    return pairs
 
 
 def _over(results: Mapping[str, Any]) -> str:
@@ -123,12 +129,16 @@ def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
     for name, row in rows.items():
         cells = [_cell(row, figure, column.digits) for figure, column in columns.items() if figure != "cosine"]
         table.append([_label(results, name), _interval(row["cosine"]), *cells])
-    compared = {"cosine": f"mean [95 % interval over {_over(results)}]"}
-    if not brief:
-        compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
+    compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
+    if brief:
+        compared = {name: label for name, label in compared.items() if name in ("cosine", "people")}
+        compared |= {"cosine": f"mean [95 % interval over {_over(results)}]"}
     differences = [["paired difference", *compared.values()]]
     for name, pair in pairs.items():
-        cells = [_interval(pair[figure]) if figure in pair else "—" for figure in compared]
+        cells = [
+            _interval(pair[figure]) if isinstance(pair.get(figure), dict) else _cell(pair, figure, 0)
+            for figure in compared
+        ]
         differences.append([_label(results, name), *cells])
     return [table, differences] if pairs else [table]
 
@@ -138,11 +148,11 @@ def comma_separated(named: Mapping[str, Mapping[str, Any]]) -> str:
 
     `named` says what each results file is called. A figure with an interval has the columns `_lo` and `_hi` too.
     """
-    entries = [
-        ([title, name, _label(results, name), results["people"], results.get("seeds", 1)], figures)
-        for title, results in named.items()
-        for name, figures in (results["rows"] | _pairs(results)).items()
-    ]
+    entries = []
+    for title, results in named.items():
+        for name, figures in (results["rows"] | _pairs(results)).items():
+            told = [_label(results, name), figures.get("people", results["people"]), results.get("seeds", 1)]
+            entries.append(([title, name, *told], {k: v for k, v in figures.items() if k != "people"}))
     columns = []
     for figure in _columns(figures for _, figures in entries):
         spread = any(isinstance(figures.get(figure), dict) for _, figures in entries)

@@ -51,10 +51,12 @@ class Config(PersonalizerConfig):
     `rows` names `methods`, each a yaml of conf/methods, which draw `images` pictures of "a [V] face" a person and one
     of each of `styled` (a style, or style/place), at the same seeds. With `changed`, each a prompt of any kind, they
     draw one of each too, and its likeness is judged as that of the plain ones: whoever has learned the photo and not
-    the person falls behind there. Fine-tuning and drawing are repeated with `seeds`
-    seeds, each of which trains everybody anew on other noise and draws other pictures, and the intervals are over people
-    and seeds. Two further rows are photos through the autoencoder: `ceiling`
-    shows those after the ones that judge (round to the first), `copy` the given one, the likeness that copying gives.
+    the person falls behind there. Fine-tuning and drawing are repeated with `seeds` seeds, each of which trains
+    everybody anew on other noise and draws other pictures, and the intervals are over people and seeds. A slow method
+    may be run on the first `methods.NAME.people` alone, who are told from all: rows are compared on the people whom
+    both have. Two further rows are photos through the autoencoder: `ceiling` shows those after the ones that judge
+    (round to the first), `copy` the given one, the likeness that copying gives.
+
     `recognisers` judge the likeness; the first one's figures have no suffix. `judges` give the figures of whole
     pictures, DINO, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count.
     """
@@ -181,8 +183,8 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     return {**what, "base": model.base.digest, "hypernet": _hypernet_digest(model), "data": people.digest}
 
 
-def _described(config: Config, model: Personalizer, row: str) -> dict[str, Any]:
-    """Return all of a row's method that decides its pictures: where it begins, its adapter and its fine-tuning."""
+def _described(config: Config, model: Personalizer, row: str, people: int) -> dict[str, Any]:
+    """Return all of a row's method that decides its pictures of `people`: its start, adapter and training, and whom."""
     from hyperdb.adapters import kind_of
 
     if row in PHOTOS:
@@ -191,7 +193,8 @@ def _described(config: Config, model: Personalizer, row: str) -> dict[str, Any]:
     settings = {"relaxed": model.learned, "lidb": model.lidb.config, None: method.adapter}[method.train]
     adapter = None if settings is None else {"kind": kind_of(settings), **asdict(settings)}
     found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
-    return found if method.refinements is None else {**found, "refinements": method.refinements}
+    fewer = {"refinements": method.refinements, "people": count if (count := method.among(people)) < people else None}
+    return {**found, **{key: value for key, value in fewer.items() if value is not None}}
 
 
 def _read(config: Config, row: str, described: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +290,7 @@ def run(config: Config) -> Path:
     prompts += [prompt(style, "[V]", place or None) for style, place in pairs]
 
     whole = _made_from(config, model, people)
-    described = {row: _described(config, model, row) for row in config.rows}
+    described = {row: _described(config, model, row, len(rows)) for row in config.rows}
     made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
     for row in config.rows:
         out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), {**whole, **described[row]})
@@ -318,7 +321,8 @@ def run(config: Config) -> Path:
     drawn: dict[str, list[Tensor]] = {}
     costs: dict[str, dict[str, float]] = {}
     repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
-    units = {row: len(rows) * (2 if fits[row] is not None else 1) for row in repeats}  # fine-tuned, drawn
+    counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
+    units = {row: counts[row] * (2 if fits[row] is not None else 1) for row in repeats}  # fine-tuned, drawn
     with tqdm(total=sum(units[row] * n for row, n in repeats.items()), desc="evaluate", unit="person",
               dynamic_ncols=True) as bar:  # fmt: skip
         for row, count in repeats.items():
@@ -355,7 +359,7 @@ def run(config: Config) -> Path:
     hypernet = {} if model.hypernet is None else model.hypernet.metadata
     result: dict[str, Any] = {
         "rows": {
-            row: {**_read(config, row, described[row]), **summary(score, config.seed), **costs[row]}
+            row: _read(config, row, described[row]) | {"people": counts[row]} | summary(score, config.seed) | costs[row]
             for row, score in scores.items()
         },
         "paired": paired.pop("cosine"),
@@ -380,7 +384,7 @@ def run(config: Config) -> Path:
         "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [S, I]
     }
     save_json(file, result)
-    few = min(len(rows), 12)
+    few = min(*counts.values(), 12)
     pixels = list(shown[:few, 0]) + [x for row in config.rows for x in drawn[row][0][:few, 0]]
     sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *config.rows])
     save_png(sheet_file(file), sheet, {"software": "hyperdb", "results": hash_files([file])})

@@ -27,9 +27,9 @@ class MethodConfig:
     """A way to personalise, a row of an evaluation: one yaml of conf/methods.
 
     `start` is the prediction that it begins at: the person's `own`, everybody's `average`, `another` person's, or null,
-    the base alone. `refinements` is how many times the hypernetwork refines it, where null means as many times as it was
-    trained with. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast
-    fine-tuning, or `lidb` itself; `adapter` describes any other. With neither, nothing is trained.
+    the base alone. `refinements` says how many times the hypernetwork refines it; null is as many times as it was
+    trained to. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast fine-tuning,
+    or `lidb` itself; `adapter` describes any other. With neither, nothing is trained.
     """
 
     label: str  # what people read; {steps} in it stands for the number of iterations
@@ -39,6 +39,7 @@ class MethodConfig:
     adapter: AdapterConfig | None = None
     finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the stage's fine-tuning
     against: list[str] = field(default_factory=list)  # rows that it is compared with, person by person
+    people: int | None = None  # the first so many alone, where it is slow; null: all
 
     def __post_init__(self) -> None:
         if self.start not in (None, *STARTS):
@@ -49,6 +50,8 @@ class MethodConfig:
             raise UserError(f"train={self.train!r}: expected of {', '.join(TRAINED)}, or null")
         if self.train is not None and self.adapter is not None:
             raise UserError(f"train={self.train} and an adapter: a method trains one of them")
+        if self.people is not None and self.people < 2:
+            raise UserError(f"people={self.people}: expected at least 2, or null for all")
         try:
             self.text(0)
         except (LookupError, ValueError) as error:
@@ -58,6 +61,10 @@ class MethodConfig:
     def trains(self) -> bool:
         """Whether anything is trained on the photos."""
         return self.train is not None or self.adapter is not None
+
+    def among(self, people: int) -> int:
+        """Return on how many of so many people it is run: the first ones."""
+        return people if self.people is None else min(self.people, people)
 
     def fit(self, shared: FitConfig) -> FitConfig | None:
         """Return the fine-tuning, as it differs from `shared`; None if nothing is trained. Raises `UserError`."""
@@ -158,7 +165,7 @@ class Cohort:
         self, method: MethodConfig, settings: FitConfig | None, seed: int, prompts: list[str],
         progress: Callable[[int], Any],
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        """Personalise everybody with one seed, then draw the prompts, `[I, K, 3, H, W]` uint8.
+        """Personalise those whom the method is run on with one seed, then draw the prompts, `[J, K, 3, H, W]` uint8.
 
         Returns also what one person's adapter costs: its bytes, and its share of the seconds of a batch of people.
         """
@@ -168,7 +175,7 @@ class Cohort:
         from hyperdb.tuning.draw import draw
         from hyperdb.tuning.trainable import numbers
 
-        count, base = len(self.photos), self.model.base
+        count, base = method.among(len(self.photos)), self.model.base
         start, adapter = self.start(method), self.adapter(method)
         size = 4 * (0 if start is None else numbers(self.model.lidb)) + 4 * (0 if adapter is None else numbers(adapter))
         noises = [seed * len(prompts) + k for k in range(len(prompts))]

@@ -569,7 +569,8 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     for name, figures in result["rows"].items():
         values = {figure: np.array(v).T for figure, v in result["values"][name].items()}
         assert {v.shape for v in values.values()} == {(3, 1 if name in DRAWN_ONCE else 2)}
-        told = ("label", "start", "adapter", "steps", "seconds", "bytes")
+        assert figures["people"] == 3
+        told = ("label", "start", "adapter", "steps", "people", "seconds", "bytes")
         assert summary(values, 0) == {k: v for k, v in figures.items() if k not in told}
     values = {name: np.array(figures["cosine"]).T for name, figures in result["values"].items()}
     assert result["closed"] == closed({name: {"cosine": v} for name, v in values.items()}, "floor", "ceiling")
@@ -640,7 +641,7 @@ def test_a_method_may_use_fewer_refinements(made, judged, tmp_path):
     assert torch.equal(both["hyper_40_k1"], pictures(tmp_path / "one", "hyper_only")["hyper_only"])
     assert torch.equal(both["hyper_only"], pictures(made["hyper"], "hyper_only")["hyper_only"])
     assert not torch.equal(both["hyper_40_k1"], both["hyper_only"])
-    with pytest.raises(UserError, match="hyper_40_k1.refinements=3: the hypernetwork was trained with 2"):
+    with pytest.raises(UserError, match=r"hyper_40_k1\.refinements=3: the hypernetwork was trained with 2"):
         pictures(made["hyper"], "hyper_40_k1", "floor", "copy", more=["methods.hyper_40_k1.refinements=3"])
 
 

@@ -16,6 +16,7 @@ from hyperdb.faces.image import save_png
 from hyperdb.heads.captions import vocabulary
 from hyperdb.heads.captions import words as words_of
 from hyperdb.metrics import judge
+from hyperdb.metrics.score import paired
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
 from hyperdb.tuning import methods
@@ -98,6 +99,21 @@ def test_a_row_is_added_to_what_is_there(evaluated, words, tmp_path):
     assert all((evaluated / "rows" / name).stat().st_mtime_ns == then for name, then in stamps.items())
 
 
+def test_a_slow_row_is_of_the_first_people_alone(evaluated, words, tmp_path):
+    few = ["rows=[floor,lora,copy,ceiling]", "methods.lora.people=2", "methods.lora.against=[floor]"]
+    result = load_json(config.run("evaluate", [*words, *few, f"out={tmp_path}"]))
+    assert torch.equal(pictures(tmp_path, "lora"), pictures(evaluated, "lora")[:2])
+    counts = {row: told["people"] for row, told in result["rows"].items()}
+    assert counts == {"floor": 3, "lora": 2, "copy": 3, "ceiling": 3}
+    values, whole = result["values"], load_json(evaluated / "results.json")["values"]
+    assert values["lora"] == {name: [x[:2] for x in seeds] for name, seeds in whole["lora"].items()}
+    floor = np.array(values["floor"]["cosine"]).T[:2]
+    assert result["paired"] == {"lora-floor": paired(np.array(values["lora"]["cosine"]).T, floor, 0)}
+    assert not any("lora" in part for words in result["slices"].values() for part in words.values())
+    with pytest.raises(UserError, match=r"rows/lora\.safetensors of a run with other people"):
+        config.run("evaluate", [*words, few[0], f"out={tmp_path}"])
+
+
 def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path):
     further = "changed=['a photo of a [V] face, on the beach']"
     words = [*words, "rows=[floor,lora,copy,ceiling]", further, f"out={tmp_path}"]
@@ -166,7 +182,8 @@ def test_the_papers_tables_share_people_prompts_and_pictures(base):
     for table, settings in zip(TABLES, found, strict=True):
         assert set(settings.rows) > CONTROLS
         assert settings.results == f"{table}.json"
-        assert replace(settings, rows=found[0].rows, results="results.json") == replace(found[0], results="results.json")
+        alike = {"rows": found[0].rows, "results": found[0].results}
+        assert replace(settings, **alike) == found[0]
 
 
 def test_the_prompts_of_the_embedded_base_are_in_words_that_it_knows():
@@ -183,7 +200,8 @@ def test_a_table_is_made_of_photographs(tiny_base, tiny_judges, tmp_path):
         records.append({"file": f"{i}.png", "identity": who, "split": split})
     (folder / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     told = ["experiment=table2", "diffusion=sd15", f"diffusion.path={tiny_base}", *TINY, "hypernet=null"]
-    told += [f"data={folder}", "views=1", "images=1", "recognisers=[sface]", "methods.dreambooth_agg_2.finetune.steps=1"]
+    told += [f"data={folder}", "views=1", "images=1", "recognisers=[sface]"]
+    told.append("methods.dreambooth_agg_2.finetune.steps=1")
     told += [f"judges.{name}={path}" for name, path in tiny_judges.items()]
     file = config.run("evaluate", [*told, "rows=[floor,dreambooth_agg_2,copy,ceiling]", f"out={tmp_path / 'out'}"])
     result = load_json(file)

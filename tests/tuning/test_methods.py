@@ -26,6 +26,7 @@ def test_a_method_says_how_its_fine_tuning_differs():
         ({"start": "me"}, "expected of own, average, another"),
         ({"refinements": 1}, "refinements=1: expected at least 1, of a method that has a start"),
         ({"start": "own", "refinements": 0}, "refinements=0: expected at least 1"),
+        ({"people": 1}, "people=1: expected at least 2, or null for all"),
         ({"train": "lora"}, "expected of relaxed, lidb"),
         ({"train": "lidb", "adapter": LoRAConfig()}, "trains one of them"),
         ({"label": "{iterations}"}, "the only word in braces is {steps}"),
