@@ -43,8 +43,9 @@ KEPT = "the pictures of finished rows are kept"
 
 @dataclass(kw_only=True)
 class Config(PersonalizerConfig):
-    """`data`: rendered people; `photos` of a person from number `reference` on are given, the next `views` judge.
-    The iterations of a fine-tuning are those told, however many photos.
+    """`data`: rendered people, or photos; `photos` of a person from number `reference` on are given, others judge.
+    These are `views` many, of rendered people those in other poses and places than the given ones, without an accessory
+    of theirs (`People.unlike`), else the next. The iterations of a fine-tuning are those told, however many photos.
 
     `split`: whose people these must be; settings are chosen on those of validation.
 
@@ -266,7 +267,8 @@ def run(config: Config) -> Path:
     given, used = config.photos, config.photos + config.views
     needed = max(used + 1, config.reference + 1)
     people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
-    rows = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
+    turned = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
+    rows = [torch.cat([r[:given], people.unlike(r[:given], r[given:])]) for r in turned]
     if len(rows) < 2:
         raise UserError(f"{config.data} needs at least two people with {needed} photos each")
     shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
@@ -356,6 +358,8 @@ def run(config: Config) -> Path:
     if "sex" in people.labels:  # rendered people; of photos of real ones nothing is known
         persons = [Identity(int(people.seed[r[0]])).attributes for r in rows]
         known = [{name: person[name] for name in ("sex", "age", "skin")} for person in persons]
+        for person, (first, *_) in zip(known, rows, strict=True):
+            person["reference_wears"] = people.names["accessory"][int(people.labels["accessory"][first])]
     hypernet = {} if model.hypernet is None else model.hypernet.metadata
     result: dict[str, Any] = {
         "rows": {

@@ -134,7 +134,8 @@ def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path)
     assert all(after["values"][row].items() >= values.items() for row, values in before["values"].items())
     # the figures are those of the pictures, of the photos that judge, and of the prompts without the person
     found = load_people(people, split="test")
-    views = found.images[torch.stack(found.photos)[:, 1:3]].flatten(0, 1)
+    judging = torch.stack([found.unlike(rows[:1], rows[1:])[:2] for rows in found.photos])
+    views = found.images[judging].flatten(0, 1)
     drawn = pictures(tmp_path, "lora").flatten(0, 1)
     dino, clip = (judge(name, str(tiny_judges[name]), torch.device("cpu")) for name in ("dino", "clip"))
     values = {name: torch.tensor(x[0]) for name, x in after["values"]["lora"].items()}
