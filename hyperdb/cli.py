@@ -131,14 +131,10 @@ def stage_help(stage: str) -> str:
 
 def _experiments(schema: type) -> list[str]:
     """Return the experiments whose every key is a setting of this stage, with their first comment line."""
-    from omegaconf import OmegaConf
-
-    known = {key for key, _ in options.settings(schema)} | {"defaults"}
     lines = []
     for name in options.choices(options.EXPERIMENT):
         path = options.conf_dir() / options.EXPERIMENT / f"{name}.yaml"
-        values = OmegaConf.load(path)
-        if set(map(str, values)) <= known:
+        if options.of_stage(options.experiment(name), schema):
             comments = [line.lstrip("# ") for line in load_text(path).splitlines() if line.startswith("#")]
             said = next((c for c in comments if c and not c.startswith("@package")), "")
             lines.append(f"  {options.EXPERIMENT}={name}  {said}".rstrip())

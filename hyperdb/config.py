@@ -162,8 +162,19 @@ def load(stage: str, words: Sequence[str] = ()) -> Any:
 
 
 def run(stage: str, words: Sequence[str] = ()) -> Path | None:
-    """Run a stage from `key=value` words."""
-    return execute(stage, load(stage, words))
+    """Run a stage from `key=value` words. Raises `UserError` if they name an experiment that is a sweep."""
+    settings = load(stage, words)
+    for key, values in _swept(words).items():
+        raise UserError(f"the experiment is a sweep of {key}={values}; add -m, or set {key} to one of them")
+    return execute(stage, settings)
+
+
+def _swept(words: Sequence[str]) -> dict[str, str]:
+    """Return {setting: values} that the experiment among the words sweeps over, but for those that the words set."""
+    named = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in words)}
+    name = named.get(options.EXPERIMENT)
+    written = options.experiment(name) if name in options.choices(options.EXPERIMENT) else {}
+    return {key: values for key, values in options.swept(written).items() if key not in named}
 
 
 def execute(stage: str, settings: Any) -> Path | None:
@@ -191,8 +202,9 @@ def execute(stage: str, settings: Any) -> Path | None:
 def sweep(stage: str, words: Sequence[str]) -> None:
     """Run a stage once for every combination of values, through Hydra's launcher.
 
-    Several values are written `seed=0,1`, of text `prompt=['a','b']`. Every job writes into a folder of its own, below
-    `out`, called after its values. A launcher plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
+    Several values are written `seed=0,1`, of text `prompt=['a','b']`, or stand in the yaml of an experiment, under
+    `hydra.sweeper.params`. Every job writes into a folder of its own, below `out`, called after its values. A launcher
+    plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
     """
     import hydra
     from hydra.errors import HydraException
@@ -200,6 +212,8 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     schema = stage_module(stage).Config
+    swept_over = _swept(words)
+    words = [*words, *(f"{key}={values}" for key, values in swept_over.items())]
     for word in words:
         check_word(stage, schema, word, sweep=True)
     register(stage, schema)
@@ -223,6 +237,8 @@ def sweep(stage: str, words: Sequence[str]) -> None:
         "hydra.sweep.subdir": ".",
         "hydra/job_logging": "none",
     }
+    if swept_over:
+        quiet["hydra.sweeper.params"] = "null"  # they are among the words
     defaults = [f"{key}={value}" for key, value in quiet.items() if key not in named]
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["hyperdb", "--multirun", *defaults, *words]

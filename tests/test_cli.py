@@ -88,6 +88,10 @@ out: runs/toy/${name}
         "defaults: [{override /engine: turbo}]\nsteps: 2\nengine: {boost: 3}\n"
     ),
     "experiment/wrong.yaml": "# @package _global_\nstepz: 2\n",
+    "experiment/over/steps.yaml": (
+        "# @package _global_\n# Toy at several speeds.\nname: speeds\n"
+        "hydra: {sweeper: {params: {steps: '1,2', prompt: '[a,b c]'}}}\n"
+    ),
 }
 
 
@@ -246,7 +250,7 @@ def test_groups_and_experiments(toy):
         (["engine=null"], "no engine 'null'"),
         (["engine="], "no engine ''"),
         (["engine.boost=1"], "toy has no setting 'engine.boost'"),
-        (["experiment=fats"], "no experiment 'fats'; did you mean 'fast'?; there is: fast, wrong"),
+        (["experiment=fats"], "no experiment 'fats'; did you mean 'fast'?; there is: fast, over/steps, wrong"),
         (["experiment=wrong"], "conf/experiment/wrong.yaml: toy has no setting 'stepz'"),
         (["prompt"], "'prompt' is not key=value"),
         (["--prompt=x"], "'--prompt=x' is not key=value"),
@@ -354,6 +358,21 @@ def test_a_sweep_of_out_or_name_is_in_out_already(toy):
     ]
 
 
+def test_an_experiment_may_be_a_sweep(toy, capsys):
+    assert cli.main(["toy", "-m", "experiment=over/steps"]) == 0
+    assert [(c.prompt, c.steps) for c in toy] == [("a", 1), ("b c", 1), ("a", 2), ("b c", 2)]
+    assert [c.out.partition("-")[0] for c in toy[:2]] == [
+        "runs/toy/speeds/steps=1+prompt=a", "runs/toy/speeds/steps=1+prompt=b_c",
+    ]  # fmt: skip
+    assert cli.main(["toy", "-m", "experiment=over/steps", "steps=3"]) == 0  # a word is stronger
+    assert [(c.prompt, c.steps) for c in toy[4:]] == [("a", 3), ("b c", 3)]
+    assert cli.main(["toy", "experiment=over/steps", "steps=3", "prompt=a"]) == 0
+    assert (toy[6].out, toy[6].steps) == ("runs/toy/speeds", 3)
+    assert cli.main(["toy", "experiment=over/steps", "prompt=a"]) == 2
+    assert "the experiment is a sweep of steps=1,2; add -m, or set steps to one of them" in capsys.readouterr().err
+    assert len(toy) == 7
+
+
 def test_a_sweep_over_a_group(toy):
     assert cli.main(["toy", "-m", "engine=small,turbo"]) == 0
     assert [c.out for c in toy] == ["runs/toy/ada/engine=small", "runs/toy/ada/engine=turbo"]
@@ -392,6 +411,7 @@ def test_stage_help(toy, capsys):
         "engine.path: str = small.bin",
         "engine=small | turbo",
         "experiment=fast  Toy at speed.",
+        "experiment=over/steps  Toy at several speeds.",
     ):
         assert said in text
     assert "wrong" not in text, "an experiment of other settings is not offered"

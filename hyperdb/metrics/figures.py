@@ -167,7 +167,8 @@ def differences(scores: Scores, against: Mapping[str, Sequence[str]], figure: st
     """
     known = {row: score[figure] for row, score in scores.items() if figure in score}
     pairs = [(a, b) for a, rows in against.items() for b in rows if a in known and b in known]
-    return {f"{a}-{b}": paired(*_common(known[a], known[b]), seed) for a, b in pairs}
+    both = {f"{a}-{b}": _common(known[a], known[b]) for a, b in pairs}
+    return {name: paired(a, b, seed) for name, (a, b) in both.items()}
 
 
 def closed(scores: Scores, low: str, high: str) -> dict[str, float]:

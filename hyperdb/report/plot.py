@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyperdb.report.results import is_figure
+from hyperdb.report.sweep import Axis
+from hyperdb.report.table import COLUMNS
 from hyperdb.runtime.files import atomic
 
 MARKERS = "os^Dv<>P*X"  # one a results file
+OVER = ("cosine", "cosine_changed", "rank1_styled", "clip_t", "copy_pose")  # drawn over a setting's values, where known
 
 
 Spread = tuple[float, float, float]  # a mean, and how far its 95 % interval goes below and above
@@ -86,3 +89,43 @@ def draw(path: Path, plane: Plane, named: Mapping[str, Mapping[str, Any]]) -> Pa
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")
     return path
+
+
+def draw_over(path: Path, along: Axis, named: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write a picture of several results that differ in one setting: its values to the right, a line a row.
+
+    There is a panel for each figure of OVER that some row has. Values that are no numbers stand side by side.
+    """
+    from matplotlib.figure import Figure
+
+    every, order = list(named.values()), along.order()
+    rows = list(dict.fromkeys(name for results in every for name in results["rows"]))
+    figures = [x for x in OVER if any(is_figure(row.get(x)) for results in every for row in results["rows"].values())]
+    places = [along.values[i] for i in order] if along.is_number else list(range(len(order)))
+    figure = Figure(figsize=(4 * len(figures), 4), layout="constrained")
+    legend: dict[str, Any] = {}
+    for axes, name in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures, strict=True):
+        for row in rows:
+            known = [(x, every[i]["rows"].get(row, {}).get(name)) for x, i in zip(places, order, strict=True)]
+            spread = [(x, *_spread(value)) for x, value in known if is_figure(value)]
+            if spread:
+                x, y, below, above = zip(*spread, strict=True)
+                bars = axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, color=f"C{rows.index(row)}")
+                legend.setdefault(_called(row, every), bars)
+        if along.is_number and min(places) > 0 and max(places) >= 8 * min(places):
+            axes.set_xscale("log")
+        axes.set_xticks(places, [along.text(i) for i in order])
+        axes.minorticks_off()
+        axes.set(xlabel=along.setting, ylabel=COLUMNS[name].label)
+    box = figure.legend(legend.values(), legend, loc="outside lower center", ncols=2, fontsize="small")
+    for text in (*box.get_texts(), *(tick for axes in figure.axes for tick in axes.get_xticklabels())):
+        text.set_parse_math(False)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    return path
+
+
+def _called(row: str, every: Sequence[Mapping[str, Any]]) -> str:
+    """Return what people read of a row, or its name where that changes with the setting."""
+    labels = {" ".join(results["rows"][row].get("label", row).split()) for results in every if row in results["rows"]}
+    return labels.pop() if len(labels) == 1 else row

@@ -198,6 +198,15 @@ def _described(config: Config, model: Personalizer, row: str, people: int) -> di
     return {**found, **{key: value for key, value in fewer.items() if value is not None}}
 
 
+def _settings(config: Config, hypernet: dict[str, str]) -> dict[str, Any]:
+    """Return what decides the pictures beside the rows' methods; of the hypernetwork's training what its file says."""
+    from hyperdb.runtime.recipe import plain, recipe
+
+    elsewhere = ("rows", "methods", "recognisers", "judges")
+    found = {key: value for key, value in recipe(config).items() if key not in elsewhere}
+    return plain(found) | {"hypernet": json.loads(hypernet.get("settings", "{}"))}
+
+
 def _read(config: Config, row: str, described: dict[str, Any]) -> dict[str, Any]:
     """Return what tables say of a row: its label, where it begins, the kind of adapter and for how many iterations."""
     steps = described["finetune"]["steps"] if described["finetune"] else 0
@@ -382,6 +391,7 @@ def run(config: Config) -> Path:
         "recognisers": config.recognisers,
         "judges": {one.name: one.digest for one in encoders},
         "methods": described,
+        "settings": _settings(config, hypernet),
         "made_from": made_from,
         **provenance(),
         "persons": people.seed[torch.stack([r[0] for r in rows])].tolist(),

@@ -2,6 +2,7 @@
 
     hyperdb report results=runs/evaluate/likeness/results.json
     hyperdb report results=[a.json,b.json] name=both
+    hyperdb report results=runs/evaluate/ablation_rank name=rank     # every results.json in a folder
 
 Needs no model. The figures need matplotlib.
 """
@@ -16,7 +17,7 @@ from hyperdb.report.plot import PLANES
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 
-WRITES = ("table.md", "table.tex", "table.csv", *(f"{name}.png" for name in PLANES))
+WRITES = ("table.md", "table.tex", "table.csv", "over.png", *(f"{name}.png" for name in PLANES))
 PACKAGES = "% \\usepackage{booktabs, adjustbox}\n"
 
 
@@ -29,10 +30,13 @@ class Config:
 
     A picture sets the likeness against something that it costs: seconds, bytes, copying of the photo, obedience to the
     style. Every row is a point with its 95 % interval, and all files are in one picture.
+
+    Files that differ in one setting, as those of an ablation or a sweep do, are in one further table over its values,
+    which stands first, and in the picture `over.png`.
     """
 
     results: list[FilePath] = "???"  # type: ignore[assignment]
-    """files of `hyperdb evaluate`"""
+    """files of `hyperdb evaluate`; a folder stands for every results.json in it"""
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/report/default"  # folder that is written
 
@@ -41,18 +45,30 @@ class Config:
             raise UserError("results=[]: name a file of `hyperdb evaluate`, or several as [A,B]")
 
 
+def _files(name: str) -> list[str]:
+    """Return a file, or the results in and below a folder. Raises `UserError` for a folder without any."""
+    if not (folder := resolve(name)).is_dir():
+        return [name]
+    if not (found := sorted(map(str, folder.rglob("results.json")))):
+        raise UserError(f"results={name}: this folder holds no results.json")
+    return found
+
+
 def run(config: Config) -> Path:
     """Write the tables and those figures that the results have; return `out`."""
-    from hyperdb.report.plot import draw, points
+    from hyperdb.report.plot import draw, draw_over, points
     from hyperdb.report.results import load
+    from hyperdb.report.sweep import axis, merged
     from hyperdb.report.table import comma_separated, latex, markdown
     from hyperdb.runtime.files import hash_files, save_text
     from hyperdb.runtime.output import claim
 
-    named = {file: load(resolve(file)) for file in config.results}
+    named = {file: load(resolve(file)) for name in config.results for file in _files(name)}
     out = claim(config.out, WRITES, {"results": [hash_files([resolve(file)]) for file in named]})
-    parts = [f"## {title}\n\n{markdown(results, brief=False)}\n" for title, results in named.items()]
-    typeset = [PACKAGES, *(latex(results, title) for title, results in named.items())]
+    along = axis(named) if len(named) > 1 else None
+    shown = named if along is None else {f"over {along.setting}": merged(named, along), **named}
+    parts = [f"## {title}\n\n{markdown(results, brief=False)}\n" for title, results in shown.items()]
+    typeset = [PACKAGES, *(latex(results, title) for title, results in shown.items())]
     written = [
         save_text(out / "table.md", "\n".join(parts)),
         save_text(out / "table.tex", "\n".join(typeset)),
@@ -61,6 +77,8 @@ def run(config: Config) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures: matplotlib is not installed; run `pip install 'hyperdb[plots]'`")
     else:
+        if along is not None:
+            written.append(draw_over(out / "over.png", along, named))
         for name, plane in PLANES.items():
             lacking = [title for title, results in named.items() if not points(plane, results)]
             if len(lacking) < len(named):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -478,7 +479,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.optim import EMA, Schedule
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
-    from hyperdb.runtime.recipe import recipe
+    from hyperdb.runtime.recipe import plain, recipe
     from hyperdb.runtime.seed import derive
     from hyperdb.tuning.prior import load_prior
     from hyperdb.tuning.validation import verdict
@@ -571,7 +572,8 @@ def run(config: Config) -> Path:
 
     # --- write
     objective.injection.remove()
-    model.save(out / "hypernet.safetensors", {**origin, "steps": str(config.steps)})
+    settings = json.dumps(plain(recipe(config)))
+    model.save(out / "hypernet.safetensors", {**origin, "steps": str(config.steps), "settings": settings})
     save_json(out / "report.json", {"config": asdict(config), **origin, **provenance()})
     if config.tracker:
         accelerator.end_training()

@@ -638,6 +638,9 @@ def test_a_method_may_use_fewer_refinements(made, judged, tmp_path):
         return {row: load_tensors(out / "rows" / f"{row}.safetensors")[0]["images"] for row in rows}
 
     both = pictures(made["hyper"], "hyper_40_k1", "hyper_only")
+    (out,) = tmp_path.glob("hyper-2")
+    told = json.loads((out / "results.json").read_text())["settings"]
+    assert (told["views"], told["diffusion"]["size"], told["hypernet"]["steps"]) == (1, 32, 4)
     assert torch.equal(both["hyper_40_k1"], pictures(tmp_path / "one", "hyper_only")["hyper_only"])
     assert torch.equal(both["hyper_only"], pictures(made["hyper"], "hyper_only")["hyper_only"])
     assert not torch.equal(both["hyper_40_k1"], both["hyper_only"])

@@ -61,6 +61,27 @@ def test_pictures_that_a_file_has_no_figures_for_are_left_out(small, capsys):
     assert {p.name for p in out.glob("*.png")} == set(PICTURES)
 
 
+def test_a_folder_of_an_ablation_is_one_table_and_one_picture(small, capsys):
+    found = json.loads(small.read_text())
+    for rank in (16, 2):
+        Path(f"runs/rank={rank}").mkdir(parents=True)
+        told = {**found, "settings": {"relaxed": {"rank": rank}}}
+        Path(f"runs/rank={rank}/results.json").write_text(json.dumps(told))
+    out = config.run("report", ["results=runs"])
+    headings = [line for line in (out / "table.md").read_text().splitlines() if line.startswith(("#", "| a"))]
+    assert headings[:3] == [
+        "## over relaxed.rank",
+        "| a; relaxed.rank 2 | 0.500 [0.400, 0.600] | 0.25 | 5 |",
+        "| a; relaxed.rank 16 | 0.500 [0.400, 0.600] | 0.25 | 5 |",
+    ]
+    assert headings[3::2] == ["## runs/rank=16/results.json", "## runs/rank=2/results.json"]
+    assert (out / "table.tex").read_text().count(r"\caption") == 3
+    assert {p.name for p in out.glob("*.png")} == {"over.png", "bytes.png"}
+    Path("empty").mkdir()
+    assert cli.main(["report", "results=empty", "out=out"]) == 2
+    assert "results=empty: this folder holds no results.json" in capsys.readouterr().err
+
+
 def test_without_matplotlib_there_are_tables(small, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = config.run("report", [f"results={small}"])

@@ -1,0 +1,77 @@
+"""Results that differ in one setting are one table and one picture over its values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperdb.report.plot import draw_over
+from hyperdb.report.sweep import axis, merged
+from hyperdb.report.table import markdown
+
+
+def result(cosine=0.5, methods=None, **settings):
+    told = {"label": f"LoRA, {settings.get('steps', 0)} steps", "people": 9}
+    rows = {"lora": {**told, "cosine": {"mean": cosine, "lo": cosine - 0.1, "hi": cosine + 0.1}}}
+    return {"rows": rows, "paired": {}, "people": 9, "settings": settings, "methods": methods or {}}
+
+
+def found(*results):
+    return axis({str(i): one for i, one in enumerate(results)})
+
+
+def test_the_setting_in_which_results_differ():
+    along = found(result(finetune={"steps": 20, "noise": [0, 1]}), result(finetune={"steps": 5, "noise": [0, 1]}))
+    assert (along.setting, along.values, along.is_number, along.order()) == ("finetune.steps", [20, 5], True, [1, 0])
+    noise = found(*(result(noise=levels) for levels in ([0, 1], [0, 0.5])))
+    assert (noise.setting, noise.is_number, noise.order(), noise.text(1)) == ("noise", False, [0, 1], "[0, 0.5]")
+    null = found(result(weight=None), result(weight=0.5))
+    assert (null.values, null.is_number, null.text(0)) == ([None, 0.5], False, "null")
+
+
+def test_what_follows_from_a_setting_counts_as_one_with_it():
+    rows = ({"lora": {"finetune": {"rate": rate}, "start": None}} for rate in (1e-3, 1e-2))
+    alike = found(*(result(methods=one, rate=rate) for one, rate in zip(rows, (1e-3, 1e-2), strict=True)))
+    assert alike.setting == "rate"
+    alone = found(*(result(methods={"lora": {"finetune": {"rate": rate}}}) for rate in (1e-3, 1e-2)))
+    assert (alone.setting, alone.values) == ("methods.lora.finetune.rate", [1e-3, 1e-2])
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [result(a=1, b=1), result(a=2, b=3)],  # two settings
+        [result(a=1), result(a=1)],  # none
+        [result(a=1), result(a=2), result(a=1)],  # a value twice
+        [result(a=1), {**result(a=2), "settings": {}}, {"rows": {}, "people": 3}],  # no settings: an older file
+    ],
+)
+def test_results_that_do_not_differ_in_one_setting(results):
+    assert found(*results) is None
+
+
+def test_the_table_has_the_values_of_a_row_below_each_other():
+    named = {"b": result(0.75, steps=20), "a": result(0.5, steps=5)}
+    named["b"]["rows"]["floor"] = {"cosine": named["b"]["rows"]["lora"]["cosine"]}
+    lines = markdown(merged(named, axis(named)), brief=False).splitlines()
+    assert lines[2:] == [
+        "| LoRA, 5 steps; steps 5 | 0.500 [0.400, 0.600] | 9 |",
+        "| LoRA, 20 steps; steps 20 | 0.750 [0.650, 0.850] | 9 |",
+        "| floor; steps 20 | 0.750 [0.650, 0.850] | — |",
+        "",
+        "n = 9 people, 1 seed; in brackets: 95 % intervals over people",
+    ]
+
+
+def test_the_picture_is_the_same_again_and_differs_with_the_figures(tmp_path):
+    """Of numbers, of other values, and of a label in which `$` means nothing."""
+    for values in ([5, 20, 160], [None, "a$_b", [0.0, 0.5]]):
+        named = {str(i): result(0.1 * i, value=value) for i, value in enumerate(values)}
+        other = {name: result(0.9, value=value) for name, value in zip(named, values, strict=True)}
+        drawn = []
+        for i, one in enumerate((named, named, other)):
+            with Image.open(draw_over(tmp_path / f"{i}.png", axis(one), one)) as image:
+                drawn.append(np.array(image.convert("RGB")))
+        assert np.array_equal(drawn[0], drawn[1])
+        assert drawn[0].shape != drawn[2].shape or not np.array_equal(drawn[0], drawn[2])
