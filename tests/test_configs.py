@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,20 @@ def test_a_sweep_has_several_values_of_settings_of_one_stage(name):
         made = config.load(stage, [f"experiment={name}", f"diffusion={base}"])
         assert made.out == f"runs/{stage}/{made.name}"
         assert made.name == name.replace("/", "_")
+
+
+def test_every_method_has_as_many_rates_to_choose_from():
+    found = {name.partition("/")[2]: params for name, params in SWEPT.items() if name.startswith("sweep/")}
+    assert {"hyper_40", "no_hyper_40", "dreambooth", "textual_inversion", "lora", "dora", "svdiff"} < set(found)
+    for method, params in found.items():
+        ((key, values),) = params.items()
+        rates = [float(value) for value in values.split(",")]
+        assert (key, len(rates), sorted(rates)) == (f"methods.{method}.finetune.rate", 5, rates)
+        assert all(2.9 < high / low < 3.4 for low, high in itertools.pairwise(rates))
+        for base in BASES:
+            own = config.load("evaluate", [f"experiment=sweep/{method}", f"diffusion={base}"])
+            assert (own.rows, own.split) == ([method], "validation")
+            assert rates[0] < own.fit(method).rate < rates[-1]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +13,7 @@ from PIL import Image
 from hyperdb.report.plot import draw_over
 from hyperdb.report.sweep import axis, merged
 from hyperdb.report.table import markdown
+from hyperdb.runtime.errors import UserError
 
 
 def result(cosine=0.5, methods=None, **settings):
@@ -75,3 +80,23 @@ def test_the_picture_is_the_same_again_and_differs_with_the_figures(tmp_path):
                 drawn.append(np.array(image.convert("RGB")))
         assert np.array_equal(drawn[0], drawn[1])
         assert drawn[0].shape != drawn[2].shape or not np.array_equal(drawn[0], drawn[2])
+
+
+def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_path):
+    choose = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "tables" / "sweeps.py"))["choose"]
+    told = {"split": "validation", "seeds": 1, "base": "b", "data": "d", "commit": None, "dirty": None}
+    for rate, changed, obeyed in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.95), (1e-3, 0.45, 0.92)):
+        one = result(methods={"lora": {"finetune": {"rate": rate}}}) | told
+        for figure, value in (("cosine_changed", changed), ("place_accuracy", obeyed)):
+            one["rows"]["lora"][figure] = {"mean": value, "lo": value, "hi": value}
+        (tmp_path / "sweep" / f"rate={rate}").mkdir(parents=True)
+        (tmp_path / "sweep" / f"rate={rate}" / "results.json").write_text(json.dumps(one))
+    found = choose("lora", tmp_path / "sweep")
+    assert (found["rate"], found["at_an_end"]) == (1e-4, False)  # .003 repeats the photo
+    assert [one["rate"] for one in found["rates"]] == [1e-5, 1e-4, 1e-3, 3e-3]
+    assert found["chosen_by"]["obedience"] == "place_accuracy"
+    (tmp_path / "sweep" / "rate=1e-05" / "results.json").unlink()
+    assert choose("lora", tmp_path / "sweep")["at_an_end"]
+    for method, folder in (("svdiff", "sweep"), ("lora", "none")):
+        with pytest.raises(UserError, match=f"holds no sweep; run .*experiment=sweep/{method}"):
+            choose(method, tmp_path / folder)
