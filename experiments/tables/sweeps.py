@@ -1,7 +1,7 @@
 """Choose each method's rate on validation people, from what its sweep found.
 
     hyperdb evaluate -m experiment=sweep/lora
-    python experiments/tables/sweeps.py lora               # as many names as you like; out=FOLDER writes elsewhere
+    python experiments/tables/sweeps.py lora      # several, or lora=FOLDER of the runs; out=FOLDER of the files
 
 Writes sweeps/NAME.json beside this file: every rate with its figures, and the one that is chosen. It has the highest
 likeness under changed prompts of those that still obey them. Likeness alone would choose whoever repeats the photo. A
@@ -50,9 +50,10 @@ def choose(method: str, folder: Path) -> dict[str, Any]:
 
 def main(words: list[str]) -> None:
     """Write a file for each method named."""
-    out = next((Path(word.removeprefix("out=")) for word in words if word.startswith("out=")), HERE / "sweeps")
-    for method in (word for word in words if "=" not in word):
-        found = choose(method, RUNS / f"sweep_{method}")
+    folders = {method: folder or RUNS / f"sweep_{method}" for method, _, folder in (w.partition("=") for w in words)}
+    out = Path(folders.pop("out", HERE / "sweeps"))
+    for method, folder in folders.items():
+        found = choose(method, Path(folder))
         end = ", at an end of those tried" if found["at_an_end"] else ""
         print(f"{method}: {found['rate']:g} of {len(found['rates'])}{end}; {save_json(out / f'{method}.json', found)}")
 
