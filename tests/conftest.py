@@ -83,7 +83,7 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_judges(tmp_path_factory):
-    """Return the folders of an untrained DINO, 32 px, and an untrained CLIP, 24 px, which knows WORDS."""
+    """Return the folders of an untrained DINO and VICReg, 32 px, and an untrained CLIP, 24 px, which knows WORDS."""
     import timm
     import torch
     from timm.models import save_for_hf
@@ -91,7 +91,7 @@ def tiny_judges(tmp_path_factory):
 
     from hyperdb.stages.train_base import build_tokenizer
 
-    folders = {name: tmp_path_factory.mktemp("judges") / name for name in ("dino", "clip")}
+    folders = {name: tmp_path_factory.mktemp("judges") / name for name in ("dino", "vicreg", "clip")}
     small = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
     tokenizer = build_tokenizer(WORDS, 16)
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -103,9 +103,10 @@ def tiny_judges(tmp_path_factory):
     size = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        dino = timm.create_model("vit_tiny_patch16_224", num_classes=0, **small)
+        vits = {name: timm.create_model("vit_tiny_patch16_224", num_classes=0, **small) for name in ("dino", "vicreg")}
         clip = CLIPModel(config)
-    save_for_hf(dino, folders["dino"], model_args=small, safe_serialization=True)
+    for name, vit in vits.items():
+        save_for_hf(vit, folders[name], model_args=small, safe_serialization=True)
     clip.save_pretrained(folders["clip"])
     CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folders["clip"])
     return folders

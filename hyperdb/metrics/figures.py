@@ -39,9 +39,9 @@ class Standard:
     plain pictures are of one prompt, so their mean is one value. Beside them stands each kind of prompt alone, with
     `_plain`, `_changed` or `_styled` behind its name.
 
-    - Likeness, `dino` and `clip_i`: the mean cosine of a picture with each of the `views`, as DreamBooth (Ruiz et al.
-      2023) has it. The views are always photos, so a picture in a style loses by it: compare rows, not prompts. The
-      reference is not among them.
+    - Likeness, `dino`, `vicreg` and `clip_i`: the mean cosine of a picture with each of the `views`, as DreamBooth
+      (Ruiz et al. 2023) has it. The views are always photos, so a picture in a style loses by it: compare rows, not
+      prompts. The reference is not among them.
     - Fidelity, `clip_t`: the cosine of a picture with its prompt, from which the identifier is taken out, for it means
       nothing to CLIP. Textual Inversion (Gal et al. 2022) does so too ("a photo of on the moon"); DreamBooth does not
       say. The noun stays: "a photo of a [V] face" is compared with "a photo of a face".

@@ -43,6 +43,8 @@ class Pretrained(ABC):
     name: str
     dim: int
     net: Any  # a timm or transformers model
+    made_by = ""  # the command that trains one, where this repository does
+    without = "or to null to go without"
 
     def __init__(self, path: str, device: torch.device) -> None:
         folder = self._find(path)
@@ -107,7 +109,8 @@ class Pretrained(ABC):
     def _unusable(self, path: str, why: str) -> UserError:
         repository, _, revision = path.partition("@")
         fetch = f"fetch it with `hf download {repository}{f' --revision {revision}' if revision else ''}`, "
+        such = f", such as `{self.made_by}` writes," if self.made_by else ","
         return UserError(
             f"judges.{self.name}={path!r}: {why}; {'' if resolve(path).exists() or path[0] in '/.~' else fetch}"
-            f"set judges.{self.name} to a folder with {SETTINGS} and {WEIGHTS}, or to null to go without"
+            f"set judges.{self.name} to a folder with {SETTINGS} and {WEIGHTS}{such} {self.without}"
         )

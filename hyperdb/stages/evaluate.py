@@ -34,7 +34,8 @@ UNASKED = {  # they obey no prompt, but that the ceiling's renders have styles a
 # figures compared in pairs, beside the cosine
 FURTHER = (
     *("cosine_dlib", "rank1", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
-    *("style_accuracy", "place_accuracy", "dino", "clip_i", "clip_t"),
+    *("cosine_verifier", "rank1_verifier", "rank1_styled_verifier"),
+    *("style_accuracy", "place_accuracy", "dino", "vicreg", "clip_i", "clip_t"),
 )
 
 WRITES = ("rows/*.safetensors", "prior.safetensors")
@@ -59,7 +60,8 @@ class Config(PersonalizerConfig):
     (round to the first), `copy` the given one, the likeness that copying gives.
 
     `recognisers` judge the likeness; the first one's figures have no suffix. `judges` give the figures of whole
-    pictures, DINO, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count.
+    pictures, DINO, VICReg, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count. There the
+    recogniser `verifier` has its weights from too.
     """
 
     image: FilePath = "none"
@@ -112,6 +114,9 @@ class Config(PersonalizerConfig):
         for name in self.recognisers:
             if name not in RECOGNISERS:
                 raise UserError(f"recognisers={name!r}: expected {' or '.join(RECOGNISERS)}")
+        if "verifier" in self.recognisers and self.judges.verifier is None:
+            trained = "`hyperdb train_judge judge=verifier` trains one"
+            raise UserError(f"recognisers='verifier' needs judges.verifier=FOLDER; {trained}")
 
     def fit(self, row: str) -> FitConfig | None:
         """Return the fine-tuning of a row; None where nothing is trained. Raises `UserError`."""
@@ -233,8 +238,11 @@ def results_file(config: Config, made_from: str, described: dict[str, Any]) -> P
     then = load_json(file) if file.exists() else {}
     known = isinstance(then, dict) and (not then or then.get("made_from") == made_from)
     known = known and all(then.get("methods", {}).get(row, how) == plain(how) for row, how in described.items())
-    kept = {"rows": config.rows, "recognisers": config.recognisers, "judges": config.judges.asked()}
+    # the verifier is a recogniser, and its weights stand among the judges'
+    asked = [*config.recognisers, *config.judges.asked()]
+    kept = {"rows": config.rows, "recognisers": asked, "judges": asked}
     lost = [x for key, now in kept.items() for x in then.get(key, []) if x not in now] if known else []
+    lost = list(dict.fromkeys(lost))
     lost += [f"{then['seeds']} seeds"] if known and then.get("seeds", 0) > config.seeds else []
     if not known or lost or (sheet.exists() and read_text(sheet).get("software") != "hyperdb"):
         what = f"figures that would be lost ({', '.join(lost)})" if lost else "something else"
@@ -309,9 +317,14 @@ def run(config: Config) -> Path:
     file = results_file(config, made_from, described)
     phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone
     places = [next((p for p, phrase in phrases.items() if phrase in text), None) for text in config.changed]
-    encoders = [judge(name, path, base.device) for name, path in config.judges.asked().items()]
+
+    def asked(name: str) -> Any:
+        path = getattr(config.judges, name, None)
+        return judge(name) if path is None else judge(name, path, base.device)
+
+    recognisers, encoders = ([asked(name) for name in names] for names in (config.recognisers, config.judges.asked()))
     standard = Standard(  # before the long part: what is missing is said now
-        [judge(name) for name in config.recognisers],
+        recognisers,
         Judge.load(resolve("package:embedded/judge.safetensors")) if styles or any(places) else None,
         shown[:, 0], views, styles, {style: renders[:, 1:] for style, renders in styled.items()}, places,
         encoders, [base.config.plain_prompt(text) for text in prompts],
@@ -389,7 +402,7 @@ def run(config: Config) -> Path:
         "hypernet": {"digest": whole["hypernet"], **{k: hypernet.get(k) for k in ("base", "data", "steps")}},
         "data": people.digest,
         "recognisers": config.recognisers,
-        "judges": {one.name: one.digest for one in encoders},
+        "judges": {one.name: one.digest for one in [*recognisers, *encoders] if hasattr(one, "digest")},
         "methods": described,
         "settings": _settings(config, hypernet),
         "made_from": made_from,

@@ -146,7 +146,7 @@ def run(config: Config) -> Path:
     axis = torch.linspace(-1, 1, size)
     distance = axis[:, None] ** 2 + axis[None, :] ** 2
     weight = (0.6 + config.face_weight * torch.exp(-distance / 0.3)).to(device)
-    vae.to(device)
+    vae.to(device, memory_format=torch.channels_last)
     if config.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -215,7 +215,7 @@ def run(config: Config) -> Path:
         vae.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
     psnr = (-10 * torch.log10(((x - y) / 2).square().mean())).item()
     with writing(out / "vae"):
-        vae.to("cpu").save_pretrained(out / "vae")
+        vae.to("cpu", memory_format=torch.contiguous_format).save_pretrained(out / "vae")
     save_json(out / "vae" / "made_from.json", {"data": people.digest})
     save_json(
         out / "report.json",

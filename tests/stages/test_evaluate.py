@@ -128,7 +128,7 @@ def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path)
     after = load_json(tmp_path / "results.json")
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()} == stamps
     new = {row: set(after["values"][row]) - set(values) for row, values in before["values"].items()}
-    all_of = {figure + kind for figure in ("dino", "clip_i", "clip_t") for kind in ("", "_plain", "_changed")}
+    all_of = {figure + kind for figure in ("dino", "vicreg", "clip_i", "clip_t") for kind in ("", "_plain", "_changed")}
     photos = all_of - {"clip_t", "clip_t_changed"}  # which were made under no prompt
     assert new == {"floor": all_of, "lora": all_of, "copy": photos, "ceiling": photos}
     assert all(after["values"][row].items() >= values.items() for row, values in before["values"].items())
@@ -146,8 +146,35 @@ def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path)
     obeyed = clip(drawn).view(PEOPLE, 3, -1) @ said.T
     assert torch.allclose(values["clip_t_plain"], obeyed[:, :2, 0].mean(1), atol=1e-5)
     assert torch.allclose(values["clip_t_changed"], obeyed[:, 2, 1], atol=1e-5)
-    assert set(after["judges"]) == {"dino", "clip"}
-    with pytest.raises(UserError, match=r"would be lost \(clip, dino\)"):
+    assert set(after["judges"]) == {"dino", "vicreg", "clip"}
+    with pytest.raises(UserError, match=r"would be lost \(clip, dino, vicreg\)"):
+        config.run("evaluate", words)
+
+
+def test_the_verifier_is_a_recogniser_with_weights(words, tiny_judges, tmp_path):
+    words, missing = [*words, "rows=[floor,copy]", f"out={tmp_path}"], tmp_path / "nothing"
+    asked = [*words, "recognisers=[sface,verifier]"]
+    with pytest.raises(UserError, match=r"recognisers='verifier' needs judges\.verifier=.*train_judge judge=verifier"):
+        config.run("evaluate", asked)
+    with pytest.raises(UserError) as told:
+        config.run("evaluate", [*asked, f"judges.verifier={missing}"])
+    assert "there is no such folder" in str(told.value)
+    assert "such as `hyperdb train_judge judge=verifier` writes, or take it out of recognisers" in str(told.value)
+    assert "\n" not in str(told.value)
+    asked.append(f"judges.verifier={tiny_judges['vicreg']}")  # of the same kind
+    config.run("evaluate", asked)
+    found = load_json(tmp_path / "results.json")
+    assert set(found["judges"]) == {"verifier"}
+    assert found["rows"]["floor"]["detected_verifier"] == 1  # it looks for no face
+    figures = {"floor": pictures(tmp_path, "floor"), "copy": pictures(tmp_path, "copy")}
+    verifier = judge("verifier", str(tiny_judges["vicreg"]), torch.device("cpu"))
+    views = load_people(next(w for w in words if w.startswith("data=")).removeprefix("data="), split="test")
+    views = verifier(views.images[torch.stack(views.photos)[:, 1:3]].flatten(0, 1)).view(PEOPLE, 2, -1).mean(1)
+    for row, images in figures.items():
+        cosine = torch.cosine_similarity(verifier(images.flatten(0, 1)).view(PEOPLE, 2, -1), views[:, None], dim=-1)
+        assert torch.allclose(torch.tensor(found["values"][row]["cosine_verifier"][0]), cosine.mean(1), atol=1e-5)
+    assert set(found["paired_further"]) >= {"cosine_verifier", "rank1_verifier"}
+    with pytest.raises(UserError, match=r"would be lost \(verifier\)"):
         config.run("evaluate", words)
 
 
