@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,17 @@ def test_a_base_is_chosen_in_one_word():
         for choice in yaml.safe_load(path.read_text())["defaults"]:
             for group, option in choice.items() if isinstance(choice, dict) else ():
                 assert group == "diffusion" or group not in recipe_groups() or option == "${diffusion}", path
+
+
+def test_a_base_has_its_own_recipe_of_an_adapter(tmp_path, monkeypatch):
+    """Wherever the adapter is trained: alone, or as a row of an evaluation. Another base keeps the reference's."""
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    (conf / "adapters" / "tuned").mkdir(exist_ok=True)
+    (conf / "adapters" / "tuned" / "embedded_dora.yaml").write_text("# @package _global_\nfinetune:\n  rate: 0.0123\n")
+    monkeypatch.setattr(options, "conf_dir", lambda: conf)
+    for more, rate in ([], 0.0123), (["diffusion=sd15"], 1e-4):
+        assert config.load("personalize", ["image=none", "adapter=dora", *more]).finetune.rate == rate
+        assert config.load("evaluate", more).fit("dora").rate == rate
 
 
 def test_bases_differ_in_what_is_written():
