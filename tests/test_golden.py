@@ -135,11 +135,11 @@ def vae(tiny_base):
          ["judge=clip", "held_out=1", "rate=0.003", "diffusion.path={base}", "diffusion.size=32", "judge.width=32",
           "judge.layers=1", "judge.patch=16", "judge.text_width=32", "judge.text_layers=1"]),
         ("train_judge_vicreg", "train_judge",
-         ["judge=vicreg", "held_out=2", "rate=0.003", "diffusion.path={base}", "diffusion.size=32",
+         ["judge=vicreg", "held_out=2", "rate=0.0003", "diffusion.path={base}", "diffusion.size=32",
           "judge.expander=16"]),
         ("train_judge_verifier", "train_judge",
-         ["judge=verifier", "held_out=2", "rate=0.001", "diffusion.path={base}", "diffusion.size=32",
-          "judge.pictures=2"]),
+         ["judge=verifier", "held_out=2", "rate=0.0003", "diffusion.path={base}", "diffusion.size=32",
+          "judge.pictures=2", "judge.temperature=1"]),
     ],
 )  # fmt: skip
 def test_losses_of_the_other_trainings(tiny_base, rendered, vae, losses, tmp_path, golden, name, stage, words):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.metrics.objectives import ObjectiveConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "judge.safetensors", "judge/*")
 KEPT = "its last checkpoint is kept"
@@ -48,6 +52,8 @@ def run(config: Config) -> Path:
     import torch
 
     from hyperdb.data.people import latent_moments, load_people
+    from hyperdb.metrics.obedience import SIDE
+    from hyperdb.metrics.objectives.objective import reduced
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
@@ -66,6 +72,16 @@ def run(config: Config) -> Path:
     seen = (people.identity < people.identities - config.held_out).nonzero()[:, 0]
     held = (people.identity >= people.identities - config.held_out).nonzero()[:, 0]
 
+    side = min(SIDE, people.images.shape[-1])
+    through = torch.empty(len(people), 3, side, side, dtype=torch.uint8)
+    known = torch.zeros(len(people), dtype=torch.bool)
+
+    def rebuilt(rows: Tensor) -> Tensor:  # a picture is decoded when it is first drawn
+        if len(new := rows[~known[rows]].unique()):
+            through[new] = reduced(base.decode(moments[new, 0].float())).round().byte()
+            known[new] = True
+        return through[rows].float()
+
     # --- train
     torch.manual_seed(derive(config.seed, "judge weights"))  # the only way to seed timm's initialisation
     objective = config.judge.objective(people, seen, base).to(base.device).train()
@@ -74,7 +90,7 @@ def run(config: Config) -> Path:
         g = generator(config.seed, "judge", step)
         rows = objective.draw(config.batch, g)
         half = len(rows) // 2
-        images = torch.cat([base.decode(moments[rows[:half], 0].float()), people.images[rows[half:]]]).float()
+        images = torch.cat([rebuilt(rows[:half]), reduced(people.images[rows[half:]])])
         gain = 1 + 0.05 * torch.randn(len(images), 3, 1, 1, generator=g)
         grain = 4 * torch.randn(images.shape, generator=g) * torch.rand(len(images), 1, 1, 1, generator=g)
         with autocast(base.device, torch.float32 if base.device.type == "cpu" else torch.bfloat16):

@@ -24,6 +24,12 @@ def pixels(images: Tensor) -> Tensor:
     return x / 127.5 - 1
 
 
+def reduced(images: Tensor) -> Tensor:
+    """Return images `[B, 3, H, W]` as floats, those larger than networks see them at `[B, 3, SIDE, SIDE]`."""
+    x = images.float()
+    return F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True) if x.shape[-1] > SIDE else x
+
+
 class Objective(nn.Module, ABC):
     """What is trained on rendered people, the rows `seen` of them: its parameters, the loss, and what comes out."""
 
