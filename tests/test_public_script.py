@@ -146,25 +146,28 @@ def test_each_person_is_drawn_with_their_own_lora(module, stand_in, words, tmp_p
     assert [one["seed"] for one in given] == ["0", "0", "1", "1"]  # two people, then two people
     base, files = drawn[0][0], [Path(one["output_dir"]).with_name("lora.safetensors") for one in given]
     made = [lora.read(file).factors(find_sites(base.unet, base.text_encoder), "base") for file in files]
-    assert [changes is None for _, changes in drawn] == [True, False, False, False] * 2
-    for seed, theirs in enumerate((drawn[1][1], drawn[5][1])):
+    assert [changes is None for _, changes in drawn] == [True, *[False] * 4] * 2
+    for seed, theirs in enumerate((drawn[1][1], drawn[6][1])):
         assert len(theirs) == 2
         for person, one in enumerate(made[2 * seed : 2 * seed + 2]):
             for name, pair in one.items():
                 assert all(torch.equal(a[person], b[0]) for a, b in zip(theirs[name], pair, strict=True))
-    for changes in (drawn[2][1], drawn[6][1]):  # hyperdb's at the same places, trained
+    for changes in (drawn[k][1] for k in (2, 3, 7, 8)):  # hyperdb's at the same places, trained
         assert changes.keys() == made[0].keys()
         assert all(pair.up.abs().max() > 0 for pair in changes.values())
+    assert any(not torch.equal(drawn[2][1][name].down, drawn[3][1][name].down) for name in made[0])
 
     found = load_json(out)
-    assert list(found["rows"]) == ["base", "script", "alike", "lora"]
+    assert list(found["rows"]) == ["base", "script", "alike", "places", "lora"]
     sizes = {row: (one["layers"], one["numbers"]) for row, one in found["rows"].items() if row != "base"}
     assert sizes["script"] == sizes["alike"] == (2, 2 * 2 * (32 + 32))
     assert sizes["lora"] > sizes["script"]
     assert [len(of_seed) for of_seed in found["values"]["script"]["cosine"]] == [2, 2]
     mean = {row: sum(map(sum, found["values"][row]["cosine"])) / 4 for row in found["rows"]}
     assert found["paired"]["cosine"]["lora-script"]["mean"] == pytest.approx(mean["lora"] - mean["script"], abs=1e-6)
-    assert found["paired"]["cosine_changed"].keys() == {"script-base", "alike-script", "lora-script", "lora-base"}
+    pairs = {"script-base", "alike-script", "places-alike", "lora-places", "lora-script", "lora-base"}
+    assert found["paired"].keys() == {"cosine", "cosine_changed"}
+    assert all(one.keys() == pairs for one in found["paired"].values())
     assert found["differs"]["betas"] == {"script": [None, 0.75], "hyperdb": [0.9, 0.99]}
     assert found["script"]["sha256"] == module.hashlib.sha256(stand_in.read_bytes()).hexdigest()
     assert "--instance_data_dir={photo}" in found["script"]["options"]

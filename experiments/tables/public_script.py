@@ -7,8 +7,9 @@ PATH is your own copy of examples/dreambooth/train_dreambooth_lora.py of github.
 the diffusers that is installed (`pip show diffusers`). It is run as it is, without a network, and needs the extra peft.
 
 Rows: the base; the script; `alike`, hyperdb's trainer at the places that the script adapts, begun as widely as it
-begins; `lora`, as conf/adapters/lora.yaml says. The words are steps, rate and rank, which hold for all three and are
-else those of that yaml, and settings of `hyperdb evaluate experiment=sweep/lora`, such as people, images and seeds.
+begins; `places`, at those places alone; `lora`, as conf/adapters/lora.yaml says. The words are steps, rate and rank,
+which hold for all of these and are else those of that yaml, and settings of `hyperdb evaluate experiment=sweep/lora`,
+such as people, images and seeds.
 Writes public_script.json beside this file; what the script has trained is kept in the folder `--runs`.
 """
 
@@ -60,7 +61,7 @@ LEFT = (  # options of the script that decide the training too, and that are lef
     "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "lr_scheduler", "lora_dropout",
     "with_prior_preservation", "center_crop",
 )  # fmt: skip
-AGAINST = {"script": ["base"], "alike": ["script"], "lora": ["script", "base"]}
+AGAINST = {"script": ["base"], "alike": ["script"], "places": ["alike"], "lora": ["places", "script", "base"]}
 
 
 def read(words: list[str]) -> tuple[Config, LoRAConfig, FitConfig]:
@@ -150,7 +151,7 @@ def differing(defaults: dict[str, Any], rank: int) -> dict[str, dict[str, Any]]:
         "betas": {"script": [defaults["adam_beta1"], defaults["adam_beta2"]], "hyperdb": list(ours["betas"])},
         "weight_decay": {"script": defaults["adam_weight_decay"], "hyperdb": ours["weight_decay"]},
         "longest_gradient": {"script": defaults["max_grad_norm"], "hyperdb": None},
-        "deviation_of_down_at_the_start": {"script": 1 / rank, "alike": 1 / rank, "lora": "1 / sqrt(inputs)"},
+        "deviation_of_down_at_the_start": {"script": 1 / rank, "hyperdb": "1 / sqrt(inputs)"},
     }
 
 
@@ -193,11 +194,12 @@ def main(arguments: list[str]) -> None:
             name: LowRank(*map(torch.cat, zip(*(part[name] for part in parts), strict=True))) for name in parts[0]
         }
         same, begin = alike(base, adapter, list(theirs), count)
-        print(f"seed {seed}: alike, lora", flush=True)
+        print(f"seed {seed}: alike, places, lora", flush=True)
         changes = {
             "base": None,
             "script": theirs,
             "alike": same.changes(fit(base, same, moments, seeded, begin=begin)),
+            "places": same.changes(fit(base, same, moments, seeded)),
             "lora": own.changes(fit(base, own, moments, seeded)),
         }
         noises = [seed * len(prompts) + k for k in range(len(prompts))]
@@ -208,8 +210,8 @@ def main(arguments: list[str]) -> None:
     scores = {row: {name: np.stack(v, 1) for name, v in score.items()} for row, score in found.items()}  # [I, S] each
 
     # --- figures
-    places = {"script": same, "alike": same, "lora": own}
-    sizes = {row: {"layers": len(one.layout), "numbers": numbers(one)} for row, one in places.items()}
+    adapters = {"script": same, "alike": same, "places": same, "lora": own}
+    sizes = {row: {"layers": len(one.layout), "numbers": numbers(one)} for row, one in adapters.items()}
     defaults, origin = options(given.script), provenance()
     stated = re.search(r"check_min_version\(.([\w.]+).\)", load_text(given.script))
     result = {
