@@ -200,6 +200,20 @@ def test_alike_begins_as_peft_begins(module, tiny_base):
     assert not any(value.any() for name, value in begin.params.items() if name.endswith(".up"))
 
 
+def test_the_tables_are_the_results_file():
+    text, found = FILE.with_name("README.md").read_text(), load_json(FILE.with_suffix(".json"))
+    for row, figures in found["rows"].items():
+        means = " | ".join(f"{figures[name]['mean']:.3f}" for name in ("cosine", "cosine_changed"))
+        each = ", ".join(f"{x:.3f}" for x in found["values"][row]["cosine"][0])
+        assert f" | {each} | {means} | {figures['copy_pose']['mean']:.2f} |" in text
+    for name in found["paired"]["cosine"]:
+        c, changed = (
+            f"{x['mean']:+.3f} [{x['lo']:+.3f}, {x['hi']:+.3f}]"
+            for x in (one[name] for one in found["paired"].values())
+        )
+        assert f"| {name.replace('-', ' - ')} | {c} | {changed} |" in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(PUBLIC is None, reason="PUBLIC_SCRIPT=FILE names a copy of diffusers' train_dreambooth_lora.py")
 def test_the_script_itself(module, words, tmp_path):
