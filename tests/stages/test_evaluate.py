@@ -114,6 +114,22 @@ def test_a_slow_row_is_of_the_first_people_alone(evaluated, words, tmp_path):
         config.run("evaluate", [*words, few[0], f"out={tmp_path}"])
 
 
+def test_a_row_is_drawn_at_a_strength_of_its_adapter(evaluated, words, tmp_path):
+    asked, whole = [*words, "rows=[lora]", f"out={tmp_path}"], pictures(evaluated, "lora").float()
+    base = pictures(evaluated, "floor").float()
+    for strength in ("0", "0.1"):
+        shutil.rmtree(tmp_path)
+        result = load_json(config.run("evaluate", [*asked, f"methods.lora.strength={strength}"]))
+        assert result["methods"]["lora"]["strength"] == float(strength)
+        found = pictures(tmp_path, "lora").float()
+        if strength == "0":
+            assert torch.equal(found, base)
+    little, full = (found - base).abs().mean(), (whole - base).abs().mean()
+    assert 0.02 * full < little < 0.8 * full
+    with pytest.raises(UserError, match=r"rows/lora\.safetensors of a run with other strength"):
+        config.run("evaluate", [*asked, "results=whole.json"])
+
+
 def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path):
     further = "changed=['a photo of a [V] face, on the beach']"
     words = [*words, "rows=[floor,lora,copy,ceiling]", further, f"out={tmp_path}"]
