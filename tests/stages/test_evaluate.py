@@ -17,6 +17,7 @@ from hyperdb.heads.captions import vocabulary
 from hyperdb.heads.captions import words as words_of
 from hyperdb.metrics import judge
 from hyperdb.metrics.score import paired
+from hyperdb.report.gallery import columns
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
 from hyperdb.tuning import methods
@@ -97,6 +98,15 @@ def test_a_row_is_added_to_what_is_there(evaluated, words, tmp_path):
     assert list(after["rows"]) == rows
     assert {row: after["values"][row] for row in before["values"]} == before["values"]
     assert all((evaluated / "rows" / name).stat().st_mtime_ns == then for name, then in stamps.items())
+
+
+def test_what_is_kept_of_the_rows_is_a_gallery(evaluated, tmp_path):
+    out = config.run("report", [f"results={evaluated / 'results.json'}", f"out={tmp_path}", "gallery_people=2"])
+    assert (out / "gallery.webp").stat().st_size <= 300_000
+    shown, left_out = columns({evaluated / "results.json": load_json(evaluated / "results.json")}, None)
+    assert [column.row for column in shown] == ["floor", *KINDS]
+    assert {column.people for column in shown} == {PEOPLE}
+    assert left_out == []
 
 
 def test_a_slow_row_is_of_the_first_people_alone(evaluated, words, tmp_path):
