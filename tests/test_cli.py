@@ -517,3 +517,36 @@ def test_doctor_says_what_to_do(monkeypatch, tmp_path):
     (tmp_path / "base/model_index.json").write_text("{}")
     assert next(doctor.embedded(doctor.Config())).state == "ok"
     assert next(doctor.hub(doctor.Config(sd15=str(tmp_path)))).state == "ok"
+
+
+@pytest.mark.parametrize("base", options.choices("diffusion"))
+def test_doctor_says_how_each_judge_is_had(base, in_tmp, monkeypatch):
+    import huggingface_hub
+    import yaml
+
+    from hyperdb.metrics import JudgesConfig
+    from hyperdb.stages import doctor
+
+    cache = {}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *what, revision: cache.get((*what, revision)))
+    asked = yaml.safe_load((options.conf_dir() / "evaluate" / f"{base}.yaml").read_text())["judges"]
+
+    def found():
+        return dict(zip(asked, doctor.judges(doctor.Config(base=base)), strict=True))
+
+    assert asked.keys() == JudgesConfig.__dataclass_fields__.keys()
+    assert {finding.state for finding in found().values()} == {"optional"}
+    assert "hf download timm/vit_small_patch16_224.dino" in found()["dino"].advice
+    assert "hyperdb train_judge judge=verifier" in found()["verifier"].advice
+    for name, path in asked.items():
+        repository, _, revision = (path or "").partition("@")
+        folder = in_tmp / "runs" / "train_judge" / name / "judge"
+        folder.mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            assert found()[name].state == "optional"
+            cache[repository, file, revision or None] = "at hand"
+            (folder / file).touch()
+        assert found()[name].state == "ok"
+        assert found()[name].advice.endswith("" if path else f"judges.{name}=runs/train_judge/{name}/judge")
+    with pytest.raises(UserError, match="base='sd': expected embedded or sd15"):
+        doctor.Config(base="sd")

@@ -340,7 +340,7 @@ def grid(
 ) -> NDArray[np.uint8]:
     """Lay pictures [H, W, 3] out on white, row by row; pictures of other sizes take the first's.
 
-    `labels` are written above the pictures, `rows` left of the rows; long ones are shortened.
+    `labels` are written above the pictures, as many as there are, `rows` left of the rows; long ones are shortened.
     """
     if not images or columns < 1:
         raise ValueError(f"a grid needs pictures and columns, got {len(images)} and {columns}")
@@ -350,8 +350,8 @@ def grid(
     font = ImageFont.load_default(size=font_size)
     line_height = round(1.3 * font_size) + gap
     left = min(2 * width, round(max(map(font.getlength, rows))) + 2 * gap) if rows else 0
-    top = line_height if labels else 0
-    size = (left + columns * (width + gap) + gap, lines * (top + height + gap) + gap)
+    labelled = -(-len(labels or ()) // columns)  # lines that have room for labels
+    size = (left + columns * (width + gap) + gap, lines * (height + gap) + min(lines, labelled) * line_height + gap)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for i, array in enumerate(images):
@@ -359,12 +359,12 @@ def grid(
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS)
         row, column = divmod(i, columns)
-        x, y = left + gap + column * (width + gap), gap + row * (top + height + gap)
-        canvas.paste(image, (x, y + top))
+        x, y = left + gap + column * (width + gap), gap + row * (height + gap) + min(row, labelled) * line_height
+        canvas.paste(image, (x, y + (line_height if row < labelled else 0)))
         if labels and i < len(labels):
             draw.text((x, y), _shorten(labels[i], font, width), fill="black", font=font)
     for row, label in enumerate(rows or ()):
-        y = gap + row * (top + height + gap) + top + height // 2
+        y = gap + row * (height + gap) + min(row + 1, labelled) * line_height + height // 2
         name = _shorten(label, font, left - 2 * gap) if left == 2 * width else label
         draw.text((gap, y), name, fill="black", font=font, anchor="lm")
     return np.array(canvas)

@@ -43,6 +43,8 @@ def _wrong(found: Any) -> str | None:
     for told in ("settings", "methods"):
         if not isinstance(found.get(told, {}), dict):
             return f"its {told} are not named"
+    if not all(isinstance(how, dict) for how in found.get("methods", {}).values()):
+        return "what its methods are is not told"
     further = found.get("paired_further", {})
     for pairs in (found.get("paired"), *(further.values() if isinstance(further, dict) else [further])):
         if not isinstance(pairs, dict):

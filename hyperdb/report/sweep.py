@@ -37,13 +37,18 @@ def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _methods(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what results say of each row's method; one that names no strength was drawn as trained."""
+    return {row: {"strength": 1.0, **how} for row, how in found.get("methods", {}).items()}
+
+
 def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
     """Return the setting in which results differ; None if there are several or none, or the same value twice.
 
     Settings that follow from each other, such as the rate of the fine-tuning and that of a row, count as one, by the
     first name. A setting that only some of the results have differs too.
     """
-    told = [_flat({**found.get("settings", {}), "methods": found.get("methods", {})}) for found in named.values()]
+    told = [_flat({**found.get("settings", {}), "methods": _methods(found)}) for found in named.values()]
     columns: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for one in told for key in one):
         columns[key] = [json.dumps(one.get(key)) for one in told]
@@ -52,6 +57,23 @@ def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
         return None
     setting, values = next(iter(differ.items()))
     return Axis(setting, [json.loads(value) for value in values]) if len(set(values)) == len(values) else None
+
+
+def own_axis(named: Mapping[str, Mapping[str, Any]], row: str) -> tuple[list[str], Axis] | None:
+    """Return the results that have a row, and the one number in which its method differs in them, the lowest first.
+
+    None if it is the same method in all, differs otherwise, or the results differ in more than that.
+    """
+    mine = {
+        title: {**found, "methods": {row: how}}
+        for title, found in named.items()
+        if row in found["rows"] and (how := found.get("methods", {}).get(row)) is not None
+    }
+    along = axis(mine) if len(mine) > 1 else None
+    if along is None or not along.is_number or len({json.dumps(_methods(found)) for found in mine.values()}) == 1:
+        return None
+    order = along.order()
+    return [list(mine)[i] for i in order], Axis(along.setting, [along.values[i] for i in order])
 
 
 def merged(named: Mapping[str, Mapping[str, Any]], along: Axis) -> dict[str, Any]:

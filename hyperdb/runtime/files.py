@@ -16,6 +16,7 @@ from hyperdb.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 
 @contextmanager
@@ -112,28 +113,35 @@ def save_tensors(
     return Path(path)
 
 
-def _open(path: str | Path) -> Any:
+def _open(path: str | Path, framework: str = "pt") -> Any:
     from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
-        return safe_open(str(path), framework="pt")
+        return safe_open(str(path), framework=framework)
     except Exception as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from error
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
     """Read only the string metadata of a safetensors file."""
-    with _open(path) as file:
+    with _open(path, "np") as file:
         return dict(file.metadata() or {})
 
 
 def load_shapes(path: str | Path) -> dict[str, list[int]]:
     """Read only the names and shapes of a safetensors file's tensors."""
-    with _open(path) as file:
+    with _open(path, "np") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def load_parts(path: str | Path, name: str, places: Iterable[tuple[int, ...]]) -> list[NDArray[Any]]:
+    """Read of a safetensors file only some entries `tensor[place]` of the tensor `name`, as numpy arrays."""
+    with _open(path, "np") as file:
+        whole = file.get_slice(name)
+        return [whole[place] for place in places]
 
 
 def load_tensors(path: str | Path, without: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -199,8 +199,10 @@ def _described(config: Config, model: Personalizer, row: str, people: int) -> di
     settings = {"relaxed": model.learned, "lidb": model.lidb.config, None: method.adapter}[method.train]
     adapter = None if settings is None else {"kind": kind_of(settings), **asdict(settings)}
     found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
-    fewer = {"refinements": method.refinements, "people": count if (count := method.among(people)) < people else None}
-    return {**found, **{key: value for key, value in fewer.items() if value is not None}}
+    count = method.among(people)
+    seldom = {"refinements": method.refinements, "people": None if count == people else count}
+    seldom["strength"] = None if method.strength == 1 else method.strength
+    return {**found, **{key: value for key, value in seldom.items() if value is not None}}
 
 
 def _settings(config: Config, hypernet: dict[str, str]) -> dict[str, Any]:
@@ -311,8 +313,10 @@ def run(config: Config) -> Path:
     whole = _made_from(config, model, people)
     described = {row: _described(config, model, row, len(rows)) for row in config.rows}
     made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
+    seldom = dict.fromkeys(("refinements", "strength"))  # told of few rows; of a row without it, it was not set
     for row in config.rows:
-        out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), {**whole, **described[row]})
+        mine = {**whole, **seldom, **described[row]}
+        out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), mine)
     claim(config.out, ("prior.safetensors",), whole)
     file = results_file(config, made_from, described)
     phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,8 @@ class MethodConfig:
     `start` is the prediction that it begins at: the person's `own`, everybody's `average`, `another` person's, or null,
     the base alone. `refinements` says how many times the hypernetwork refines it; null is as many times as it was
     trained to. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast fine-tuning,
-    or `lidb` itself; `adapter` describes any other. With neither, nothing is trained.
+    or `lidb` itself; `adapter` describes any other. With neither, nothing is trained. `strength` is a factor on all
+    that the adapter changes, prediction and training alike, when pictures are drawn; the training knows nothing of it.
     """
 
     label: str  # what people read; {steps} in it stands for the number of iterations
@@ -40,6 +42,7 @@ class MethodConfig:
     finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the stage's fine-tuning
     against: list[str] = field(default_factory=list)  # rows that it is compared with, person by person
     people: int | None = None  # the first so many alone, where it is slow; null: all
+    strength: float = 1.0  # 0 is the base, 1 the person as trained
 
     def __post_init__(self) -> None:
         if self.start not in (None, *STARTS):
@@ -52,6 +55,8 @@ class MethodConfig:
             raise UserError(f"train={self.train} and an adapter: a method trains one of them")
         if self.people is not None and self.people < 2:
             raise UserError(f"people={self.people}: expected at least 2, or null for all")
+        if not math.isfinite(self.strength) or (self.strength != 1 and self.start is None and not self.trains):
+            raise UserError(f"strength={self.strength}: expected a finite number, of a method that has an adapter")
         try:
             self.text(0)
         except (LookupError, ValueError) as error:
@@ -189,7 +194,8 @@ class Cohort:
                 seeded = replace(settings, seed=settings.seed + seed)
                 changes = both(changes, self.train(adapter, seeded, some, start, progress))
             seconds += time.perf_counter() - began
-            images.append(draw(base, changes, some.stop - some.start, prompts, noises, progress=progress))
+            people, strength = some.stop - some.start, method.strength
+            images.append(draw(base, changes, people, prompts, noises, strength=strength, progress=progress))
         seconds /= count
         if method.start in ("own", "another"):  # everybody's average is there before the person
             seconds += self._prediction(method.refinements)[1]

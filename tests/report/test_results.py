@@ -44,6 +44,7 @@ def test_results_are_read_as_they_are(tmp_path):
         (("seeds",), 0, "it does not say of how many seeds it is"),
         (("settings",), ["rate"], "its settings are not named"),
         (("methods",), None, "its methods are not named"),
+        (("methods",), {"a": 3}, "what its methods are is not told"),
         (("paired",), None, "it has no paired differences"),
         (("paired", "a-c"), INTERVAL, "its paired difference 'a-c' is not an interval of two rows"),
         (("paired", "a-b"), 0.1, "its paired difference 'a-b' is not an interval of two rows"),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hyperdb.report.plot import draw_over
-from hyperdb.report.sweep import axis, merged
+from hyperdb.report.sweep import axis, merged, own_axis
 from hyperdb.report.table import markdown
 from hyperdb.runtime.errors import UserError
 
@@ -41,6 +41,27 @@ def test_what_follows_from_a_setting_counts_as_one_with_it():
     assert alike.setting == "rate"
     alone = found(*(result(methods={"lora": {"finetune": {"rate": rate}}}) for rate in (1e-3, 1e-2)))
     assert (alone.setting, alone.values) == ("methods.lora.finetune.rate", [1e-3, 1e-2])
+
+
+def test_a_row_that_names_no_strength_was_drawn_as_trained():
+    along = found(*(result(methods={"lora": how}) for how in ({"strength": 0.5}, {"start": None}, {"strength": 0.0})))
+    assert (along.setting, along.values) == ("methods.lora.strength", [0.5, 1.0, 0.0])
+
+
+def test_a_row_is_followed_along_the_number_of_its_own_method():
+    """Beside rows that stay as they are, and files that do not have it: so several methods' sweeps are one picture."""
+    steps = (40, 5, 160)
+    named = {str(n): result(methods={"lora": {"finetune": {"steps": n}}, "floor": {"start": None}}) for n in steps}
+    for one in named.values():
+        one["rows"]["floor"] = one["rows"]["lora"]
+    other = result(methods={"svdiff": {"finetune": {"steps": 7}}})
+    named["b"] = {**other, "rows": {"svdiff": other["rows"]["lora"]}}
+    titles, along = own_axis(named, "lora")
+    assert titles == ["5", "40", "160"]
+    assert (along.setting, along.values) == ("methods.lora.finetune.steps", [5, 40, 160])
+    assert own_axis(named, "floor") is own_axis(named, "svdiff") is None
+    named["b"] = {**named["5"], "settings": {"people": 3}}  # of others: no further point of the line
+    assert own_axis(named, "lora") is None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from hyperdb.heads.captions import vocabulary
 from hyperdb.heads.captions import words as words_of
 from hyperdb.metrics import judge
 from hyperdb.metrics.score import paired
+from hyperdb.report.gallery import columns
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
 from hyperdb.tuning import methods
@@ -99,6 +100,15 @@ def test_a_row_is_added_to_what_is_there(evaluated, words, tmp_path):
     assert all((evaluated / "rows" / name).stat().st_mtime_ns == then for name, then in stamps.items())
 
 
+def test_what_is_kept_of_the_rows_is_a_gallery(evaluated, tmp_path):
+    out = config.run("report", [f"results={evaluated / 'results.json'}", f"out={tmp_path}", "gallery_people=2"])
+    assert (out / "gallery.webp").stat().st_size <= 300_000
+    shown, left_out = columns({evaluated / "results.json": load_json(evaluated / "results.json")}, None)
+    assert [column.row for column in shown] == ["floor", *KINDS]
+    assert {column.people for column in shown} == {PEOPLE}
+    assert left_out == []
+
+
 def test_a_slow_row_is_of_the_first_people_alone(evaluated, words, tmp_path):
     few = ["rows=[floor,lora,copy,ceiling]", "methods.lora.people=2", "methods.lora.against=[floor]"]
     result = load_json(config.run("evaluate", [*words, *few, f"out={tmp_path}"]))
@@ -112,6 +122,22 @@ def test_a_slow_row_is_of_the_first_people_alone(evaluated, words, tmp_path):
     assert not any("lora" in part for words in result["slices"].values() for part in words.values())
     with pytest.raises(UserError, match=r"rows/lora\.safetensors of a run with other people"):
         config.run("evaluate", [*words, few[0], f"out={tmp_path}"])
+
+
+def test_a_row_is_drawn_at_a_strength_of_its_adapter(evaluated, words, tmp_path):
+    asked, whole = [*words, "rows=[lora]", f"out={tmp_path}"], pictures(evaluated, "lora").float()
+    base = pictures(evaluated, "floor").float()
+    for strength in ("0", "0.1"):
+        shutil.rmtree(tmp_path)
+        result = load_json(config.run("evaluate", [*asked, f"methods.lora.strength={strength}"]))
+        assert result["methods"]["lora"]["strength"] == float(strength)
+        found = pictures(tmp_path, "lora").float()
+        if strength == "0":
+            assert torch.equal(found, base)
+    little, full = (found - base).abs().mean(), (whole - base).abs().mean()
+    assert 0.02 * full < little < 0.8 * full
+    with pytest.raises(UserError, match=r"rows/lora\.safetensors of a run with other strength"):
+        config.run("evaluate", [*asked, "results=whole.json"])
 
 
 def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path):
