@@ -29,6 +29,7 @@ from hyperdb import options
 from hyperdb.runtime import output
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import expand, is_path
+from hyperdb.runtime.share import Share
 from hyperdb.words import check_word, escaped, parsed, quoted, swept, unknown
 
 STAGES: dict[str, tuple[str, str]] = {
@@ -203,8 +204,8 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     """Run a stage once for every combination of values, through Hydra's launcher.
 
     Several values are written `seed=0,1`, of text `prompt=['a','b']`, or stand in the yaml of an experiment, under
-    `hydra.sweeper.params`. Every job writes into a folder of its own, below `out`, called after its values. A launcher
-    plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
+    `hydra.sweeper.params`. Every job writes into a folder of its own, below `out`, called after its values; jobs that
+    differ in their `shard` share one. A launcher plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
     """
     import hydra
     from hydra.errors import HydraException
@@ -223,6 +224,7 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     readings = {word.partition("=")[0]: parsed(word) for word in words}
     apart = {key for key, override in readings.items() if override is None or not override.is_sweep_override()}
     apart |= {"out"} if "out" in named else {"name"}
+    apart |= {"shard"} if issubclass(schema, Share) else set()
 
     def task(raw: Any) -> str | None:
         if "out" in raw and (job := job_name(apart)):

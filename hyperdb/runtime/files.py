@@ -30,10 +30,11 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, first: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` only if the block ends well.
 
-    Raises `UserError` when the disk is full, read-only or otherwise unwilling.
+    With `first` a file that another process has written in the meantime stays. Raises `UserError` when the disk is
+    full, read-only or otherwise unwilling.
     """
     path = Path(path)
     with writing(path):
@@ -44,9 +45,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o644)
-            os.replace(temporary, path)
+            if not (first and _linked(temporary, path)):
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless another has it; False where the disk has no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def save_text(path: str | Path, text: str) -> Path:
@@ -101,13 +114,16 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def save_tensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    first: bool = False,
 ) -> Path:
-    """Write a safetensors file atomically. Metadata values are strings."""
+    """Write a safetensors file atomically; with `first` one that is there stays. Metadata values are strings."""
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as temporary:
+    with atomic(path, first) as temporary:
         save_file(ready, temporary, metadata=dict(metadata or {}))
     return Path(path)
 

@@ -85,6 +85,37 @@ def test_people_are_drawn_together_as_far_as_their_adapters_fit(evaluated, words
     assert (apart.float() - together.float()).abs().max() <= 2
 
 
+def test_shards_of_a_row_are_put_together(words, tmp_path, capsys):
+    """Of three people in batches of two each share has a batch; the row lora has one, which is of the second share."""
+    rows = ["rows=[floor,lora,copy,ceiling]", "methods.lora.people=2", "seeds=2"]
+    then = load_json(config.run("evaluate", [*words, *rows, f"out={tmp_path / 'whole'}"]))
+    out = tmp_path / "shards"
+    asked = [*words, *rows, f"out={out}"]
+    config.run("evaluate", [*asked, "shard=1", "num_shards=2"])
+    assert "after all shards run it without shard" in capsys.readouterr().out
+    names = ["ceiling-0-1of2", "copy-0-1of2", "floor-0-1of2", "floor-1-1of2", "lora-0-1of2", "lora-1-1of2"]
+    assert sorted(p.stem for p in (out / "rows").iterdir()) == names
+    assert len(pictures(out, "floor-0-1of2")) == 1
+    config.run("evaluate", [*asked, "shard=0", "num_shards=2"])
+    assert not (out / "results.json").exists()
+    (out / "rows" / "copy-0-0of2.safetensors").unlink()  # drawn by whoever puts it together
+    now = load_json(config.run("evaluate", asked))
+    assert {p.name for p in (out / "rows").iterdir()} == {p.name for p in (tmp_path / "whole" / "rows").iterdir()}
+    for path in (out / "rows").iterdir():
+        apart, together = pictures(out, path.stem), pictures(tmp_path / "whole", path.stem)
+        assert (apart.float() - together.float()).abs().max() <= 2
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()}
+    config.run("evaluate", [*asked, "shard=1", "num_shards=2"])  # all is there
+    assert {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()} == stamps
+    assert now["settings"] == then["settings"]
+    assert now["methods"] == then["methods"]
+    assert now["made_from"] == then["made_from"]
+    for row, told in then["rows"].items():
+        assert now["rows"][row].keys() == told.keys()
+        assert now["rows"][row]["people"] == told["people"]
+        assert now["values"][row]["copy_pose"] == [pytest.approx(x, abs=0.05) for x in then["values"][row]["copy_pose"]]
+
+
 def test_a_row_is_added_to_what_is_there(evaluated, words, tmp_path):
     stamps = {p.name: p.stat().st_mtime_ns for p in (evaluated / "rows").iterdir()}
     before = load_json(evaluated / "results.json")
