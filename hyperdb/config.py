@@ -28,8 +28,9 @@ from typing import Any
 from hyperdb import options
 from hyperdb.runtime import output
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.lock import writing_into
 from hyperdb.runtime.paths import expand, is_path
-from hyperdb.runtime.share import Share
+from hyperdb.runtime.share import Share, processes
 from hyperdb.words import check_word, escaped, parsed, quoted, swept, unknown
 
 STAGES: dict[str, tuple[str, str]] = {
@@ -179,9 +180,10 @@ def _swept(words: Sequence[str]) -> dict[str, str]:
 
 
 def execute(stage: str, settings: Any) -> Path | None:
-    """Run a stage, whose `out` is looked at first.
+    """Run a stage, whose `out` is looked at first and kept from other runs meanwhile.
 
-    With `dry_run` only say what it would load, and how much memory it would take.
+    Of several processes of one run the first does so, or each for its share. With `dry_run` only say what the stage
+    would load, and how much memory it would take.
     """
     module = stage_module(stage)
     if getattr(settings, "dry_run", False):
@@ -193,11 +195,16 @@ def execute(stage: str, settings: Any) -> Path | None:
     if out is None:
         return module.run(settings)
     output.check(out, getattr(module, "WRITES", ()))
-    try:
+    number, of = settings.share() if isinstance(settings, Share) else (0, 1)
+    if of == 1 and processes()[0] > 0:
         return module.run(settings)
-    except UserError:
-        output.release(out)
-        raise
+    with writing_into(out, f"{number}of{of}" if of > 1 else ""):
+        try:
+            return module.run(settings)
+        except UserError:
+            if of == 1:
+                output.release(out)
+            raise
 
 
 def sweep(stage: str, words: Sequence[str]) -> None:

@@ -97,12 +97,12 @@ def release(out: str | Path) -> None:
     folder = Path(out)
     if runs := _runs(folder):
         left = [run for run in runs if _found(folder, run["writes"])]
-        if left:
-            save_json(folder / RECORD, {"runs": left})
-        else:
+        if not left:
             (folder / RECORD).unlink()
             if not any(folder.iterdir()):
                 folder.rmdir()
+        elif left != runs:
+            save_json(folder / RECORD, {"runs": left})
 
 
 def is_free(out: str | Path, name: str, made_from: Mapping[str, Any]) -> bool:
