@@ -52,6 +52,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "weights": ("hyperdb.stages.weights", "many people's adapters: components, attributes, new people"),
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
     "report": ("hyperdb.stages.report", "results of evaluate -> tables and figures"),
+    "status": ("hyperdb.stages.status", "how far runs are: done, running, failed, missing"),
 }
 
 

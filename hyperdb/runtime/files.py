@@ -128,21 +128,21 @@ def save_tensors(
     return Path(path)
 
 
-def _open(path: str | Path) -> Any:
+def _open(path: str | Path, framework: str = "pt") -> Any:
     from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
-        return safe_open(str(path), framework="pt")
+        return safe_open(str(path), framework=framework)
     except Exception as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from error
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """Read only the string metadata of a safetensors file."""
-    with _open(path) as file:
+    """Read only the string metadata of a safetensors file; imports no torch."""
+    with _open(path, "numpy") as file:
         return dict(file.metadata() or {})
 
 

@@ -404,8 +404,10 @@ def run(config: Config) -> Path:
     whole = _made_from(config, model, people)
     described = {row: _described(config, model, row, len(rows)) for row in config.rows}
     made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
-    for row in config.rows:
-        out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), {**whole, **described[row]})
+    repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
+    for row, count in repeats.items():
+        names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
+        out = claim(config.out, names, {**whole, **described[row]}, count)
     claim(config.out, ("prior.safetensors",), whole)
     file = results_file(config, made_from, described)
     phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone
@@ -435,7 +437,6 @@ def run(config: Config) -> Path:
         bar.update(len(sent))
         return through.expand(-1, best.shape[1], -1, -1, -1), {"seconds": 0.0, "bytes": 0.0}
 
-    repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
     counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
     work = {row: 2 if fit is not None else 1 for row, fit in fits.items()}  # of a person: fine-tuned, drawn
     pictures = Pictures(

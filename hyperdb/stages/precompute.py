@@ -220,7 +220,7 @@ def run(config: Config) -> Path:
     }
     settings = recipe(config)
     del settings["identities"]  # more of them go on where fewer were
-    out = claim(config.out, WRITES, {**settings, "made_from": origin})
+    out = claim(config.out, WRITES, {**settings, "made_from": origin}, -(-len(rows) // config.batch))
     prior = load_prior(base, config.prior, out / "prior.safetensors") if max(_kept(config)) > 0 else None
     start: Start | None = None
     model: Hypernet | None = None

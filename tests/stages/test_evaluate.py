@@ -19,6 +19,7 @@ from hyperdb.metrics import judge
 from hyperdb.metrics.score import paired
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
+from hyperdb.stages import status
 from hyperdb.tuning import methods
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.personalizer import Personalizer
@@ -96,6 +97,8 @@ def test_shards_of_a_row_are_put_together(words, tmp_path, capsys):
     names = ["ceiling-0-1of2", "copy-0-1of2", "floor-0-1of2", "floor-1-1of2", "lora-0-1of2", "lora-1-1of2"]
     assert sorted(p.stem for p in (out / "rows").iterdir()) == names
     assert len(pictures(out, "floor-0-1of2")) == 1
+    told = "0 of 2 done, 2 missing; 1 of 2 shards of seed 0, 1 of 2 shards of seed 1"
+    assert status.examine(out)[:2] == [f"{row:20} {told}" for row in ("row floor", "row lora")]
     config.run("evaluate", [*asked, "shard=0", "num_shards=2"])
     assert not (out / "results.json").exists()
     (out / "rows" / "copy-0-0of2.safetensors").unlink()  # drawn by whoever puts it together
@@ -104,6 +107,8 @@ def test_shards_of_a_row_are_put_together(words, tmp_path, capsys):
     for path in (out / "rows").iterdir():
         apart, together = pictures(out, path.stem), pictures(tmp_path / "whole", path.stem)
         assert (apart.float() - together.float()).abs().max() <= 2
+    for line, (row, seeds) in zip(status.examine(out), [("floor", 2), ("lora", 2), ("copy", 1)], strict=False):
+        assert line == f"{f'row {row}':20} {seeds} of {seeds} done, 0 missing"
     stamps = {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()}
     config.run("evaluate", [*asked, "shard=1", "num_shards=2"])  # all is there
     assert {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()} == stamps

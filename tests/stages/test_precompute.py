@@ -19,6 +19,7 @@ from hyperdb.hypernet import loss as weight_space
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors
+from hyperdb.stages import status
 from hyperdb.tuning import fit as fitting
 from hyperdb.tuning.fit import fit
 
@@ -205,10 +206,12 @@ def test_a_store_made_in_shards_is_that_of_one_job(base_words, aligned, tmp_path
     _precompute(base_words, aligned, out, *more, "shard=1", "num_shards=2")
     assert [p.name for p in out.glob("fits-*")] == ["fits-00001.safetensors"]
     assert "others are not" in capsys.readouterr().out
+    assert status.examine(out)[0] == f"{'files of fits':20} 1 of 3 done, 2 missing; there is no index yet"
     assert not (out / "index.json").exists()
     stamp = (out / "fits-00001.safetensors").stat().st_mtime_ns
     _precompute(base_words, aligned, out, *more, "shard=0", "num_shards=2")
     assert _contents(out) == whole
+    assert status.examine(out)[0] == f"{'files of fits':20} 3 of 3 done, 0 missing; the index is written"
     (out / "index.json").unlink()
     (out / "fits-00002.safetensors").unlink()
     _precompute(base_words, aligned, out, *more)
