@@ -1,6 +1,7 @@
 """The command line: `hyperdb STAGE key=value ...`.
 
-Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 the user's input (one line), 130 interrupted.
+Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 the user's input (one line), 130 interrupted,
+143 terminated.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 from hyperdb import config, options
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_text
+from hyperdb.runtime.share import processes
+from hyperdb.runtime.stop import Terminated, ending
 from hyperdb.runtime.version import __version__
 
 USAGE = """\
@@ -198,14 +201,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"hyperdb: warning: {message}\n"  # one line, no source path
     argv = sys.argv[1:] if argv is None else argv
     try:
-        dispatch(argv)
+        with ending():
+            dispatch(argv)
         sys.stdout.flush()
     except UserError as error:
         print(f"hyperdb: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {_after_interruption(argv)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        if processes()[0] == 0:
+            print(f"\n{'terminated' if terminated else 'interrupted'}; {_after_interruption(argv)}", file=sys.stderr)
+        return 143 if terminated else 130
     except BrokenPipeError:
         # the reader (head, less) went away; keep the interpreter's last flush from complaining
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

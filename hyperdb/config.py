@@ -28,7 +28,9 @@ from typing import Any
 from hyperdb import options
 from hyperdb.runtime import output
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.lock import writing_into
 from hyperdb.runtime.paths import expand, is_path
+from hyperdb.runtime.share import Share, processes
 from hyperdb.words import check_word, escaped, parsed, quoted, swept, unknown
 
 STAGES: dict[str, tuple[str, str]] = {
@@ -50,6 +52,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "weights": ("hyperdb.stages.weights", "many people's adapters: components, attributes, new people"),
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
     "report": ("hyperdb.stages.report", "results of evaluate -> tables and figures"),
+    "status": ("hyperdb.stages.status", "how far runs are: done, running, failed, missing"),
 }
 
 
@@ -178,9 +181,10 @@ def _swept(words: Sequence[str]) -> dict[str, str]:
 
 
 def execute(stage: str, settings: Any) -> Path | None:
-    """Run a stage, whose `out` is looked at first.
+    """Run a stage, whose `out` is looked at first and kept from other runs meanwhile.
 
-    With `dry_run` only say what it would load, and how much memory it would take.
+    Of several processes of one run the first does so, or each for its share. With `dry_run` only say what the stage
+    would load, and how much memory it would take.
     """
     module = stage_module(stage)
     if getattr(settings, "dry_run", False):
@@ -192,19 +196,24 @@ def execute(stage: str, settings: Any) -> Path | None:
     if out is None:
         return module.run(settings)
     output.check(out, getattr(module, "WRITES", ()))
-    try:
+    number, of = settings.share() if isinstance(settings, Share) else (0, 1)
+    if of == 1 and processes()[0] > 0:
         return module.run(settings)
-    except UserError:
-        output.release(out)
-        raise
+    with writing_into(out, f"{number}of{of}" if of > 1 else ""):
+        try:
+            return module.run(settings)
+        except UserError:
+            if of == 1:
+                output.release(out)
+            raise
 
 
 def sweep(stage: str, words: Sequence[str]) -> None:
     """Run a stage once for every combination of values, through Hydra's launcher.
 
     Several values are written `seed=0,1`, of text `prompt=['a','b']`, or stand in the yaml of an experiment, under
-    `hydra.sweeper.params`. Every job writes into a folder of its own, below `out`, called after its values. A launcher
-    plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
+    `hydra.sweeper.params`. Every job writes into a folder of its own, below `out`, called after its values; jobs that
+    differ in their `shard` share one. A launcher plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
     """
     import hydra
     from hydra.errors import HydraException
@@ -223,6 +232,7 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     readings = {word.partition("=")[0]: parsed(word) for word in words}
     apart = {key for key, override in readings.items() if override is None or not override.is_sweep_override()}
     apart |= {"out"} if "out" in named else {"name"}
+    apart |= {"shard"} if issubclass(schema, Share) else set()
 
     def task(raw: Any) -> str | None:
         if "out" in raw and (job := job_name(apart)):

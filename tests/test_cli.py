@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -292,6 +293,12 @@ def test_exit_codes_of_run(toy, capsys, monkeypatch):
         monkeypatch.setattr(module, "run", failing(error))
         assert cli.main(["toy"]) == code
         assert said in capsys.readouterr().err
+    for number, code, said in ((signal.SIGINT, 130, "interrupted; "), (signal.SIGTERM, 143, "terminated; ")):
+        before = signal.getsignal(number)
+        monkeypatch.setattr(module, "run", lambda _, number=number: os.kill(os.getpid(), number))
+        assert cli.main(["toy"]) == code
+        assert f"{said}the same command begins again" in capsys.readouterr().err
+        assert signal.getsignal(number) is before
     monkeypatch.setattr(module, "KEPT", "its pictures are kept", raising=False)
     monkeypatch.setattr(module, "run", failing(KeyboardInterrupt()))
     assert cli.main(["toy"]) == 130

@@ -172,6 +172,17 @@ def test_each_value_of_a_sweep_has_a_folder(name, stage, folders, in_tmp, monkey
     assert len({one.out for one in made}) == len(made)
 
 
+@pytest.mark.parametrize("stage", ["precompute", "evaluate"])
+def test_shards_are_jobs_in_one_folder(stage, in_tmp, monkeypatch):
+    made = []
+    monkeypatch.setattr(config, "execute", lambda _, settings: made.append(settings))
+    config.sweep(stage, ["shard=range(0,3)", "num_shards=3", "seed=0,1" if stage == "evaluate" else "by=person"])
+    each = 2 if stage == "evaluate" else 1
+    assert sorted(one.share() for one in made) == sorted([(0, 3), (1, 3), (2, 3)] * each)
+    outs = [f"runs/evaluate/default/seed={seed}" for seed in (0, 1)] if each == 2 else ["runs/precompute/default"]
+    assert sorted({one.out for one in made}) == outs
+
+
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: p.relative_to(CONF).as_posix())
 def test_yaml_begins_with_what_it_is(path: Path):
     first = next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))

@@ -31,10 +31,11 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, first: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` only if the block ends well.
 
-    Raises `UserError` when the disk is full, read-only or otherwise unwilling.
+    With `first` a file that another process has written in the meantime stays. Raises `UserError` when the disk is
+    full, read-only or otherwise unwilling.
     """
     path = Path(path)
     with writing(path):
@@ -45,9 +46,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o644)
-            os.replace(temporary, path)
+            if not (first and _linked(temporary, path)):
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless another has it; False where the disk has no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def save_text(path: str | Path, text: str) -> Path:
@@ -102,13 +115,16 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def save_tensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    first: bool = False,
 ) -> Path:
-    """Write a safetensors file atomically. Metadata values are strings."""
+    """Write a safetensors file atomically; with `first` one that is there stays. Metadata values are strings."""
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as temporary:
+    with atomic(path, first) as temporary:
         save_file(ready, temporary, metadata=dict(metadata or {}))
     return Path(path)
 
@@ -126,8 +142,8 @@ def _open(path: str | Path, framework: str = "pt") -> Any:
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """Read only the string metadata of a safetensors file."""
-    with _open(path, "np") as file:
+    """Read only the string metadata of a safetensors file; imports no torch."""
+    with _open(path, "numpy") as file:
         return dict(file.metadata() or {})
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +16,7 @@ from hyperdb.diffusion import check_subject
 from hyperdb.metrics import RECOGNISERS, JudgesConfig, judge
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
+from hyperdb.runtime.share import Share
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.methods import MethodConfig
 from hyperdb.tuning.personalizer import PersonalizerConfig
@@ -43,7 +48,7 @@ KEPT = "the pictures of finished rows are kept"
 
 
 @dataclass(kw_only=True)
-class Config(PersonalizerConfig):
+class Config(PersonalizerConfig, Share):
     """`data`: rendered people, or photos; `photos` of a person from number `reference` on are given, others judge.
     These are `views` many, of rendered people those in other poses and places than the given ones, without an accessory
     of theirs (`People.unlike`), else the next. The iterations of a fine-tuning are those told, however many photos.
@@ -62,6 +67,9 @@ class Config(PersonalizerConfig):
     `recognisers` judge the likeness; the first one's figures have no suffix. `judges` give the figures of whole
     pictures, DINO, VICReg, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count. There the
     recogniser `verifier` has its weights from too.
+
+    With `num_shards` each job draws its `shard` of the people, in whole batches of `batch`, and measures nothing. The
+    same command without `shard` puts the pictures together, draws what is missing and measures.
     """
 
     image: FilePath = "none"
@@ -85,6 +93,7 @@ class Config(PersonalizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Share.__post_init__(self)
         if self.start is not None:
             raise UserError("start belongs to personalize; the rows of an evaluation say where each begins")
         if self.split not in ("test", "validation"):
@@ -222,6 +231,90 @@ def _read(config: Config, row: str, described: dict[str, Any]) -> dict[str, Any]
     return {"label": label, "start": described["start"], "adapter": kind, "steps": steps}
 
 
+def shares(people: int, batch: int, of: int) -> list[slice]:
+    """Divide people `of` times, such that those who are trained in one pass stay together; some parts may be empty."""
+    batches = -(-people // batch)
+    ends = [min(people, k * batches // of * batch) for k in range(of + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+@dataclass
+class Pictures:
+    """The pictures of each row and seed, a file each in `folder`; until all shares are there, a file each share.
+
+    A row has `people`, of whom `batch` are trained in one pass, and `made_from` says all that decides its pictures.
+    `draw` makes those of some people, with what one person's adapter costs. `kept` is told of how many people of a row
+    they were there.
+    """
+
+    folder: Path
+    batch: int
+    people: dict[str, int]
+    made_from: dict[str, str]
+    draw: Callable[[str, int, slice], tuple[Tensor, dict[str, float]]]
+    kept: Callable[[str, int], object]
+
+    def _path(self, row: str, seed: int) -> Path:
+        return self.folder / (f"{row}-{seed}.safetensors" if seed else f"{row}.safetensors")
+
+    def _parts(self, row: str, seed: int) -> dict[Path, int]:
+        """Return the files of shares, and how many shares there are by their names."""
+        named = re.compile(rf"{row}-{seed}-\d+of(\d+)\.safetensors")
+        return {path: int(found[1]) for path in self.folder.glob("*") if (found := named.fullmatch(path.name))}
+
+    def _has(self, path: Path, row: str) -> bool:
+        from hyperdb.runtime.files import load_metadata
+
+        return path.is_file() and load_metadata(path).get("made_from") == self.made_from[row]
+
+    def _save(self, path: Path, row: str, images: Tensor, cost: dict[str, float]) -> None:
+        from hyperdb.runtime.files import save_tensors
+
+        told = {name: str(value) for name, value in cost.items()}
+        save_tensors(path, {"images": images}, {"made_from": self.made_from[row], **told})
+
+    def _load(self, path: Path, row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
+        """Return what a file holds of some people, which is drawn if it is not there."""
+        from hyperdb.runtime.files import load_tensors
+
+        if self._has(path, row):
+            tensors, metadata = load_tensors(path)
+            self.kept(row, len(tensors["images"]))
+            return tensors["images"], {name: float(metadata[name]) for name in ("seconds", "bytes")}
+        images, cost = self.draw(row, seed, some)
+        self._save(path, row, images, cost)
+        return images, cost
+
+    def make(self, row: str, seed: int, some: slice, number: int, of: int) -> None:
+        """Draw the share `number` of a row, unless it is there or the whole row is."""
+        whole, part = self._path(row, seed), self.folder / f"{row}-{seed}-{number}of{of}.safetensors"
+        if self._has(whole, row) or self._has(part, row):
+            self.kept(row, some.stop - some.start)
+        elif some.start < some.stop:
+            self._save(part, row, *self.draw(row, seed, some))
+
+    def whole(self, row: str, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """Return all pictures of a row, put together from shares if some are there, and what an adapter costs."""
+        import torch
+
+        path, parts = self._path(row, seed), self._parts(row, seed)
+        if self._has(path, row) or not parts:
+            return self._load(path, row, seed, slice(0, self.people[row]))
+        ((of, _),) = Counter(parts.values()).most_common(1)
+        found = [
+            self._load(self.folder / f"{row}-{seed}-{k}of{of}.safetensors", row, seed, some)
+            for k, some in enumerate(shares(self.people[row], self.batch, of))
+            if some.start < some.stop
+        ]
+        images = torch.cat([each for each, _ in found])
+        seconds = sum(len(each) * cost["seconds"] for each, cost in found) / len(images)
+        cost = {"seconds": round(seconds, 3), "bytes": found[0][1]["bytes"]}
+        self._save(path, row, images, cost)
+        for part in self._parts(row, seed):
+            part.unlink()
+        return images, cost
+
+
 def sheet_file(results: Path) -> Path:
     """Return where the pictures to results stand: `people.png` beside `results.json`, `NAME.png` beside `NAME.json`."""
     return results.with_name("people.png" if results.stem == "results" else f"{results.stem}.png")
@@ -270,7 +363,7 @@ def run(config: Config) -> Path:
     from hyperdb.heads import PLACE_PHRASES, Identity, prompt
     from hyperdb.metrics.figures import Standard, closed, differences, slices, summary
     from hyperdb.metrics.obedience import Judge
-    from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
+    from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.tuning.methods import Cohort
@@ -313,10 +406,11 @@ def run(config: Config) -> Path:
     whole = _made_from(config, model, people)
     described = {row: _described(config, model, row, len(rows)) for row in config.rows}
     made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
+    repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
     seldom = dict.fromkeys(("refinements", "strength"))  # told of few rows; of a row without it, it was not set
-    for row in config.rows:
-        mine = {**whole, **seldom, **described[row]}
-        out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), mine)
+    for row, count in repeats.items():
+        names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
+        out = claim(config.out, names, {**whole, **seldom, **described[row]}, count)
     claim(config.out, ("prior.safetensors",), whole)
     file = results_file(config, made_from, described)
     phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone
@@ -338,35 +432,38 @@ def run(config: Config) -> Path:
         model.prior = load_prior(base, config.prior, out / "prior.safetensors")
 
     # --- pictures of every row
-    def pictures(row: str, seed: int) -> tuple[Tensor, dict[str, float]]:
+    def draw(row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         if row in methods:
-            return cohort.draw(methods[row], fits[row], seed, prompts, bar.update)
-        sent = best if row == "ceiling" else shown[:, :1]  # the given photo stands for every picture
+            return cohort.draw(methods[row], fits[row], seed, prompts, bar.update, some)
+        sent = (best if row == "ceiling" else shown[:, :1])[some]  # the given photo stands for every picture
         through = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent])
-        bar.update(len(rows))
-        return through.expand(*best.shape[:2], -1, -1, -1), {"seconds": 0.0, "bytes": 0.0}
+        bar.update(len(sent))
+        return through.expand(-1, best.shape[1], -1, -1, -1), {"seconds": 0.0, "bytes": 0.0}
 
+    counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
+    work = {row: 2 if fit is not None else 1 for row, fit in fits.items()}  # of a person: fine-tuned, drawn
+    pictures = Pictures(
+        out / "rows", config.batch, counts,
+        {row: json.dumps({"made_from": made_from, **told}, sort_keys=True) for row, told in described.items()},
+        draw, lambda row, people: bar.update(work[row] * people),
+    )  # fmt: skip
+    number, of = config.share()
+    mine = {row: shares(count, config.batch, of)[number] for row, count in counts.items()}
     drawn: dict[str, list[Tensor]] = {}
     costs: dict[str, dict[str, float]] = {}
-    repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
-    counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
-    units = {row: counts[row] * (2 if fits[row] is not None else 1) for row in repeats}  # fine-tuned, drawn
-    with tqdm(total=sum(units[row] * n for row, n in repeats.items()), desc="evaluate", unit="person",
-              dynamic_ncols=True) as bar:  # fmt: skip
+    total = sum(work[row] * (some.stop - some.start) * repeats[row] for row, some in mine.items())
+    with tqdm(total=total, desc="evaluate", unit="person", dynamic_ncols=True) as bar:
         for row, count in repeats.items():
-            key = json.dumps({"made_from": made_from, **described[row]}, sort_keys=True)
             for seed in range(count):
-                path = out / "rows" / (f"{row}-{seed}.safetensors" if seed else f"{row}.safetensors")
-                tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
-                if metadata.get("made_from") != key:
-                    images, cost = pictures(row, seed)
-                    save_tensors(path, {"images": images}, {"made_from": key, **{k: str(v) for k, v in cost.items()}})
-                    tensors = {"images": images}
-                else:
-                    cost = {k: float(metadata[k]) for k in ("seconds", "bytes")}
-                    bar.update(units[row])
-                drawn.setdefault(row, []).append(tensors["images"])
+                if of > 1:
+                    pictures.make(row, seed, mine[row], number, of)
+                    continue
+                images, cost = pictures.whole(row, seed)
+                drawn.setdefault(row, []).append(images)
                 costs.setdefault(row, cost)
+    if of > 1:
+        print(f"the pictures of shard {number} of {of} are in {out / 'rows'}; after all shards run it without shard")
+        return out
 
     # --- scores: a value a person and seed
     found: dict[str, dict[str, list[Any]]] = {row: {} for row in config.rows}

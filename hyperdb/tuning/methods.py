@@ -168,9 +168,9 @@ class Cohort:
 
     def draw(
         self, method: MethodConfig, settings: FitConfig | None, seed: int, prompts: list[str],
-        progress: Callable[[int], Any],
+        progress: Callable[[int], Any], people: slice,
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        """Personalise those whom the method is run on with one seed, then draw the prompts, `[J, K, 3, H, W]` uint8.
+        """Personalise some of the people with one seed, then draw the prompts, `[J, K, 3, H, W]` uint8.
 
         Returns also what one person's adapter costs: its bytes, and its share of the seconds of a batch of people.
         """
@@ -180,14 +180,14 @@ class Cohort:
         from hyperdb.tuning.draw import draw
         from hyperdb.tuning.trainable import numbers
 
-        count, base = method.among(len(self.photos)), self.model.base
+        count, base = people.stop - people.start, self.model.base
         start, adapter = self.start(method), self.adapter(method)
         size = 4 * (0 if start is None else numbers(self.model.lidb)) + 4 * (0 if adapter is None else numbers(adapter))
         noises = [seed * len(prompts) + k for k in range(len(prompts))]
         together = max(self.batch, HELD // max(1, size))
         images, seconds = [], 0.0
-        for first in range(0, count, together):
-            some = slice(first, min(count, first + together))
+        for first in range(people.start, people.stop, together):
+            some = slice(first, min(people.stop, first + together))
             began = time.perf_counter()
             changes = select(start, some) if start is not None else None
             if adapter is not None and settings is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from hyperdb.report.results import load
 from hyperdb.report.table import markdown
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
-from hyperdb.stages import train_hypernet
+from hyperdb.stages import status, train_hypernet
 from hyperdb.tuning.photos import photos
 
 TINY = [
@@ -104,6 +105,9 @@ def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         configuration.run("train_hypernet", words)
     assert not (out / "hypernet.safetensors").exists()
+    steps, there, *_ = status.examine(out)
+    assert re.fullmatch(r"steps +2 of 4 done, 2 missing; checkpoint at step 2", steps)
+    assert there == f"{'jobs':20} 0 running, 1 failed"
     monkeypatch.setattr(checkpoint, "save", save)
     configuration.run("train_hypernet", words)
     whole, parts = (load_tensors(f / "hypernet.safetensors")[0] for f in (made["hyper"], out))

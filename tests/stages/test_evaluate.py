@@ -20,6 +20,7 @@ from hyperdb.metrics.score import paired
 from hyperdb.report.gallery import columns
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
+from hyperdb.stages import status
 from hyperdb.tuning import methods
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.personalizer import Personalizer
@@ -84,6 +85,41 @@ def test_people_are_drawn_together_as_far_as_their_adapters_fit(evaluated, words
     apart, together = pictures(tmp_path, "svdiff"), pictures(evaluated, "svdiff")
     assert apart.shape == together.shape
     assert (apart.float() - together.float()).abs().max() <= 2
+
+
+def test_shards_of_a_row_are_put_together(words, tmp_path, capsys):
+    """Of three people in batches of two each share has a batch; the row lora has one, which is of the second share."""
+    rows = ["rows=[floor,lora,copy,ceiling]", "methods.lora.people=2", "seeds=2"]
+    then = load_json(config.run("evaluate", [*words, *rows, f"out={tmp_path / 'whole'}"]))
+    out = tmp_path / "shards"
+    asked = [*words, *rows, f"out={out}"]
+    config.run("evaluate", [*asked, "shard=1", "num_shards=2"])
+    assert "after all shards run it without shard" in capsys.readouterr().out
+    names = ["ceiling-0-1of2", "copy-0-1of2", "floor-0-1of2", "floor-1-1of2", "lora-0-1of2", "lora-1-1of2"]
+    assert sorted(p.stem for p in (out / "rows").iterdir()) == names
+    assert len(pictures(out, "floor-0-1of2")) == 1
+    told = "0 of 2 done, 2 missing; 1 of 2 shards of seed 0, 1 of 2 shards of seed 1"
+    assert status.examine(out)[:2] == [f"{row:20} {told}" for row in ("row floor", "row lora")]
+    config.run("evaluate", [*asked, "shard=0", "num_shards=2"])
+    assert not (out / "results.json").exists()
+    (out / "rows" / "copy-0-0of2.safetensors").unlink()  # drawn by whoever puts it together
+    now = load_json(config.run("evaluate", asked))
+    assert {p.name for p in (out / "rows").iterdir()} == {p.name for p in (tmp_path / "whole" / "rows").iterdir()}
+    for path in (out / "rows").iterdir():
+        apart, together = pictures(out, path.stem), pictures(tmp_path / "whole", path.stem)
+        assert (apart.float() - together.float()).abs().max() <= 2
+    for line, (row, seeds) in zip(status.examine(out), [("floor", 2), ("lora", 2), ("copy", 1)], strict=False):
+        assert line == f"{f'row {row}':20} {seeds} of {seeds} done, 0 missing"
+    stamps = {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()}
+    config.run("evaluate", [*asked, "shard=1", "num_shards=2"])  # all is there
+    assert {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()} == stamps
+    assert now["settings"] == then["settings"]
+    assert now["methods"] == then["methods"]
+    assert now["made_from"] == then["made_from"]
+    for row, told in then["rows"].items():
+        assert now["rows"][row].keys() == told.keys()
+        assert now["rows"][row]["people"] == told["people"]
+        assert now["values"][row]["copy_pose"] == [pytest.approx(x, abs=0.05) for x in then["values"][row]["copy_pose"]]
 
 
 def test_a_row_is_added_to_what_is_there(evaluated, words, tmp_path):
