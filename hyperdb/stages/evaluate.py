@@ -209,7 +209,7 @@ def _described(config: Config, model: Personalizer, row: str, people: int) -> di
     adapter = None if settings is None else {"kind": kind_of(settings), **asdict(settings)}
     found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
     count = method.among(people)
-    seldom = {"refinements": method.refinements, "people": None if count == people else count}
+    seldom: dict[str, Any] = {"refinements": method.refinements, "people": None if count == people else count}
     seldom["strength"] = None if method.strength == 1 else method.strength
     return {**found, **{key: value for key, value in seldom.items() if value is not None}}
 
