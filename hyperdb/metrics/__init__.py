@@ -11,7 +11,12 @@ from typing import Any
 
 from hyperdb.runtime.paths import FilePath
 
-RECOGNISERS = {"sface": "face.SFace", "dlib": "face.Dlib", "verifier": "verifier.Verifier"}
+RECOGNISERS = {
+    "sface": "face.SFace",
+    "dlib": "face.Dlib",
+    "facenet": "facenet.Facenet",
+    "verifier": "verifier.Verifier",
+}
 """{name: where the class is}, of judges of who it is."""
 
 ENCODERS = {
@@ -26,13 +31,14 @@ ENCODERS = {
 class JudgesConfig:
     """The weights of judges that bring none: a folder in the hub's layout, or a hub id. null: it is not asked.
 
-    The verifier is asked where `recognisers` name it. An id may end in `@REVISION`. Weights are read from
+    The recognisers are asked where `recognisers` name them. An id may end in `@REVISION`. Weights are read from
     `model.safetensors` alone.
     """
 
     clip: FilePath | None  # of transformers: the figures clip_i and clip_t
     dino: FilePath | None  # of timm: the figure dino
     vicreg: FilePath | None  # `hyperdb train_judge judge=vicreg`, or another of timm: the figure vicreg
+    facenet: FilePath | None  # docs/stable_diffusion.md makes one: the recogniser facenet
     verifier: FilePath | None  # `hyperdb train_judge judge=verifier`: the recogniser verifier
 
     def asked(self) -> dict[str, str]:

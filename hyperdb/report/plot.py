@@ -99,8 +99,8 @@ def draw(path: Path, plane: Plane, named: Mapping[str, Mapping[str, Any]]) -> Pa
         colour = palette(labels.index(label) / len(labels))
         bars = axes.errorbar(x, y, xerr=wide, yerr=high, fmt=marker, capsize=2, elinewidth=1, color=colour)
         legend.setdefault(label, bars)
-        for number, at, up in zip(numbers, x, y, strict=True):
-            axes.annotate(number, (at, up), (3, 3), textcoords="offset points", fontsize="x-small", color=colour)
+        for number, right, up in zip(numbers, x, y, strict=True):
+            axes.annotate(number, (right, up), (3, 3), textcoords="offset points", fontsize="x-small", color=colour)
     for title, marker in markers.items() if len(named) > 1 else ():
         legend[title] = axes.plot([], [], marker, color="grey")[0]
     if plane.log:  # what costs nothing stands at 0, left of the power of ten below the least that something costs

@@ -186,7 +186,7 @@ def judges(config: Config) -> Iterator[Finding]:
             fetch = f"hf download {repository}{f' --revision {revision}' if revision else ''}"
             yield Finding("optional", what, f"{fetch}; {ask}{'null goes without it' if path else elsewhere}")
         else:
-            yield Finding("optional", what, f"{ask}FOLDER")
+            yield Finding("optional", what, f"{ask}FOLDER, made as docs/stable_diffusion.md says")
 
 
 def _cached(repository: str, file: str, revision: str = "") -> bool:

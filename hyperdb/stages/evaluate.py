@@ -39,10 +39,14 @@ UNASKED = {  # they obey no prompt, but that the ceiling's renders have styles a
 # figures compared in pairs, beside the cosine
 FURTHER = (
     *("cosine_dlib", "rank1", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
+    *("cosine_facenet", "cosine_changed_facenet"),
     *("cosine_verifier", "rank1_verifier", "rank1_styled_verifier"),
     *("style_accuracy", "place_accuracy", "dino", "vicreg", "clip_i", "clip_t"),
 )
-
+MADE = {  # the weights of recognisers that bring none
+    "facenet": "docs/stable_diffusion.md says how it is made",
+    "verifier": "`hyperdb train_judge judge=verifier` trains one",
+}
 WRITES = ("rows/*.safetensors", "prior.safetensors")
 KEPT = "the pictures of finished rows are kept"
 
@@ -66,7 +70,7 @@ class Config(PersonalizerConfig, Share):
 
     `recognisers` judge the likeness; the first one's figures have no suffix. `judges` give the figures of whole
     pictures, DINO, VICReg, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count. There the
-    recogniser `verifier` has its weights from too.
+    recognisers `facenet` and `verifier` have their weights from too.
 
     With `num_shards` each job draws its `shard` of the people, in whole batches of `batch`, and measures nothing. The
     same command without `shard` puts the pictures together, draws what is missing and measures.
@@ -123,9 +127,8 @@ class Config(PersonalizerConfig, Share):
         for name in self.recognisers:
             if name not in RECOGNISERS:
                 raise UserError(f"recognisers={name!r}: expected {' or '.join(RECOGNISERS)}")
-        if "verifier" in self.recognisers and self.judges.verifier is None:
-            trained = "`hyperdb train_judge judge=verifier` trains one"
-            raise UserError(f"recognisers='verifier' needs judges.verifier=FOLDER; {trained}")
+            if name in MADE and getattr(self.judges, name) is None:
+                raise UserError(f"recognisers={name!r} needs judges.{name}=FOLDER; {MADE[name]}")
 
     def fit(self, row: str) -> FitConfig | None:
         """Return the fine-tuning of a row; None where nothing is trained. Raises `UserError`."""
@@ -333,7 +336,7 @@ def results_file(config: Config, made_from: str, described: dict[str, Any]) -> P
     then = load_json(file) if file.exists() else {}
     known = isinstance(then, dict) and (not then or then.get("made_from") == made_from)
     known = known and all(then.get("methods", {}).get(row, how) == plain(how) for row, how in described.items())
-    # the verifier is a recogniser, and its weights stand among the judges'
+    # some recognisers have their weights among the judges'
     asked = [*config.recognisers, *config.judges.asked()]
     kept = {"rows": config.rows, "recognisers": asked, "judges": asked}
     lost = [x for key, now in kept.items() for x in then.get(key, []) if x not in now] if known else []

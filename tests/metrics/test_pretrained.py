@@ -35,7 +35,7 @@ def pil(image):
 
 
 def test_every_judge_of_whole_pictures_has_a_setting():
-    assert set(JudgesConfig.__dataclass_fields__) == {*ENCODERS, "verifier"}  # which is a recogniser
+    assert set(JudgesConfig.__dataclass_fields__) == {*ENCODERS, "facenet", "verifier"}  # two are recognisers
     assert not ENCODERS.keys() & RECOGNISERS.keys()
 
 
