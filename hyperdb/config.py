@@ -183,8 +183,8 @@ def _swept(words: Sequence[str]) -> dict[str, str]:
 def execute(stage: str, settings: Any) -> Path | None:
     """Run a stage, whose `out` is looked at first and kept from other runs meanwhile.
 
-    Of several processes of one run the first does so, or each for its share. With `dry_run` only say what the stage
-    would load, and how much memory it would take.
+    Of several processes of one run the first does so, or each for its share; stages that know of neither are refused.
+    With `dry_run` only say what the stage would load, and how much memory it would take.
     """
     module = stage_module(stage)
     if getattr(settings, "dry_run", False):
@@ -197,7 +197,10 @@ def execute(stage: str, settings: Any) -> Path | None:
         return module.run(settings)
     output.check(out, getattr(module, "WRITES", ()))
     number, of = settings.share() if isinstance(settings, Share) else (0, 1)
-    if of == 1 and processes()[0] > 0:
+    process, count = processes()
+    if of == 1 and count > 1 and not getattr(module, "TOGETHER", False):
+        raise UserError(f"{stage} is a work of one process, and {count} were launched; start it without a launcher")
+    if of == 1 and process > 0:
         return module.run(settings)
     with writing_into(out, f"{number}of{of}" if of > 1 else ""):
         try:

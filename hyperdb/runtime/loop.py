@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,8 +42,7 @@ def train(
     """
     path = out / "checkpoint.safetensors"
     start = checkpoint.load(path, optimizer, ema, config)
-    target = out / "journal.jsonl" if main else Path(os.devnull)
-    with Journal(target, schedule.steps, start, name) as journal, waiting() as came:
+    with Journal(out / "journal.jsonl" if main else None, schedule.steps, start, name) as journal, waiting() as came:
         for step in range(start, schedule.steps):
             set_rate(optimizer, schedule(step))
             optimizer.zero_grad()
