@@ -140,9 +140,14 @@ def test_two_processes_train_as_one_and_go_on_for_each_other(tiny_base, rendered
 
 def test_what_processes_cannot_divide_is_refused(tiny_base, rendered, tmp_path, monkeypatch):
     from accelerate import Accelerator
+    from accelerate.utils import DistributedType
 
-    monkeypatch.setattr(Accelerator, "num_processes", 3)
     words = [f"diffusion.path={tiny_base}", *WORDS, *HYPER, f"data={rendered}", "weights=null", "validation=null"]
+    with monkeypatch.context() as sharded:
+        sharded.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+        with pytest.raises(UserError, match="accelerate asks for FSDP"):
+            config.run("train_hypernet", [*words, f"out={tmp_path / 'out'}"])
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
     with pytest.raises(UserError, match="batch=4 people cannot be divided among 3 processes"):
         config.run("train_hypernet", [*words, f"out={tmp_path / 'out'}"])
     monkeypatch.setenv("WORLD_SIZE", "3")
