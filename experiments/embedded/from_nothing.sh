@@ -23,7 +23,7 @@ case $KIND in
        : "${BASE_STEPS:=6000}" "${FITTED:=1000}" "${LINEAR_STEPS:=1500}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}"
        : "${IMAGES_STEPS:=6000}" "${IMAGES_BATCH:=512}" ;;
   cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}" "${PEOPLE_A_STEP:=16}"
-       : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1000}" "${AUTOENCODER_BATCH:=32}"
+       : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1200}" "${AUTOENCODER_BATCH:=32}"
        : "${FACES:=20000}" "${ENCODER_STEPS:=8000}" "${ENCODER_BATCH:=96}"
        : "${BASE_STEPS:=25000}" "${FITTED:=128}" "${LINEAR_STEPS:=350}" "${HYPERNET_STEPS:=1500}" "${JUDGE_STEPS:=600}"
        : "${IMAGES_STEPS:=3000}" "${IMAGES_BATCH:=128}" ;;
@@ -64,8 +64,8 @@ autoencoder() { # crops, then whole pictures
 
 sharp() { # the decoder alone, against a discriminator and on the encoder's features: the latents stay as they are
   once "$OUT/sharp/report.json" train_autoencoder data="$OUT/heads_few" channels=[32,64,128,128] latent_channels=8 \
-    init="$OUT/whole/vae" decoder_only=true batch="$WHOLE" steps="$SHARP_STEPS" rate=0.0003 adversarial_weight=0.02 \
-    feature_weight=0.05 encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/sharp"
+    init="$OUT/whole/vae" decoder_only=true batch="$WHOLE" steps="$SHARP_STEPS" rate=0.0004 adversarial_weight=0.02 \
+    feature_weight=0.3 encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/sharp"
 }
 
 encoder() {
