@@ -123,6 +123,7 @@ def test_shards_of_a_row_are_put_together(words, tmp_path, capsys):
 
 
 def test_a_row_is_added_to_what_is_there(evaluated, words, tmp_path):
+    evaluated = shutil.copytree(evaluated, tmp_path / "evaluated")  # others read what is there
     stamps = {p.name: p.stat().st_mtime_ns for p in (evaluated / "rows").iterdir()}
     before = load_json(evaluated / "results.json")
     mine = "methods.lora.adapter.rank=2"
