@@ -46,6 +46,27 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture
+def killed(monkeypatch) -> Callable[[str, Sequence[str]], None]:
+    """Return a function that runs a training and ends it as soon as it has saved its first checkpoint."""
+    from hyperdb import config
+    from hyperdb.runtime import checkpoint
+
+    save = checkpoint.save
+
+    def save_and_die(path, step, *rest):
+        save(path, step, *rest)
+        raise KeyboardInterrupt
+
+    def run(stage: str, words: Sequence[str]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", save_and_die)
+            with pytest.raises(KeyboardInterrupt):
+                config.run(stage, words)
+
+    return run
+
+
+@pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)

@@ -143,7 +143,7 @@ def _open(path: str | Path, framework: str = "pt") -> Any:
 
 def load_metadata(path: str | Path) -> dict[str, str]:
     """Read only the string metadata of a safetensors file; imports no torch."""
-    with _open(path, "numpy") as file:
+    with _open(path, "np") as file:
         return dict(file.metadata() or {})
 
 

@@ -225,15 +225,19 @@ def run(config: Config) -> Path:
     start: Start | None = None
     model: Hypernet | None = None
     if config.start != "template":
-        # of so many people, however many are fitted: more fits can be added to a store
-        crowd = load_people(config.data, config.average_people, config.split, config.diffusion.size, first=config.first)
-        some = _photos(config, crowd)
         model = _hypernet(config, lidb).to(base.device) if config.start != "average" else None
-        start = load_start(
-            base, lidb, latent_moments(base, crowd, Path(config.data), some.flatten()).unflatten(0, some.shape),
-            _predictions(model, base, crowd, some) if model is not None else None, config.average, config.fit, prior,
-            begun := out / "start.safetensors", fits.store_key(**origin),
-        )  # fmt: skip
+
+        def crowd() -> tuple[Tensor, Tensor | None]:
+            # of so many people, however many are fitted: more fits can be added to a store
+            some = load_people(
+                config.data, config.average_people, config.split, config.diffusion.size, first=config.first
+            )
+            shown = _photos(config, some)
+            moments = latent_moments(base, some, Path(config.data), shown.flatten()).unflatten(0, shown.shape)
+            return moments, _predictions(model, base, some, shown) if model is not None else None
+
+        begun, key = out / "start.safetensors", fits.store_key(**origin)
+        start = load_start(base, lidb, crowd, config.average, config.fit, prior, begun, key)
         origin["start_sha256"] = hash_files([begun])
 
     def begin(photos: Tensor) -> Begin | None:

@@ -76,10 +76,12 @@ def run(config: Config) -> Path:
     through = torch.empty(len(people), 3, side, side, dtype=torch.uint8)
     known = torch.zeros(len(people), dtype=torch.bool)
 
-    def rebuilt(rows: Tensor) -> Tensor:  # a picture is decoded when it is first drawn
-        if len(new := rows[~known[rows]].unique()):
-            through[new] = reduced(base.decode(moments[new, 0].float())).round().byte()
-            known[new] = True
+    def rebuilt(rows: Tensor) -> Tensor:
+        # a picture is decoded when it is first drawn, and alone: beside others, which change with a resume, it would be
+        # rounded otherwise
+        for row in rows[~known[rows]].unique().tolist():
+            through[row] = reduced(base.decode(moments[row, None, 0].float()))[0].round().byte()
+            known[row] = True
         return through[rows].float()
 
     # --- train

@@ -194,8 +194,8 @@ class Cohort:
                 seeded = replace(settings, seed=settings.seed + seed)
                 changes = both(changes, self.train(adapter, seeded, some, start, progress))
             seconds += time.perf_counter() - began
-            drawn, strength = some.stop - some.start, method.strength
-            images.append(draw(base, changes, drawn, prompts, noises, strength=strength, progress=progress))
+            each = some.stop - some.start
+            images.append(draw(base, changes, each, prompts, noises, strength=method.strength, progress=progress))
         seconds /= count
         if method.start in ("own", "another"):  # everybody's average is there before the person
             seconds += self._prediction(method.refinements)[1]

@@ -89,26 +89,15 @@ def test_fits_of_another_configuration_are_not_mixed_in(made):
         configuration.run("precompute", [*words, f"out={made['fits']}"])
 
 
-def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
-    from hyperdb.runtime import checkpoint
-
+def test_hypernetwork_training_resumes_bit_for_bit(made, killed):
     out = made["root"] / "resumed"
     words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=4", f"out={out}"]
     words.append("save_every=2")
-    save = checkpoint.save
-
-    def save_and_die(path, step, *rest):
-        save(path, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        configuration.run("train_hypernet", words)
+    killed("train_hypernet", words)
     assert not (out / "hypernet.safetensors").exists()
     steps, there, *_ = status.examine(out)
     assert re.fullmatch(r"steps +2 of 4 done, 2 missing; checkpoint at step 2", steps)
     assert there == f"{'jobs':20} 0 running, 1 failed"
-    monkeypatch.setattr(checkpoint, "save", save)
     configuration.run("train_hypernet", words)
     whole, parts = (load_tensors(f / "hypernet.safetensors")[0] for f in (made["hyper"], out))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)

@@ -13,7 +13,6 @@ from hyperdb import config as configuration
 from hyperdb.data.people import load_people
 from hyperdb.metrics import judge
 from hyperdb.metrics.figures import Standard
-from hyperdb.runtime import checkpoint
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.stages.train_encoder import components
@@ -65,19 +64,10 @@ def test_an_autoencoder_can_be_trained_on(rendered, vae, tmp_path):
         configuration.run("train_autoencoder", [*words, "init=nothing_here"])
 
 
-def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, monkeypatch):
+def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, killed):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     configuration.run("train_base", _base_words(rendered, vae, whole))
-    save = checkpoint.save
-
-    def save_and_die(path, step, *rest):
-        save(path, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        configuration.run("train_base", _base_words(rendered, vae, parts))
-    monkeypatch.setattr(checkpoint, "save", save)
+    killed("train_base", _base_words(rendered, vae, parts))
     configuration.run("train_base", _base_words(rendered, vae, parts))
     name = "base/unet/diffusion_pytorch_model.safetensors"
     one, two = (load_tensors(f / name)[0] for f in (whole, parts))
@@ -152,7 +142,7 @@ def _judge_words(name, rendered, tiny_base, out):
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_judge_trains_and_resumes(name, tiny_base, rendered, tmp_path, monkeypatch):
+def test_judge_trains_and_resumes(name, tiny_base, rendered, tmp_path, killed):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     configuration.run("train_judge", _judge_words(name, rendered, tiny_base, whole))
     report = json.loads((whole / "report.json").read_text())
@@ -160,16 +150,7 @@ def test_judge_trains_and_resumes(name, tiny_base, rendered, tmp_path, monkeypat
         for figure, of in JUDGES[name][1].items():
             assert set(report[f"{figure}_{kind}"]) >= of
             assert all(0 <= value <= 1 for value in report[f"{figure}_{kind}"].values())
-    save = checkpoint.save
-
-    def save_and_die(path, step, *rest):
-        save(path, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        configuration.run("train_judge", _judge_words(name, rendered, tiny_base, parts))
-    monkeypatch.setattr(checkpoint, "save", save)
+    killed("train_judge", _judge_words(name, rendered, tiny_base, parts))
     configuration.run("train_judge", _judge_words(name, rendered, tiny_base, parts))
     file = "judge.safetensors" if name == "prompts" else "judge/model.safetensors"
     one, two = (load_tensors(f / file)[0] for f in (whole, parts))
