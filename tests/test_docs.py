@@ -78,7 +78,10 @@ def test_the_diffs_shown_are_in_the_tree():
             assert line.startswith("@@") or line[1:] in there, f"{head}: {line}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/formats.md", "docs/imports.md", "docs/stable_diffusion.md"])
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("formats", "imports", "stable_diffusion", "web"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_named_is_a_stage_with_those_settings(page):
     lines = re.findall(r"^(?:    )?hyperdb ([a-z_]+)([^\n#]*)", (ROOT / page).read_text(), flags=re.MULTILINE)
     for stage, rest in lines:

@@ -157,7 +157,7 @@ def build(sessions: Sessions) -> gr.Blocks:
                 drawing = gr.HTML(elem_id="drawing", elem_classes="hd-said")
                 gallery = gr.Gallery(
                     label="Pictures", columns=4, object_fit="contain", height="auto", elem_id="gallery",
-                    interactive=False, buttons=["download", "fullscreen"],
+                    interactive=False, allow_preview=False, buttons=[],
                 )  # fmt: skip
                 about = gr.HTML(elem_id="about", elem_classes="hd-said")
                 with gr.Row():
@@ -218,7 +218,7 @@ def build(sessions: Sessions) -> gr.Blocks:
         def pictures(session: Session) -> Update:
             """Return updates of the gallery and of what belongs to it."""
             shown = [(str(p.path), show.caption(p)) for p in session.pictures]
-            return {gallery: gr.update(value=shown, selected_index=None), about: show.about(session.picked),
+            return {gallery: gr.update(value=shown, selected_index=0), about: show.about(session.picked),
                     packed: gr.update(value=str(session.archive()), interactive=True)}  # fmt: skip
 
         # --- what is done

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,10 +111,13 @@ def caption(one: Picture) -> str:
 
 
 def about(one: Picture) -> str:
-    """Say what made a picture."""
+    """Show a picture large, as the file that it is, and say what made it."""
     guidance = one.wish.subject_guidance
     guided = "" if guidance is None else f", subject guidance {guidance:g}"
+    address = f"gradio_api/file={quote(str(one.path))}"
     return (
-        f'<p class="hd-about">{escape(one.wish.person)}: <code>{escape(one.wish.prompt)}</code>, seed {one.seed}, '
-        f"strength {one.wish.strength:g}{guided}. The picture is synthetic, and its file says so.</p>"
+        f'<figure class="hd-picked"><img src="{address}" alt="{escape(caption(one))}">'
+        f"<figcaption>{escape(one.wish.person)}: <code>{escape(one.wish.prompt)}</code>, seed {one.seed}, strength "
+        f"{one.wish.strength:g}{guided}. The picture is synthetic, and its file says so. "
+        f'<a href="{address}" download="{escape(one.path.name)}">Download it</a></figcaption></figure>'
     )

@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,34 +16,6 @@ import pytest
 pytest.importorskip("gradio", reason="the page is made with gradio: pip install 'hyperdb[web]'")
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def served(tmp_path, *words: str):
-    """Serve the page; yield its address, the folder of its temporary files, and the process."""
-    port, log = free_port(), tmp_path / "log"
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "hyperdb", "web", f"port={port}", *words]
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
-    try:
-        end = time.monotonic() + 180
-        while "the page is at" not in log.read_text():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", temporary, server
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(60)
 
 
 def get(url: str, path: str) -> tuple[int, bytes]:
@@ -86,7 +54,7 @@ def call(url: str, name: str, values: list, visitor: str = "somebody") -> list:
     raise AssertionError("no answer")
 
 
-def test_it_serves_its_own_alone_and_leaves_nothing(tmp_path, words):
+def test_it_serves_its_own_alone_and_leaves_nothing(tmp_path, words, served):
     with served(tmp_path, *words) as (url, temporary, server):
         status, page = get(url, "/")
         assert status == 200
