@@ -218,7 +218,7 @@ def build(sessions: Sessions) -> gr.Blocks:
         def pictures(session: Session) -> Update:
             """Return updates of the gallery and of what belongs to it."""
             shown = [(str(p.path), show.caption(p)) for p in session.pictures]
-            return {gallery: gr.update(value=shown, selected_index=0), about: show.about(session.picked),
+            return {gallery: gr.update(value=shown, selected_index=0), about: show.about(session.pictures[0]),
                     packed: gr.update(value=str(session.archive()), interactive=True)}  # fmt: skip
 
         # --- what is done
@@ -341,7 +341,8 @@ class Finished:
     """Goes through a generator and keeps what it returned as `result`."""
 
     def __init__(self, steps: Any) -> None:
-        self.steps, self.result = steps, None
+        self.steps = steps
+        self.result: Any = None
 
     def __iter__(self) -> Iterator[Any]:
         self.result = yield from self.steps

@@ -194,7 +194,8 @@ class Session:
                 self.used = time.monotonic()
                 if loss is not None:
                     losses.append(loss)
-                report(Progress(phase, done, of, time.perf_counter() - began, tuple(losses)))
+                seconds = 0.0 if phase == "waiting" else time.perf_counter() - began
+                report(Progress(phase, done, of, seconds, tuple(losses)))
 
             nonlocal began
             try:

@@ -62,7 +62,7 @@ class Line(Generic[Thing]):
 
 
 def follow(work: Callable[[Callable[[Event], None]], Result]) -> Generator[Event, None, Result]:
-    """Run `work(report)` in a thread of its own, yield the newest of what it reports, and return what it returns.
+    """Run `work(report)` in a thread of its own, yield what is new of what it reports, and return what it returns.
 
     What it raises is raised here. Once this generator is closed, the next report raises `Left` in the work.
     """
@@ -82,14 +82,17 @@ def follow(work: Callable[[Callable[[Event], None]], Result]) -> Generator[Event
 
     threading.Thread(target=run, daemon=True).start()
     try:
+        last: object = None
         while True:
             kind, what = told.get()
             while kind == "event" and not told.empty():  # a slow page is told the newest alone
                 kind, what = told.get()
             if kind == "result":
-                return what  # type: ignore[no-any-return]
+                return what
             if kind == "error":
                 raise what
-            yield what
+            if what != last:
+                yield what
+            last = what
     finally:
         left.set()
