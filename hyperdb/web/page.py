@@ -108,7 +108,7 @@ def describe(person: int) -> str:
 def build(sessions: Sessions) -> gr.Blocks:
     """Lay out the page and connect its parts with what a visitor's session does."""
     config = sessions.config
-    own = config.diffusion.subject_guidance
+    usual = config.diffusion.subject_guidance or config.diffusion.guidance
     with gr.Blocks(title="hyperdb: one photo, that person in many styles", analytics_enabled=False) as page:
         gr.HTML(
             '<header class="hd-head"><h1>hyperdb</h1>'
@@ -148,7 +148,7 @@ def build(sessions: Sessions) -> gr.Blocks:
                 with gr.Row():
                     strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", min_width=170,
                                          info="0 is nobody, 1 as trained")  # fmt: skip
-                    guidance = gr.Slider(0, 12, own or config.diffusion.guidance, step=0.5, label="Subject guidance",
+                    guidance = gr.Slider(0, 12, usual, step=0.5, label="Subject guidance",
                                          min_width=170, info="more: more of the person")  # fmt: skip
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, min_width=170)
@@ -243,8 +243,11 @@ def build(sessions: Sessions) -> gr.Blocks:
                 yield {drawing: show.progress(now)}
             yield {drawing: show.notes(done.result[1]), **pictures(session)}
 
-        def on_draw(session: Session, name: str, *wish: Any) -> Iterator[Update]:
-            yield from drawn(session, session.draw(Wish(name, *wish)))
+        def on_draw(
+            session: Session, name: str, text: str, factor: float, guided: float, first: int, number: int
+        ) -> Iterator[Update]:
+            asked = None if guided == usual else guided  # the base's own, which may be none
+            yield from drawn(session, session.draw(Wish(name, text, factor, asked, first, number)))
 
         def on_more(session: Session) -> Iterator[Update]:
             yield from drawn(session, session.more())
