@@ -51,11 +51,11 @@ def memory(process: int) -> float:
 class Visitor(threading.Thread):
     """Chooses an example person and asks for the personalisation."""
 
-    def __init__(self, number: int, url: str, numbers: dict[str, int]) -> None:
+    def __init__(self, number: int, url: str, numbers: dict[str, int], process: int) -> None:
         super().__init__(daemon=True)
-        self.number, self.url, self.numbers = number, url, numbers
+        self.number, self.url, self.numbers, self.process = number, url, numbers, process
         self.in_line, self.ahead = threading.Event(), []
-        self.began = self.ended = 0.0
+        self.began = self.ended = self.left = self.megabytes = 0.0
         self.said = ""
 
     def run(self) -> None:
@@ -70,7 +70,10 @@ class Visitor(threading.Thread):
             elif not self.began:
                 self.began = time.perf_counter() - asked
             self.in_line.set()
-        self.ended = time.perf_counter() - asked
+        self.ended, self.left = time.perf_counter() - asked, time.perf_counter()
+        self.megabytes = round(memory(self.process), 1)
+        print(f"visitor {self.number:2d}: {self.began:6.1f} s in line, {self.ended:6.1f} s in all, "
+              f"{self.megabytes:.0f} MB", flush=True)  # fmt: skip
         self.in_line.set()
 
 
@@ -102,22 +105,15 @@ def visit(url: str, process: int, visitors: int) -> dict[str, Any]:
     """Let them come, and return what became of them."""
     with urllib.request.urlopen(f"{url}/config", timeout=60) as answer:
         numbers = {one["api_name"]: one["id"] for one in json.load(answer)["dependencies"]}
-    everybody = [Visitor(number, url, numbers) for number in range(visitors)]
+    everybody = [Visitor(number, url, numbers, process) for number in range(visitors)]
     for one in everybody:
         one.start()
         one.in_line.wait()  # the order is that in which they stand in line
-    late = Visitor(visitors, url, numbers)
+    late = Visitor(visitors, url, numbers, process)
     late.start()
-    late.join()
-    done, megabytes = [], []
-    while len(done) < visitors:
-        for one in everybody:
-            if one.number not in done and not one.is_alive():
-                done.append(one.number)
-                megabytes.append(round(memory(process), 1))
-                print(f"visitor {one.number:2d}: {one.began:6.1f} s in line, {one.ended:6.1f} s in all, "
-                      f"{megabytes[-1]:.0f} MB", flush=True)  # fmt: skip
-        time.sleep(0.05)
+    for one in [*everybody, late]:
+        one.join()
+    done = [one.number for one in sorted(everybody, key=lambda one: one.left)]
     failed = [one.number for one in everybody if "made in" not in one.said]
     falls = all(one.ahead == sorted(one.ahead, reverse=True) for one in everybody)
     return {
@@ -127,7 +123,7 @@ def visit(url: str, process: int, visitors: int) -> dict[str, Any]:
         "one_too_many_is_told": "people are waiting already" in late.said,
         "seconds_in_line": [round(one.began, 2) for one in everybody],
         "seconds_in_all": [round(one.ended, 2) for one in everybody],
-        "megabytes": megabytes,
+        "megabytes": [one.megabytes for one in everybody],
     }
 
 

@@ -382,6 +382,7 @@ def serve(config: Config) -> None:
             _, local, shared = page.launch(
                 server_name=config.host, server_port=config.port, share=config.share, prevent_thread_lock=True,
                 quiet=True, ssr_mode=False, max_file_size=int(config.upload * 1e6), footer_links=[], run_history=False,
+                state_session_capacity=2 * (config.waiting + config.at_once),  # its copies of what pages showed
                 enable_monitoring=False, max_threads=config.waiting + config.at_once + 16, theme=theme(),
                 css_paths=Path(__file__).with_name("page.css"), app_kwargs={"middleware": [Middleware(OwnFiles)]},
             )  # fmt: skip

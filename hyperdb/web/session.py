@@ -14,6 +14,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ FORMATS = {"kohya": "fp16", "diffusers": "fp16", "peft": "fp16", "native": "fp32
 UPLOAD = re.compile("[0-9a-f]{64}")  # gradio's folder of an upload: the digest of its bytes
 
 Result = TypeVar("Result")
+Served = tuple["Personalizer", ThreadPoolExecutor]
 Tell = Callable[[str, int, int, "float | None"], None]
 Reading = threading.Lock()  # of photos: the detector is not thread-safe, and a large photo needs half a gigabyte
 
@@ -149,7 +151,7 @@ class Session:
     """
 
     config: Config
-    line: Line[Personalizer]
+    line: Line[Served]
     folder: Path
     photo: Photo | None = None
     people: dict[str, Person] = field(default_factory=dict)
@@ -199,9 +201,9 @@ class Session:
 
             nonlocal began
             try:
-                with self.line.turn(lambda ahead: tell("waiting", ahead, 0)) as model:
+                with self.line.turn(lambda ahead: tell("waiting", ahead, 0)) as (model, thread):
                     began = time.perf_counter()
-                    return task(model, tell)
+                    return thread.submit(task, model, tell).result()
             except UserError as error:
                 raise UserError(self._without_paths(str(error))) from error
             finally:
@@ -555,7 +557,8 @@ class Sessions:
 
     def __init__(self, config: Config, models: list[Personalizer], root: Path) -> None:
         self.config, self.root = config, root
-        self.line = Line(models, config.waiting)
+        # always in one thread a model: every new one would have memory of its own, which is never given back
+        self.line = Line([(model, ThreadPoolExecutor(1)) for model in models], config.waiting)
         self._known: dict[str, Session] = {}
         self._lock = threading.Lock()
 

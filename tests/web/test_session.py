@@ -298,7 +298,8 @@ def test_one_thing_at_a_time(session):
 def test_who_leaves_is_forgotten_also_in_the_middle(session, sessions, config):
     slow = dataclasses.replace(config.finetune, steps=2000)
     session.config = dataclasses.replace(config, finetune=slow)
-    model = session.line._free[0]
+    free = list(session.line._free)
+    model = free[0][0]
     model.config, before = session.config, model.config
     try:
         session.example(SEED)
@@ -313,7 +314,7 @@ def test_who_leaves_is_forgotten_also_in_the_middle(session, sessions, config):
             finish(steps)
     finally:
         model.config = before
-    assert sessions.line._free == [model]
+    assert sessions.line._free == free
     for do in (lambda: session.example(SEED), session.archive, lambda: session.export("Ada", "kohya")):
         with pytest.raises(UserError):
             do()
