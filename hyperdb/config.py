@@ -36,6 +36,7 @@ from hyperdb.words import check_word, escaped, parsed, quoted, swept, unknown
 STAGES: dict[str, tuple[str, str]] = {
     "doctor": ("hyperdb.stages.doctor", "what is installed, which device and models are at hand, what to do"),
     "demo": ("hyperdb.stages.demo", "personalise a rendered person and a real photo, show the pictures"),
+    "web": ("hyperdb.web", "a page in the browser to try all this"),
     "personalize": ("hyperdb.stages.personalize", "one photo -> a small adapter that knows this face"),
     "generate": ("hyperdb.stages.generate", "an adapter and a prompt -> images"),
     "edit": ("hyperdb.stages.edit", "shift a person's attributes, mix people -> an adapter"),

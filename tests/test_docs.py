@@ -78,7 +78,7 @@ def test_the_diffs_shown_are_in_the_tree():
             assert line.startswith("@@") or line[1:] in there, f"{head}: {line}"
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("cluster", "formats", "imports", "stable_diffusion"))]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("cluster", "formats", "imports", "stable_diffusion", "web"))]
 
 
 @pytest.mark.parametrize("page", PAGES)

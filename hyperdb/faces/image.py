@@ -14,13 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from PIL.TiffImagePlugin import BITSPERSAMPLE, IMAGELENGTH, IMAGEWIDTH, ImageFileDirectory_v2
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLESPERPIXEL,
+    ImageFileDirectory_v2,
+)
 
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import atomic
 
 SMALLEST, LARGEST = 32, 16_384  # pixels on a side
 MOST = 178_956_970  # pixels in all: Pillow's own bound, where it begins to refuse a picture as a decompression bomb
+YCBCR = 6  # of a TIFF's photometric interpretation
 ROUNDING = 2  # of 255: a profile that moves no colour further is sRGB by another name
 
 
@@ -129,8 +137,18 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image ({error}); save it again") from error
 
 
+def _mend(image: Any) -> None:
+    """Unpack an uncompressed YCbCr TIFF as the three bytes a pixel that it has; Pillow before 13 expects four."""
+    if image.format != "TIFF" or image.mode != "RGB" or image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) != YCBCR:
+        return
+    if image.tag_v2.get(SAMPLESPERPIXEL) == 3 and all(part.codec_name == "raw" for part in image.tile):
+        image.tile = [part._replace(args=("YCbCr", *part.args[1:])) for part in image.tile]
+        image._mode = "YCbCr"
+
+
 def _decode(path: Path, image: Image.Image) -> None:
     try:
+        _mend(image)
         # A phone's MPO file is a still with a second view, not an animation.
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
         image.load()

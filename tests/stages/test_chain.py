@@ -167,8 +167,9 @@ def test_what_is_denoised_is_the_same_person_under_its_own_caption(made):
 
 
 def test_weight_loss_alone_draws_only_people_who_have_a_fit(made, tmp_path):
-    fits = configuration.run("precompute", [made["base"], *TINY, f"data={made['data']}", "identities=1", "fit.steps=2", "average.steps=2",
-                                            "fit.levels=2", f"out={tmp_path / 'fits'}"])  # fmt: skip
+    words = [made["base"], *TINY, f"data={made['data']}", "identities=1", "average.steps=2"]
+    words += ["fit.steps=2", "fit.levels=2"]
+    fits = configuration.run("precompute", [*words, f"out={tmp_path / 'fits'}"])
     words = [made["base"], *HYPER, f"data={made['data']}", f"weights={fits}", "alpha=0", "steps=3", "batch=2"]
     configuration.run("train_hypernet", [*words, f"out={tmp_path / 'out'}"])  # one fit among four people
 
