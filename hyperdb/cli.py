@@ -1,6 +1,7 @@
 """The command line: `hyperdb STAGE key=value ...`.
 
-Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 the user's input (one line), 130 interrupted.
+Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 the user's input (one line), 130 interrupted,
+143 terminated.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 from hyperdb import config, options
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_text
+from hyperdb.runtime.share import processes
+from hyperdb.runtime.stop import Terminated, ending
 from hyperdb.runtime.version import __version__
 
 USAGE = """\
@@ -131,14 +134,10 @@ def stage_help(stage: str) -> str:
 
 def _experiments(schema: type) -> list[str]:
     """Return the experiments whose every key is a setting of this stage, with their first comment line."""
-    from omegaconf import OmegaConf
-
-    known = {key for key, _ in options.settings(schema)} | {"defaults"}
     lines = []
     for name in options.choices(options.EXPERIMENT):
         path = options.conf_dir() / options.EXPERIMENT / f"{name}.yaml"
-        values = OmegaConf.load(path)
-        if set(map(str, values)) <= known:
+        if options.of_stage(options.experiment(name), schema):
             comments = [line.lstrip("# ") for line in load_text(path).splitlines() if line.startswith("#")]
             said = next((c for c in comments if c and not c.startswith("@package")), "")
             lines.append(f"  {options.EXPERIMENT}={name}  {said}".rstrip())
@@ -202,14 +201,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"hyperdb: warning: {message}\n"  # one line, no source path
     argv = sys.argv[1:] if argv is None else argv
     try:
-        dispatch(argv)
+        with ending():
+            dispatch(argv)
         sys.stdout.flush()
     except UserError as error:
         print(f"hyperdb: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {_after_interruption(argv)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        if processes()[0] == 0:
+            print(f"\n{'terminated' if terminated else 'interrupted'}; {_after_interruption(argv)}", file=sys.stderr)
+        return 143 if terminated else 130
     except BrokenPipeError:
         # the reader (head, less) went away; keep the interpreter's last flush from complaining
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

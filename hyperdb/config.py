@@ -28,12 +28,15 @@ from typing import Any
 from hyperdb import options
 from hyperdb.runtime import output
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.lock import writing_into
 from hyperdb.runtime.paths import expand, is_path
+from hyperdb.runtime.share import Share, processes
 from hyperdb.words import check_word, escaped, parsed, quoted, swept, unknown
 
 STAGES: dict[str, tuple[str, str]] = {
     "doctor": ("hyperdb.stages.doctor", "what is installed, which device and models are at hand, what to do"),
     "demo": ("hyperdb.stages.demo", "personalise a rendered person and a real photo, show the pictures"),
+    "web": ("hyperdb.web", "a page in the browser to try all this"),
     "personalize": ("hyperdb.stages.personalize", "one photo -> a small adapter that knows this face"),
     "generate": ("hyperdb.stages.generate", "an adapter and a prompt -> images"),
     "edit": ("hyperdb.stages.edit", "shift a person's attributes, mix people -> an adapter"),
@@ -44,12 +47,13 @@ STAGES: dict[str, tuple[str, str]] = {
     "train_autoencoder": ("hyperdb.stages.train_autoencoder", "the embedded base's autoencoder"),
     "train_base": ("hyperdb.stages.train_base", "the embedded base's text encoder and UNet"),
     "train_encoder": ("hyperdb.stages.train_encoder", "the hypernetwork's image encoder, on rendered people"),
-    "train_judge": ("hyperdb.stages.train_judge", "a classifier of style and place, to measure obedience with"),
+    "train_judge": ("hyperdb.stages.train_judge", "judges of pictures: style and place, CLIP, VICReg, a verifier"),
     "precompute": ("hyperdb.stages.precompute", "faces -> their LiDB weights, the hypernetwork's targets"),
     "train_hypernet": ("hyperdb.stages.train_hypernet", "the hypernetwork: one photo -> LiDB weights"),
     "weights": ("hyperdb.stages.weights", "many people's adapters: components, attributes, new people"),
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
     "report": ("hyperdb.stages.report", "results of evaluate -> tables and figures"),
+    "status": ("hyperdb.stages.status", "how far runs are: done, running, failed, missing"),
 }
 
 
@@ -162,14 +166,26 @@ def load(stage: str, words: Sequence[str] = ()) -> Any:
 
 
 def run(stage: str, words: Sequence[str] = ()) -> Path | None:
-    """Run a stage from `key=value` words."""
-    return execute(stage, load(stage, words))
+    """Run a stage from `key=value` words. Raises `UserError` if they name an experiment that is a sweep."""
+    settings = load(stage, words)
+    for key, values in _swept(words).items():
+        raise UserError(f"the experiment is a sweep of {key}={values}; add -m, or set {key} to one of them")
+    return execute(stage, settings)
+
+
+def _swept(words: Sequence[str]) -> dict[str, str]:
+    """Return {setting: values} that the experiment among the words sweeps over, but for those that the words set."""
+    named = {key.lstrip("+"): value for key, _, value in (word.partition("=") for word in words)}
+    name = named.get(options.EXPERIMENT)
+    written = options.experiment(name) if name in options.choices(options.EXPERIMENT) else {}
+    return {key: values for key, values in options.swept(written).items() if key not in named}
 
 
 def execute(stage: str, settings: Any) -> Path | None:
-    """Run a stage, whose `out` is looked at first.
+    """Run a stage, whose `out` is looked at first and kept from other runs meanwhile.
 
-    With `dry_run` only say what it would load, and how much memory it would take.
+    Of several processes of one run the first does so, or each for its share; stages that know of neither are refused.
+    With `dry_run` only say what the stage would load, and how much memory it would take.
     """
     module = stage_module(stage)
     if getattr(settings, "dry_run", False):
@@ -181,18 +197,27 @@ def execute(stage: str, settings: Any) -> Path | None:
     if out is None:
         return module.run(settings)
     output.check(out, getattr(module, "WRITES", ()))
-    try:
+    number, of = settings.share() if isinstance(settings, Share) else (0, 1)
+    process, count = processes()
+    if of == 1 and count > 1 and not getattr(module, "TOGETHER", False):
+        raise UserError(f"{stage} is a work of one process, and {count} were launched; start it without a launcher")
+    if of == 1 and process > 0:
         return module.run(settings)
-    except UserError:
-        output.release(out)
-        raise
+    with writing_into(out, f"{number}of{of}" if of > 1 else ""):
+        try:
+            return module.run(settings)
+        except UserError:
+            if of == 1:
+                output.release(out)
+            raise
 
 
 def sweep(stage: str, words: Sequence[str]) -> None:
     """Run a stage once for every combination of values, through Hydra's launcher.
 
-    Several values are written `seed=0,1`, of text `prompt=['a','b']`. Every job writes into a folder of its own, below
-    `out`, called after its values. A launcher plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
+    Several values are written `seed=0,1`, of text `prompt=['a','b']`, or stand in the yaml of an experiment, under
+    `hydra.sweeper.params`. Every job writes into a folder of its own, below `out`, called after its values; jobs that
+    differ in their `shard` share one. A launcher plugin sends the jobs to a cluster: `hydra/launcher=submitit_slurm`.
     """
     import hydra
     from hydra.errors import HydraException
@@ -200,6 +225,8 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     schema = stage_module(stage).Config
+    swept_over = _swept(words)
+    words = [*words, *(f"{key}={values}" for key, values in swept_over.items())]
     for word in words:
         check_word(stage, schema, word, sweep=True)
     register(stage, schema)
@@ -209,6 +236,7 @@ def sweep(stage: str, words: Sequence[str]) -> None:
     readings = {word.partition("=")[0]: parsed(word) for word in words}
     apart = {key for key, override in readings.items() if override is None or not override.is_sweep_override()}
     apart |= {"out"} if "out" in named else {"name"}
+    apart |= {"shard"} if issubclass(schema, Share) else set()
 
     def task(raw: Any) -> str | None:
         if "out" in raw and (job := job_name(apart)):
@@ -223,6 +251,8 @@ def sweep(stage: str, words: Sequence[str]) -> None:
         "hydra.sweep.subdir": ".",
         "hydra/job_logging": "none",
     }
+    if swept_over:
+        quiet["hydra.sweeper.params"] = "null"  # they are among the words
     defaults = [f"{key}={value}" for key, value in quiet.items() if key not in named]
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["hyperdb", "--multirun", *defaults, *words]

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,33 @@ def folder(group: str) -> str:
 
 
 def choices(group: str) -> list[str]:
-    """Return the names that can be chosen in a group."""
-    return sorted(path.stem for path in (conf_dir() / folder(group)).glob("*.yaml"))
+    """Return the names that can be chosen in a group; experiments may stand in folders: `ablation/rank`."""
+    root = conf_dir() / folder(group)
+    found = root.rglob("*.yaml") if group == EXPERIMENT else root.glob("*.yaml")
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in found)
+
+
+def experiment(name: str) -> dict[str, Any]:
+    """Return the yaml of an experiment as it is written."""
+    from omegaconf import OmegaConf
+
+    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(conf_dir() / EXPERIMENT / f"{name}.yaml")))
+
+
+def swept(written: Mapping[str, Any]) -> dict[str, str]:
+    """Return {setting: its values} that the yaml of an experiment sweeps over, under `hydra.sweeper.params`."""
+    params = written.get("hydra", {}).get("sweeper", {}).get("params", {})
+    return {key: str(values) for key, values in params.items()}
+
+
+def of_stage(written: Mapping[str, Any], schema: type) -> bool:
+    """Whether everything that the yaml of an experiment sets or sweeps over is a setting of a stage."""
+    try:
+        for key in {*written, *swept(written)} - {"defaults", "hydra"}:
+            type_of(schema, key)
+    except KeyError:
+        return False
+    return True
 
 
 def closest(word: str, words: typing.Iterable[str]) -> str:

@@ -46,6 +46,27 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture
+def killed(monkeypatch) -> Callable[[str, Sequence[str]], None]:
+    """Return a function that runs a training and ends it as soon as it has saved its first checkpoint."""
+    from hyperdb import config
+    from hyperdb.runtime import checkpoint
+
+    save = checkpoint.save
+
+    def save_and_die(path, step, *rest):
+        save(path, step, *rest)
+        raise KeyboardInterrupt
+
+    def run(stage: str, words: Sequence[str]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", save_and_die)
+            with pytest.raises(KeyboardInterrupt):
+                config.run(stage, words)
+
+    return run
+
+
+@pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
@@ -83,7 +104,7 @@ def tiny_base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_judges(tmp_path_factory):
-    """Return the folders of an untrained DINO, 32 px, and an untrained CLIP, 24 px, which knows WORDS."""
+    """Return the folders of an untrained DINO and VICReg, 32 px, and an untrained CLIP, 24 px, which knows WORDS."""
     import timm
     import torch
     from timm.models import save_for_hf
@@ -91,7 +112,7 @@ def tiny_judges(tmp_path_factory):
 
     from hyperdb.stages.train_base import build_tokenizer
 
-    folders = {name: tmp_path_factory.mktemp("judges") / name for name in ("dino", "clip")}
+    folders = {name: tmp_path_factory.mktemp("judges") / name for name in ("dino", "vicreg", "clip")}
     small = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
     tokenizer = build_tokenizer(WORDS, 16)
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -103,9 +124,10 @@ def tiny_judges(tmp_path_factory):
     size = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        dino = timm.create_model("vit_tiny_patch16_224", num_classes=0, **small)
+        vits = {name: timm.create_model("vit_tiny_patch16_224", num_classes=0, **small) for name in ("dino", "vicreg")}
         clip = CLIPModel(config)
-    save_for_hf(dino, folders["dino"], model_args=small, safe_serialization=True)
+    for name, vit in vits.items():
+        save_for_hf(vit, folders[name], model_args=small, safe_serialization=True)
     clip.save_pretrained(folders["clip"])
     CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folders["clip"])
     return folders

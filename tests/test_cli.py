@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +89,10 @@ out: runs/toy/${name}
         "defaults: [{override /engine: turbo}]\nsteps: 2\nengine: {boost: 3}\n"
     ),
     "experiment/wrong.yaml": "# @package _global_\nstepz: 2\n",
+    "experiment/over/steps.yaml": (
+        "# @package _global_\n# Toy at several speeds.\nname: speeds\n"
+        "hydra: {sweeper: {params: {steps: '1,2', prompt: '[a,b c]'}}}\n"
+    ),
 }
 
 
@@ -246,7 +251,7 @@ def test_groups_and_experiments(toy):
         (["engine=null"], "no engine 'null'"),
         (["engine="], "no engine ''"),
         (["engine.boost=1"], "toy has no setting 'engine.boost'"),
-        (["experiment=fats"], "no experiment 'fats'; did you mean 'fast'?; there is: fast, wrong"),
+        (["experiment=fats"], "no experiment 'fats'; did you mean 'fast'?; there is: fast, over/steps, wrong"),
         (["experiment=wrong"], "conf/experiment/wrong.yaml: toy has no setting 'stepz'"),
         (["prompt"], "'prompt' is not key=value"),
         (["--prompt=x"], "'--prompt=x' is not key=value"),
@@ -288,6 +293,12 @@ def test_exit_codes_of_run(toy, capsys, monkeypatch):
         monkeypatch.setattr(module, "run", failing(error))
         assert cli.main(["toy"]) == code
         assert said in capsys.readouterr().err
+    for number, code, said in ((signal.SIGINT, 130, "interrupted; "), (signal.SIGTERM, 143, "terminated; ")):
+        before = signal.getsignal(number)
+        monkeypatch.setattr(module, "run", lambda _, number=number: os.kill(os.getpid(), number))
+        assert cli.main(["toy"]) == code
+        assert f"{said}the same command begins again" in capsys.readouterr().err
+        assert signal.getsignal(number) is before
     monkeypatch.setattr(module, "KEPT", "its pictures are kept", raising=False)
     monkeypatch.setattr(module, "run", failing(KeyboardInterrupt()))
     assert cli.main(["toy"]) == 130
@@ -354,6 +365,21 @@ def test_a_sweep_of_out_or_name_is_in_out_already(toy):
     ]
 
 
+def test_an_experiment_may_be_a_sweep(toy, capsys):
+    assert cli.main(["toy", "-m", "experiment=over/steps"]) == 0
+    assert [(c.prompt, c.steps) for c in toy] == [("a", 1), ("b c", 1), ("a", 2), ("b c", 2)]
+    assert [c.out.partition("-")[0] for c in toy[:2]] == [
+        "runs/toy/speeds/steps=1+prompt=a", "runs/toy/speeds/steps=1+prompt=b_c",
+    ]  # fmt: skip
+    assert cli.main(["toy", "-m", "experiment=over/steps", "steps=3"]) == 0  # a word is stronger
+    assert [(c.prompt, c.steps) for c in toy[4:]] == [("a", 3), ("b c", 3)]
+    assert cli.main(["toy", "experiment=over/steps", "steps=3", "prompt=a"]) == 0
+    assert (toy[6].out, toy[6].steps) == ("runs/toy/speeds", 3)
+    assert cli.main(["toy", "experiment=over/steps", "prompt=a"]) == 2
+    assert "the experiment is a sweep of steps=1,2; add -m, or set steps to one of them" in capsys.readouterr().err
+    assert len(toy) == 7
+
+
 def test_a_sweep_over_a_group(toy):
     assert cli.main(["toy", "-m", "engine=small,turbo"]) == 0
     assert [c.out for c in toy] == ["runs/toy/ada/engine=small", "runs/toy/ada/engine=turbo"]
@@ -392,6 +418,7 @@ def test_stage_help(toy, capsys):
         "engine.path: str = small.bin",
         "engine=small | turbo",
         "experiment=fast  Toy at speed.",
+        "experiment=over/steps  Toy at several speeds.",
     ):
         assert said in text
     assert "wrong" not in text, "an experiment of other settings is not offered"
@@ -497,3 +524,36 @@ def test_doctor_says_what_to_do(monkeypatch, tmp_path):
     (tmp_path / "base/model_index.json").write_text("{}")
     assert next(doctor.embedded(doctor.Config())).state == "ok"
     assert next(doctor.hub(doctor.Config(sd15=str(tmp_path)))).state == "ok"
+
+
+@pytest.mark.parametrize("base", options.choices("diffusion"))
+def test_doctor_says_how_each_judge_is_had(base, in_tmp, monkeypatch):
+    import huggingface_hub
+    import yaml
+
+    from hyperdb.metrics import JudgesConfig
+    from hyperdb.stages import doctor
+
+    cache = {}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *what, revision: cache.get((*what, revision)))
+    asked = yaml.safe_load((options.conf_dir() / "evaluate" / f"{base}.yaml").read_text())["judges"]
+
+    def found():
+        return dict(zip(asked, doctor.judges(doctor.Config(base=base)), strict=True))
+
+    assert asked.keys() == JudgesConfig.__dataclass_fields__.keys()
+    assert {finding.state for finding in found().values()} == {"optional"}
+    assert "hf download timm/vit_small_patch16_224.dino" in found()["dino"].advice
+    assert "hyperdb train_judge judge=verifier" in found()["verifier"].advice
+    for name, path in asked.items():
+        repository, _, revision = (path or "").partition("@")
+        folder = in_tmp / "runs" / "train_judge" / name / "judge"
+        folder.mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            assert found()[name].state == "optional"
+            cache[repository, file, revision or None] = "at hand"
+            (folder / file).touch()
+        assert found()[name].state == "ok"
+        assert found()[name].advice.endswith("" if path else f"judges.{name}=runs/train_judge/{name}/judge")
+    with pytest.raises(UserError, match="base='sd': expected embedded or sd15"):
+        doctor.Config(base="sd")

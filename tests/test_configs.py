@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from hyperdb import config, options
+from hyperdb import config, options, words
 from hyperdb.runtime.errors import UserError
 
 CONF = options.conf_dir()
@@ -68,12 +70,6 @@ def shown(value: Any) -> str:
     return json.dumps(value).strip('"')
 
 
-def of_stage(raw: dict, stage: str) -> bool:
-    """Whether every key of an experiment is a setting of this stage."""
-    known = {key for key, _ in options.settings(config.stage_module(stage).Config)}
-    return set(raw) - {"defaults"} <= known
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_composes(stage):
     raw = config.compose(stage)
@@ -112,7 +108,7 @@ def test_every_option_of_every_group_composes(stage):
 def test_experiment_is_accepted_by_a_stage(name):
     path = CONF / "experiment" / f"{name}.yaml"
     given = yaml.safe_load(path.read_text()) or {}
-    stages = [stage for stage in STAGES if of_stage(given, stage)]
+    stages = [stage for stage in STAGES if options.of_stage(given, config.stage_module(stage).Config)]
     assert stages, f"{path.name} has a key that no stage knows"
     composed = 0
     for stage in stages:
@@ -124,6 +120,67 @@ def test_experiment_is_accepted_by_a_stage(name):
         except UserError as error:  # another stage of the same keys without one of its groups
             last = error
     assert composed, last
+
+
+SWEPT = {name: options.swept(options.experiment(name)) for name in EXPERIMENTS}
+
+
+@pytest.mark.parametrize("name", [name for name, params in SWEPT.items() if params])
+def test_a_sweep_has_several_values_of_settings_of_one_stage(name):
+    (stage,) = (s for s in STAGES if options.of_stage(options.experiment(name), config.stage_module(s).Config))
+    for key, values in SWEPT[name].items():
+        override = words.parsed(words.swept(config.stage_module(stage).Config, f"{key}={values}"))
+        assert override.is_sweep_override()
+        found = list(override.sweep_string_iterator())
+        assert len(set(found)) == len(found) > 1
+    for base in BASES:
+        made = config.load(stage, [f"experiment={name}", f"diffusion={base}"])
+        assert made.out == f"runs/{stage}/{made.name}"
+        assert made.name == name.replace("/", "_")
+
+
+def test_every_method_has_as_many_rates_to_choose_from():
+    found = {name.partition("/")[2]: params for name, params in SWEPT.items() if name.startswith("sweep/")}
+    assert {"hyper_40", "no_hyper_40", "dreambooth", "textual_inversion", "lora", "dora", "svdiff"} < set(found)
+    for method, params in found.items():
+        ((key, values),) = params.items()
+        rates = [float(value) for value in values.split(",")]
+        assert (key, len(rates), sorted(rates)) == (f"methods.{method}.finetune.rate", 5, rates)
+        assert all(2.9 < high / low < 3.4 for low, high in itertools.pairwise(rates))
+        for base in BASES:
+            own = config.load("evaluate", [f"experiment=sweep/{method}", f"diffusion={base}"])
+            assert (own.rows, own.split) == ([method], "validation")
+            assert rates[0] < own.fit(method).rate < rates[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "folders"),
+    [
+        ("ablation/noise", "evaluate", ["finetune.noise=_0.0_0.5_", "finetune.noise=_0.0_0.65_",
+                                        "finetune.noise=_0.0_0.8_", "finetune.noise=_0.0_1.0_"]),
+        ("ablation/beta", "train_hypernet", ["beta=0.0", "beta=0.01", "beta=0.1", "beta=1.0"]),
+        ("ablation/people", "train_hypernet", ["people=250", "people=1000", "people=4000", "people=None"]),
+    ],
+)  # fmt: skip
+def test_each_value_of_a_sweep_has_a_folder(name, stage, folders, in_tmp, monkeypatch):
+    made = []
+    monkeypatch.setattr(config, "execute", lambda _, settings: made.append(settings))
+    config.sweep(stage, [f"experiment={name}"])
+    parents = {Path(one.out).parent.as_posix() for one in made}
+    assert parents == {f"runs/{stage}/{name.replace('/', '_')}"}
+    assert [Path(one.out).name.partition("-")[0] for one in made] == folders
+    assert len({one.out for one in made}) == len(made)
+
+
+@pytest.mark.parametrize("stage", ["precompute", "evaluate"])
+def test_shards_are_jobs_in_one_folder(stage, in_tmp, monkeypatch):
+    made = []
+    monkeypatch.setattr(config, "execute", lambda _, settings: made.append(settings))
+    config.sweep(stage, ["shard=range(0,3)", "num_shards=3", "seed=0,1" if stage == "evaluate" else "by=person"])
+    each = 2 if stage == "evaluate" else 1
+    assert sorted(one.share() for one in made) == sorted([(0, 3), (1, 3), (2, 3)] * each)
+    outs = [f"runs/evaluate/default/seed={seed}" for seed in (0, 1)] if each == 2 else ["runs/precompute/default"]
+    assert sorted({one.out for one in made}) == outs
 
 
 @pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: p.relative_to(CONF).as_posix())
@@ -157,6 +214,17 @@ def test_a_base_is_chosen_in_one_word():
         for choice in yaml.safe_load(path.read_text())["defaults"]:
             for group, option in choice.items() if isinstance(choice, dict) else ():
                 assert group == "diffusion" or group not in recipe_groups() or option == "${diffusion}", path
+
+
+def test_a_base_has_its_own_recipe_of_an_adapter(tmp_path, monkeypatch):
+    """Wherever the adapter is trained: alone, or as a row of an evaluation. Another base keeps the reference's."""
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    (conf / "adapters" / "tuned").mkdir(exist_ok=True)
+    (conf / "adapters" / "tuned" / "embedded_dora.yaml").write_text("# @package _global_\nfinetune:\n  rate: 0.0123\n")
+    monkeypatch.setattr(options, "conf_dir", lambda: conf)
+    for more, rate in ([], 0.0123), (["diffusion=sd15"], 1e-4):
+        assert config.load("personalize", ["image=none", "adapter=dora", *more]).finetune.rate == rate
+        assert config.load("evaluate", more).fit("dora").rate == rate
 
 
 def test_bases_differ_in_what_is_written():

@@ -78,12 +78,15 @@ def test_the_diffs_shown_are_in_the_tree():
             assert line.startswith("@@") or line[1:] in there, f"{head}: {line}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/formats.md", "docs/imports.md", "docs/stable_diffusion.md"])
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("cluster", "formats", "imports", "stable_diffusion", "web"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_named_is_a_stage_with_those_settings(page):
-    lines = re.findall(r"^(?:    )?hyperdb ([a-z_]+)([^\n#]*)", (ROOT / page).read_text(), flags=re.MULTILINE)
+    lines = re.findall(r"^(?:    |      )?hyperdb ([a-z_]+)([^\n#]*)", (ROOT / page).read_text(), flags=re.MULTILINE)
     for stage, rest in lines:
         assert stage in config.STAGES, stage
-        keys = [w.partition("=")[0] for w in re.findall(r"[a-z_.]+=", rest)]
+        keys = [w.partition("=")[0] for w in re.findall(r"(?<!/)\b[a-z_.]+=", rest)]  # without Hydra's own
         known = {key for key, _ in options.settings(config.stage_module(stage).Config)} | {"experiment"}
         assert set(keys) <= known, (stage, keys)
     assert lines

@@ -131,6 +131,15 @@ def vae(tiny_base):
         ("train_encoder", "train_encoder",
          ["held_out=1", "portrait=16", "rate=0.003", "workers=1", "encoder.size=32"]),
         ("train_judge", "train_judge", ["held_out=1", "rate=0.01", "diffusion.path={base}", "diffusion.size=32"]),
+        ("train_judge_clip", "train_judge",
+         ["judge=clip", "held_out=1", "rate=0.003", "diffusion.path={base}", "diffusion.size=32", "judge.width=32",
+          "judge.layers=1", "judge.patch=16", "judge.text_width=32", "judge.text_layers=1"]),
+        ("train_judge_vicreg", "train_judge",
+         ["judge=vicreg", "held_out=2", "rate=0.0003", "diffusion.path={base}", "diffusion.size=32",
+          "judge.expander=16"]),
+        ("train_judge_verifier", "train_judge",
+         ["judge=verifier", "held_out=2", "rate=0.0003", "diffusion.path={base}", "diffusion.size=32",
+          "judge.pictures=2", "judge.temperature=1"]),
     ],
 )  # fmt: skip
 def test_losses_of_the_other_trainings(tiny_base, rendered, vae, losses, tmp_path, golden, name, stage, words):
@@ -162,7 +171,7 @@ def test_figures_of_an_evaluation(tmp_path, golden):
         assert sum(part["people"] for part in words.values()) == result["people"]
         mean = sum(part["people"] * part["floor"] for part in words.values()) / result["people"]
         assert mean == pytest.approx(result["rows"]["floor"]["cosine"]["mean"], abs=1e-3)
-    assert set(result["slices"]) == {"sex", "age", "skin"}
+    assert set(result["slices"]) == {"sex", "age", "skin", "reference_wears"}
     means = {row: figures["cosine"]["mean"] for row, figures in result["rows"].items()}
     way = means["ceiling"] - means["floor"]
     assert way > 0.1

@@ -187,6 +187,8 @@ def test_the_embedded_trainings_run(rendered, words, tmp_path):
     assert made["steps"] == 2
     base = ["channels=[16,32]", "heads=[1,2]", "text_width=32", "text_layers=1", "logit_normal=[0,1]"]
     configuration.run("train_base", [*common, *base, f"vae={tmp_path / 'sharp/vae'}", f"out={tmp_path / 'base'}"])
-    configuration.run("train_judge", [*common, *words[:3], "held_out=1", f"out={tmp_path / 'judge'}"])
-    for part in ("base/base/unet", "judge/judge.safetensors"):
+    for judge in ("prompts", "clip", "vicreg", "verifier"):
+        held = [f"judge={judge}", "held_out=2", f"out={tmp_path / judge}"]
+        configuration.run("train_judge", [*common, *words[:3], *held])
+    for part in ("base/base/unet", "prompts/judge.safetensors", "clip/judge", "vicreg/judge", "verifier/judge"):
         assert (tmp_path / part).exists()

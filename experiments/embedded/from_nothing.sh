@@ -1,29 +1,32 @@
 #!/usr/bin/env bash
 # Everything that makes the shipped models, from no data at all: people, autoencoder, image encoder, base, hypernetwork,
-# judge of styles. Run it from the root of the checkout; what is done already is kept, so a run that was stopped goes on.
+# judges. Run it from the root of the checkout; what is done already is kept, so a run that was stopped goes on.
 #
 #   bash experiments/embedded/from_nothing.sh cpu [PART ...]
 #   bash experiments/embedded/from_nothing.sh gpu [PART ...]
 #
 # What parts of it took on an H200 with 16 cores is in experiments/embedded/base128; it has not been run to its end.
 #
-# Parts, in their order: few people faces autoencoder encoder sharp base hypernet judge. All of them by default. The results lie in
-# runs/from_nothing; a length can be set from outside, such as BASE_STEPS=4000.
+# Parts, in their order: few people faces autoencoder encoder sharp base hypernet judge clip vicreg
+# verifier. All of them by default. The results lie in runs/from_nothing; a length can be set from outside, such as
+# BASE_STEPS=4000.
 set -eu
 KIND=${1:?cpu or gpu}
 shift
-PARTS=${*:-few people faces autoencoder encoder sharp base hypernet judge}
+PARTS=${*:-few people faces autoencoder encoder sharp base hypernet judge clip vicreg verifier}
 OUT=${OUT_FOLDER:-runs/from_nothing}
 PYTHON=${PYTHON:-python3}
 case $KIND in
   gpu) : "${WORKERS:=$(nproc)}" "${PEOPLE:=10000}" "${BATCH:=1024}" "${PEOPLE_A_STEP:=48}"
        : "${AUTOENCODER_STEPS:=2500}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1500}" "${AUTOENCODER_BATCH:=256}"
        : "${FACES:=40000}" "${ENCODER_STEPS:=8000}" "${ENCODER_BATCH:=256}"
-       : "${BASE_STEPS:=6000}" "${FITTED:=1000}" "${LINEAR_STEPS:=1500}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}" ;;
+       : "${BASE_STEPS:=6000}" "${FITTED:=1000}" "${LINEAR_STEPS:=1500}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}"
+       : "${IMAGES_STEPS:=6000}" "${IMAGES_BATCH:=512}" ;;
   cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}" "${PEOPLE_A_STEP:=16}"
-       : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1000}" "${AUTOENCODER_BATCH:=32}"
+       : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1200}" "${AUTOENCODER_BATCH:=32}"
        : "${FACES:=20000}" "${ENCODER_STEPS:=8000}" "${ENCODER_BATCH:=96}"
-       : "${BASE_STEPS:=25000}" "${FITTED:=128}" "${LINEAR_STEPS:=350}" "${HYPERNET_STEPS:=1500}" "${JUDGE_STEPS:=600}" ;;
+       : "${BASE_STEPS:=25000}" "${FITTED:=128}" "${LINEAR_STEPS:=350}" "${HYPERNET_STEPS:=1500}" "${JUDGE_STEPS:=600}"
+       : "${IMAGES_STEPS:=3000}" "${IMAGES_BATCH:=128}" ;;
   *) echo "from_nothing.sh: expected cpu or gpu, not $KIND" >&2; exit 2 ;;
 esac
 HEADS=$OUT/heads
@@ -61,8 +64,8 @@ autoencoder() { # crops, then whole pictures
 
 sharp() { # the decoder alone, against a discriminator and on the encoder's features: the latents stay as they are
   once "$OUT/sharp/report.json" train_autoencoder data="$OUT/heads_few" channels=[32,64,128,128] latent_channels=8 \
-    init="$OUT/whole/vae" decoder_only=true batch="$WHOLE" steps="$SHARP_STEPS" rate=0.0003 adversarial_weight=0.02 \
-    feature_weight=0.05 encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/sharp"
+    init="$OUT/whole/vae" decoder_only=true batch="$WHOLE" steps="$SHARP_STEPS" rate=0.0004 adversarial_weight=0.02 \
+    feature_weight=0.3 encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/sharp"
 }
 
 encoder() {
@@ -90,6 +93,14 @@ hypernet() { # where predictions begin; the linear map; the decoder on top of it
 judge() {
   once "$OUT/judge/report.json" train_judge $BASE data="$HEADS" steps="$JUDGE_STEPS" out="$OUT/judge"
 }
+
+images() { # judges of whole pictures; `hyperdb evaluate judges.clip=$OUT/clip/judge` and so on asks them
+  once "$OUT/$1/report.json" train_judge judge="$1" $BASE data="$HEADS" batch="$IMAGES_BATCH" steps="$IMAGES_STEPS" \
+    out="$OUT/$1"
+}
+clip() { images clip; }
+vicreg() { images vicreg; }
+verifier() { images verifier; }
 
 for part in $PARTS; do
   "$part"

@@ -15,7 +15,7 @@ from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json, load_tensors, save_json, save_tensors
+from hyperdb.runtime.files import load_json, load_metadata, load_tensors, save_json, save_tensors
 
 if TYPE_CHECKING:
     from hyperdb.data.people import People
@@ -63,7 +63,7 @@ def shard_is_done(folder: Path, number: int, key: str) -> bool:
     path = shard_path(folder, number)
     if not path.is_file():
         return False
-    if load_tensors(path)[1].get("key") != key:
+    if load_metadata(path).get("key") != key:
         raise UserError(f"{path} was made with another base, data or configuration; choose another name or delete it")
     return True
 

@@ -21,6 +21,8 @@ from hyperdb.runtime.files import hash_files, load_json, load_tensors, load_text
 from hyperdb.runtime.recipe import AROUND
 from hyperdb.runtime.seed import derive
 
+ONE_POSE = 0.15  # radians by which yaw and pitch may differ
+
 
 @dataclass
 class People:
@@ -59,6 +61,22 @@ class People:
         """Each person's rows in the style photo, possibly none."""
         photo = self.is_style("photo")
         return [rows[photo[rows]] for rows in self.rows]
+
+    def unlike(self, given: Tensor, others: Tensor) -> Tensor:
+        """Order a person's photos `others [K]` such that those come first which are unlike the photos `given [V]`.
+
+        Last come photos with an accessory that a given one shows, before them those in a place of a given one, before
+        them those in its pose. Light needs no label, for every render has its own. What is equally unlike keeps its
+        order, and so do photos of real people, of which nothing of this is known.
+        """
+        if not {"accessory", "place", "yaw", "pitch"} <= self.labels.keys():
+            return others
+        there, here = ({name: x[rows] for name, x in self.labels.items()} for rows in (others[:, None], given))
+        worn = (there["accessory"] == here["accessory"]) & (here["accessory"] != self.names["accessory"].index("none"))
+        place = there["place"] == here["place"]
+        pose = ((there["yaw"] - here["yaw"]).abs() < ONE_POSE) & ((there["pitch"] - here["pitch"]).abs() < ONE_POSE)
+        alike = 4 * worn.any(1) + 2 * place.any(1) + pose.any(1).long()  #            [K]
+        return others[alike.argsort(stable=True)]
 
     def keys(self, by: str, rows: Tensor) -> Tensor:
         """Return whose fit a picture's is, `[len(rows)]` int64: by `image` a hash of its pixels, by `person` the seed.

@@ -14,13 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from PIL.TiffImagePlugin import BITSPERSAMPLE, IMAGELENGTH, IMAGEWIDTH, ImageFileDirectory_v2
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLESPERPIXEL,
+    ImageFileDirectory_v2,
+)
 
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import atomic
 
 SMALLEST, LARGEST = 32, 16_384  # pixels on a side
 MOST = 178_956_970  # pixels in all: Pillow's own bound, where it begins to refuse a picture as a decompression bomb
+YCBCR = 6  # of a TIFF's photometric interpretation
 ROUNDING = 2  # of 255: a profile that moves no colour further is sRGB by another name
 
 
@@ -129,8 +137,18 @@ def _open(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image ({error}); save it again") from error
 
 
+def _mend(image: Any) -> None:
+    """Unpack an uncompressed YCbCr TIFF as the three bytes a pixel that it has; Pillow before 13 expects four."""
+    if image.format != "TIFF" or image.mode != "RGB" or image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) != YCBCR:
+        return
+    if image.tag_v2.get(SAMPLESPERPIXEL) == 3 and all(part.codec_name == "raw" for part in image.tile):
+        image.tile = [part._replace(args=("YCbCr", *part.args[1:])) for part in image.tile]
+        image._mode = "YCbCr"
+
+
 def _decode(path: Path, image: Image.Image) -> None:
     try:
+        _mend(image)
         # A phone's MPO file is a still with a second view, not an animation.
         animated = image.format != "MPO" and getattr(image, "is_animated", False)
         image.load()
@@ -340,7 +358,7 @@ def grid(
 ) -> NDArray[np.uint8]:
     """Lay pictures [H, W, 3] out on white, row by row; pictures of other sizes take the first's.
 
-    `labels` are written above the pictures, `rows` left of the rows; long ones are shortened.
+    `labels` are written above the pictures, as many as there are, `rows` left of the rows; long ones are shortened.
     """
     if not images or columns < 1:
         raise ValueError(f"a grid needs pictures and columns, got {len(images)} and {columns}")
@@ -350,8 +368,8 @@ def grid(
     font = ImageFont.load_default(size=font_size)
     line_height = round(1.3 * font_size) + gap
     left = min(2 * width, round(max(map(font.getlength, rows))) + 2 * gap) if rows else 0
-    top = line_height if labels else 0
-    size = (left + columns * (width + gap) + gap, lines * (top + height + gap) + gap)
+    labelled = -(-len(labels or ()) // columns)  # lines that have room for labels
+    size = (left + columns * (width + gap) + gap, lines * (height + gap) + min(lines, labelled) * line_height + gap)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for i, array in enumerate(images):
@@ -359,12 +377,12 @@ def grid(
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.LANCZOS)
         row, column = divmod(i, columns)
-        x, y = left + gap + column * (width + gap), gap + row * (top + height + gap)
-        canvas.paste(image, (x, y + top))
+        x, y = left + gap + column * (width + gap), gap + row * (height + gap) + min(row, labelled) * line_height
+        canvas.paste(image, (x, y + (line_height if row < labelled else 0)))
         if labels and i < len(labels):
             draw.text((x, y), _shorten(labels[i], font, width), fill="black", font=font)
     for row, label in enumerate(rows or ()):
-        y = gap + row * (top + height + gap) + top + height // 2
+        y = gap + row * (height + gap) + min(row + 1, labelled) * line_height + height // 2
         name = _shorten(label, font, left - 2 * gap) if left == 2 * width else label
         draw.text((gap, y), name, fill="black", font=font, anchor="lm")
     return np.array(canvas)

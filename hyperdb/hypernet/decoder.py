@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -56,6 +57,9 @@ class IterativeDecoder(nn.Module):
         if self.linear is None:
             return summary.new_zeros(len(summary), *self.shape)
         mean = summary.mean(0, keepdim=True)
+        if self.training and dist.is_available() and dist.is_initialized():  # the batch is that of all processes
+            mean = mean.detach() / dist.get_world_size()
+            dist.all_reduce(mean)
         own = torch.einsum("ik,knd->ind", summary - mean, self.linear)
         return own + torch.einsum("ik,knd->ind", mean, self.linear.detach())
 

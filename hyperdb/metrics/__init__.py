@@ -11,28 +11,38 @@ from typing import Any
 
 from hyperdb.runtime.paths import FilePath
 
-RECOGNISERS = {"sface": "face.SFace", "dlib": "face.Dlib"}
-"""{name: where the class is}, of judges of faces."""
+RECOGNISERS = {
+    "sface": "face.SFace",
+    "dlib": "face.Dlib",
+    "facenet": "facenet.Facenet",
+    "verifier": "verifier.Verifier",
+}
+"""{name: where the class is}, of judges of who it is."""
 
 ENCODERS = {
     "clip": "clip.Clip",
     "dino": "dino.Dino",
+    "vicreg": "vicreg.VICReg",
 }
 """{name: where the class is}, of judges of whole pictures, which `JudgesConfig` gives their weights."""
 
 
 @dataclass
 class JudgesConfig:
-    """The weights of the judges of whole pictures: a folder in the hub's layout, or a hub id. null: it is not asked.
+    """The weights of judges that bring none: a folder in the hub's layout, or a hub id. null: it is not asked.
 
-    An id may end in `@REVISION`. Weights are read from `model.safetensors` alone.
+    The recognisers are asked where `recognisers` name them. An id may end in `@REVISION`. Weights are read from
+    `model.safetensors` alone.
     """
 
     clip: FilePath | None  # of transformers: the figures clip_i and clip_t
     dino: FilePath | None  # of timm: the figure dino
+    vicreg: FilePath | None  # `hyperdb train_judge judge=vicreg`, or another of timm: the figure vicreg
+    facenet: FilePath | None  # docs/stable_diffusion.md makes one: the recogniser facenet
+    verifier: FilePath | None  # `hyperdb train_judge judge=verifier`: the recogniser verifier
 
     def asked(self) -> dict[str, str]:
-        """Return {name: folder or hub id} of the judges that are asked."""
+        """Return {name: folder or hub id} of the judges of whole pictures that are asked."""
         return {name: path for name in ENCODERS if (path := getattr(self, name)) is not None}
 
 

@@ -44,11 +44,11 @@ def pose(images: Tensor) -> Tensor:
 
 
 def similarity(pictures: Tensor, reference: Tensor, others: Tensor) -> Tensor:
-    """Compare features of pictures `[I, K, C]` with the reference's `[I, C]`; `others [I, L, C]` set the scale. `[I]`.
+    """Compare features of pictures `[J, K, C]` with the reference's `[I, C]`; `others [I, L, C]` set the scale. `[J]`.
 
-    Missing pictures (NaN) are left out; a person with none counts 0.
+    The pictures are of all people or of the first J. Missing ones (NaN) are left out; a person with none counts 0.
     """
-    d = (pictures - reference[:, None]).norm(dim=-1).nanmean(1)
+    d = (pictures - reference[: len(pictures), None]).norm(dim=-1).nanmean(1)
     d0 = (others - reference[:, None]).norm(dim=-1).nanmean()
     return (1 - d / d0).nan_to_num(0.0)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,13 @@ DLIB_POINTS = (_MEAN_FACE + 0.25) / 1.5 * 150
 DLIB_WEIGHTS = "dlib_face_recognition_resnet_model_v1.dat"
 
 
-def _encode(
-    images: Tensor, dim: int, encode: Callable[[NDArray[np.uint8], Face], NDArray[np.float32]]
-) -> Tensor:
-    """Find the largest face of each picture at 256 px and encode it; NaN rows without a face."""
+def largest(images: Tensor) -> Iterator[tuple[int, NDArray[np.uint8], Face]]:
+    """Find the largest face of each picture of uint8 `[N, 3, H, W]`; yield (row, the picture at 256 px, face)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"pictures must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}"
         )
-    features = torch.full((len(images), dim), float("nan"))
-    for row, image in zip(features, images.cpu().permute(0, 2, 3, 1).numpy(), strict=True):
+    for row, image in enumerate(images.cpu().permute(0, 2, 3, 1).numpy()):
         scale = 256 / max(image.shape[:2])
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         rgb = np.asarray(
@@ -48,8 +45,17 @@ def _encode(
         )
         faces = detect(rgb)
         if faces:
-            vector = encode(rgb, faces[0])
-            row.copy_(torch.from_numpy(vector / np.linalg.norm(vector)))
+            yield row, rgb, faces[0]
+
+
+def _encode(
+    images: Tensor, dim: int, encode: Callable[[NDArray[np.uint8], Face], NDArray[np.float32]]
+) -> Tensor:
+    """Encode the largest face of each picture; NaN rows without a face."""
+    features = torch.full((len(images), dim), float("nan"))
+    for row, rgb, face in largest(images):
+        vector = encode(rgb, face)
+        features[row] = torch.from_numpy(vector / np.linalg.norm(vector))
     return features
 
 

@@ -1,6 +1,7 @@
 """The figures of an evaluation: likeness, the person in a style, obedience and copying of pictures, row by row.
 
-A row is one way to make pictures of I people, a figure a value a person and seed, `[I, S]`.
+A row is one way to make pictures of I people, a figure a value a person and seed, `[I, S]`. A row may be of the first J
+people alone: then they are told from all I, and compared with other rows by what both have of them.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Standard:
     plain pictures are of one prompt, so their mean is one value. Beside them stands each kind of prompt alone, with
     `_plain`, `_changed` or `_styled` behind its name.
 
-    - Likeness, `dino` and `clip_i`: the mean cosine of a picture with each of the `views`, as DreamBooth (Ruiz et al.
-      2023) has it. The views are always photos, so a picture in a style loses by it: compare rows, not prompts. The
-      reference is not among them.
+    - Likeness, `dino`, `vicreg` and `clip_i`: the mean cosine of a picture with each of the `views`, as DreamBooth
+      (Ruiz et al. 2023) has it. The views are always photos, so a picture in a style loses by it: compare rows, not
+      prompts. The reference is not among them.
     - Fidelity, `clip_t`: the cosine of a picture with its prompt, from which the identifier is taken out, for it means
       nothing to CLIP. Textual Inversion (Gal et al. 2022) does so too ("a photo of on the moon"); DreamBooth does not
       say. The noun stays: "a photo of a [V] face" is compared with "a photo of a face".
@@ -69,7 +70,7 @@ class Standard:
         return [(_each(e, self.views).mean(1), words) for e, words in zip(self.encoders, read, strict=True)]
 
     def measure(self, pictures: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Return {row: {figure: `[I]`}} of the pictures of each row, `[I, K, 3, H, W]` uint8."""
+        """Return {row: {figure: `[J]`}} of each row's pictures `[J, K, 3, H, W]` uint8, of all people or the first."""
         return {
             row: self._likeness(images) | self._further(images) | self._whole(images)
             for row, images in pictures.items()
@@ -86,13 +87,14 @@ class Standard:
         for number, (recogniser, (gallery, styled)) in enumerate(zip(self.recognisers, self._galleries, strict=True)):
             suffix = f"_{recogniser.name}" if number else ""
             photo, changed, rest = self._apart(_each(recogniser, images))
+            mine = gallery[: len(images), None]
             for kind, faces in (("", photo), ("_changed", changed)):
                 if faces.shape[1]:
-                    score[f"cosine{kind}{suffix}"] = torch.as_tensor(cosine(faces, gallery[:, None])).mean(1)
+                    score[f"cosine{kind}{suffix}"] = torch.as_tensor(cosine(faces, mine)).mean(1)
                     score[f"detected{kind}{suffix}"] = faces.isfinite().all(-1).float().mean(1)
-                    score[f"rank1{kind}{suffix}"] = torch.as_tensor(rank1(faces, gallery))
+                    score[f"rank1{kind}{suffix}"] = _first(faces, gallery)
             if self.styles:
-                hits = [torch.as_tensor(rank1(rest[:, i, None], styled[name])) for i, name in enumerate(self.styles)]
+                hits = [_first(rest[:, i, None], styled[name]) for i, name in enumerate(self.styles)]
                 score[f"rank1_styled{suffix}"] = torch.stack(hits).mean(0)
                 score[f"detected_styled{suffix}"] = rest.isfinite().all(-1).float().mean(1)
         return score
@@ -120,8 +122,8 @@ class Standard:
     def _whole(self, images: Tensor) -> dict[str, Tensor]:
         score: dict[str, Tensor] = {}
         for encoder, (photos, words) in zip(self.encoders, self._known, strict=True):
-            seen = _each(encoder, images)  #                                        [I, K, C]
-            found = {encoder.name: (seen * photos[:, None]).sum(-1)}  #             [I, K]
+            seen = _each(encoder, images)  #                                        [J, K, C]
+            found = {encoder.name: (seen * photos[: len(images), None]).sum(-1)}  # [J, K]
             if words is not None:
                 found = {f"{encoder.name}_i": found[encoder.name], f"{encoder.name}_t": (seen * words).sum(-1)}
             for figure, values in found.items():
@@ -139,6 +141,17 @@ def _each(feature: Any, images: Tensor) -> Tensor:
     return feature(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 
+def _first(faces: Tensor, gallery: Tensor) -> Tensor:
+    """Return how often each person of `[J, K, C]` comes first among all of `gallery [I, C]`, `[J]`."""
+    absent = faces.new_full((len(gallery) - len(faces), *faces.shape[1:]), torch.nan)
+    return torch.as_tensor(rank1(torch.cat([faces, absent]), gallery))[: len(faces)]
+
+
+def _common(*values: NDArray[Any]) -> list[NDArray[Any]]:
+    """Return the values of the people whom all rows have, the first ones."""
+    return [x[: min(map(len, values))] for x in values]
+
+
 def summary(score: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Return mean and interval of every figure, `[I, S]` or `[I]`, of the rates the mean alone."""
     return {
@@ -150,13 +163,12 @@ def summary(score: Mapping[str, Any], seed: int) -> dict[str, Any]:
 def differences(scores: Scores, against: Mapping[str, Sequence[str]], figure: str, seed: int) -> dict[str, Any]:
     """Return `{a-b: mean and interval}` of the figure of each row a minus that of each row b that it is set against.
 
-    Rows without the figure are left out.
+    Rows without the figure are left out. The people are those whom both rows have.
     """
     known = {row: score[figure] for row, score in scores.items() if figure in score}
-    return {
-        f"{a}-{b}": paired(known[a], known[b], seed)
-        for a, rows in against.items() for b in rows if a in known and b in known
-    }  # fmt: skip
+    pairs = [(a, b) for a, rows in against.items() for b in rows if a in known and b in known]
+    both = {f"{a}-{b}": _common(known[a], known[b]) for a, b in pairs}
+    return {name: paired(a, b, seed) for name, (a, b) in both.items()}
 
 
 def closed(scores: Scores, low: str, high: str) -> dict[str, float]:
@@ -164,22 +176,25 @@ def closed(scores: Scores, low: str, high: str) -> dict[str, float]:
 
     Nothing where one of the two is missing or `high` is not above `low`.
     """
-    mean = {row: float(score["cosine"].mean()) for row, score in scores.items()}
-    way = mean.get(high, 0.0) - mean.get(low, 0.0)
-    if not {low, high} <= scores.keys() or way <= 0:
-        return {}
-    return {row: round((x - mean[low]) / way, 4) for row, x in mean.items() if row not in (low, high)}
+    found: dict[str, float] = {}
+    for row, score in scores.items() if {low, high} <= scores.keys() else ():
+        ends = (scores[low]["cosine"], scores[high]["cosine"])
+        begin, end, mean = (float(x.mean()) for x in _common(*ends, score["cosine"]))
+        if row not in (low, high) and end > begin:
+            found[row] = round((mean - begin) / (end - begin), 4)
+    return found
 
 
 def slices(known: Sequence[Mapping[str, Any]], scores: Scores) -> dict[str, Any]:
-    """Return every row's mean face cosine by what is known of the people: {attribute: {word: {people: n, row: x}}}.
+    """Return the mean face cosine by what is known of the people: {attribute: {word: {people: n, row: x}}}.
 
-    `known` has the attributes of each person, in the order of the scores.
+    `known` has the attributes of each person, in the order of the scores. Rows of fewer people are left out.
     """
     found: dict[str, Any] = {}
     for name in known[0] if known else ():
         for word in sorted({str(person[name]) for person in known}):
             mine = np.array([person[name] == word for person in known])
-            means = {row: round(float(score["cosine"][mine].mean()), 4) for row, score in scores.items()}
+            cosines = {row: score["cosine"] for row, score in scores.items() if len(score["cosine"]) == len(known)}
+            means = {row: round(float(x[mine].mean()), 4) for row, x in cosines.items()}
             found.setdefault(name, {})[word] = {"people": int(mine.sum()), **means}
     return found

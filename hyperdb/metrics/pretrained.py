@@ -43,6 +43,8 @@ class Pretrained(ABC):
     name: str
     dim: int
     net: Any  # a timm or transformers model
+    made_by = ""  # the command that trains one, where this repository does
+    without = "or to null to go without"
 
     def __init__(self, path: str, device: torch.device) -> None:
         folder = self._find(path)
@@ -69,14 +71,18 @@ class Pretrained(ABC):
 
     def attempt(self) -> Tensor:
         """Encode a black picture, `[1, dim]`, so that what does not fit together is known before the long work."""
-        found = self(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        found = self.encode(torch.zeros(1, 3, 160, 160, dtype=torch.uint8))
         if not found.isfinite().all():
             raise ValueError("its weights make a picture into NaN")
         return found
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Encode uint8 `[N, 3, H, W]` as float32 `[N, dim]` of length 1, on the CPU."""
+        return self.encode(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode pictures as they are, whatever the judge looks for in them."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"pictures must be uint8 [N, 3, H, W], got {images.dtype} {list(images.shape)}")
         self.net.to(self.device)
@@ -107,7 +113,8 @@ class Pretrained(ABC):
     def _unusable(self, path: str, why: str) -> UserError:
         repository, _, revision = path.partition("@")
         fetch = f"fetch it with `hf download {repository}{f' --revision {revision}' if revision else ''}`, "
+        such = f", such as `{self.made_by}` writes," if self.made_by else ","
         return UserError(
             f"judges.{self.name}={path!r}: {why}; {'' if resolve(path).exists() or path[0] in '/.~' else fetch}"
-            f"set judges.{self.name} to a folder with {SETTINGS} and {WEIGHTS}, or to null to go without"
+            f"set judges.{self.name} to a folder with {SETTINGS} and {WEIGHTS}{such} {self.without}"
         )

@@ -40,6 +40,11 @@ def _wrong(found: Any) -> str | None:
     for count in ("people", "seeds"):
         if not isinstance(n := found.get(count, 1 if count == "seeds" else None), int) or n < 1:
             return f"it does not say of how many {count} it is"
+    for told in ("settings", "methods"):
+        if not isinstance(found.get(told, {}), dict):
+            return f"its {told} are not named"
+    if not all(isinstance(how, dict) for how in found.get("methods", {}).values()):
+        return "what its methods are is not told"
     further = found.get("paired_further", {})
     for pairs in (found.get("paired"), *(further.values() if isinstance(further, dict) else [further])):
         if not isinstance(pairs, dict):

@@ -23,6 +23,7 @@ class Column(NamedTuple):
 
 COLUMNS = {  # in this order, of those that some row has; any other figure stands last, under its own name
     "cosine": Column("face cosine", 3, brief=True),
+    "people": Column("people", 0, brief=True),
     "rank1": Column("rank-1", brief=True),
     "cosine_dlib": Column("face cosine by dlib", 3),
     "rank1_dlib": Column("rank-1 by dlib", brief=True),
@@ -32,11 +33,20 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "rank1_changed_dlib": Column("rank-1 by dlib, changed prompt"),
     "rank1_styled": Column("rank-1 in the style", brief=True),
     "rank1_styled_dlib": Column("rank-1 by dlib in the style"),
+    "cosine_facenet": Column("face cosine by FaceNet", 3),
+    "rank1_facenet": Column("rank-1 by FaceNet", brief=True),
+    "cosine_changed_facenet": Column("face cosine by FaceNet, changed prompt", 3),
+    "rank1_changed_facenet": Column("rank-1 by FaceNet, changed prompt"),
+    "rank1_styled_facenet": Column("rank-1 by FaceNet in the style"),
+    "cosine_verifier": Column("cosine by the verifier", 3),
+    "rank1_verifier": Column("rank-1 by the verifier", brief=True),
+    "rank1_styled_verifier": Column("rank-1 by the verifier in the style", brief=True),
     "style_accuracy": Column("style obeyed", brief=True),
     "place_accuracy": Column("place obeyed"),
     "copy_pose": Column("pose copied", brief=True),
     "copy_background": Column("backdrop copied", brief=True),
     "dino": Column("DINO", 3, brief=True),
+    "vicreg": Column("VICReg", 3, brief=True),
     "clip_i": Column("CLIP-I", 3, brief=True),
     "clip_t": Column("CLIP-T", 3, brief=True),
     "dino_plain": Column("DINO, plain prompt", 3),
@@ -50,10 +60,13 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "clip_t_styled": Column("CLIP-T, in the style", 3),
     "detected": Column("face found"),
     "detected_dlib": Column("face found by dlib"),
+    "detected_facenet": Column("face found by FaceNet"),
     "detected_changed": Column("face found, changed prompt"),
     "detected_changed_dlib": Column("face found by dlib, changed prompt"),
+    "detected_changed_facenet": Column("face found by FaceNet, changed prompt"),
     "detected_styled": Column("face found in the style"),
     "detected_styled_dlib": Column("face found by dlib in the style"),
+    "detected_styled_facenet": Column("face found by FaceNet in the style"),
     "diversity": Column("diversity", 3),
     "seconds": Column("seconds", 3),
     "steps": Column("iterations", 0),
@@ -100,10 +113,15 @@ def _label(results: Mapping[str, Any], name: str) -> str:
 
 
 def _pairs(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the paired differences as rows are: {a-b: {figure: mean and interval}}."""
+    """Return the paired differences as rows are: {a-b: {figure: mean and interval}}, and of how many people."""
+    counts = {row: figures["people"] for row, figures in results["rows"].items() if "people" in figures}
     figures = {"cosine": results["paired"], **results.get("paired_further", {})}
     names = dict.fromkeys(name for found in figures.values() for name in found)
-    return {name: {figure: found[name] for figure, found in figures.items() if name in found} for name in names}
+    pairs = {name: {figure: found[name] for figure, found in figures.items() if name in found} for name in names}
+    for name, pair in pairs.items():
+        if counts.keys() >= (both := set(name.split("-"))):  # of both rows, the people whom both have
+            pair["people"] = min(counts[row] for row in both)
+    return pairs
 
 
 def _over(results: Mapping[str, Any]) -> str:
@@ -123,12 +141,16 @@ def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
     for name, row in rows.items():
         cells = [_cell(row, figure, column.digits) for figure, column in columns.items() if figure != "cosine"]
         table.append([_label(results, name), _interval(row["cosine"]), *cells])
-    compared = {"cosine": f"mean [95 % interval over {_over(results)}]"}
-    if not brief:
-        compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
+    compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
+    if brief:
+        compared = {name: label for name, label in compared.items() if name in ("cosine", "people")}
+        compared |= {"cosine": f"mean [95 % interval over {_over(results)}]"}
     differences = [["paired difference", *compared.values()]]
     for name, pair in pairs.items():
-        cells = [_interval(pair[figure]) if figure in pair else "—" for figure in compared]
+        cells = [
+            _interval(pair[figure]) if isinstance(pair.get(figure), dict) else _cell(pair, figure, 0)
+            for figure in compared
+        ]
         differences.append([_label(results, name), *cells])
     return [table, differences] if pairs else [table]
 
@@ -138,11 +160,11 @@ def comma_separated(named: Mapping[str, Mapping[str, Any]]) -> str:
 
     `named` says what each results file is called. A figure with an interval has the columns `_lo` and `_hi` too.
     """
-    entries = [
-        ([title, name, _label(results, name), results["people"], results.get("seeds", 1)], figures)
-        for title, results in named.items()
-        for name, figures in (results["rows"] | _pairs(results)).items()
-    ]
+    entries = []
+    for title, results in named.items():
+        for name, figures in (results["rows"] | _pairs(results)).items():
+            told = [_label(results, name), figures.get("people", results["people"]), results.get("seeds", 1)]
+            entries.append(([title, name, *told], {k: v for k, v in figures.items() if k != "people"}))
     columns = []
     for figure in _columns(figures for _, figures in entries):
         spread = any(isinstance(figures.get(figure), dict) for _, figures in entries)

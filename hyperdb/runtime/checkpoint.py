@@ -29,6 +29,16 @@ def save(path: Path, step: int, optimizer: torch.optim.Optimizer, ema: EMA, conf
     save_tensors(path, tensors, {"step": str(step), "config": text})
 
 
+def _beside(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return an optimiser's tensor on the device of its parameter, and in the order of its numbers in memory.
+
+    A fused step takes them one after the other: beside a convolution that is `channels_last` it would mix them up.
+    """
+    if value.shape != param.shape:
+        return value.to(param.device)
+    return torch.empty_like(param, dtype=value.dtype).copy_(value)
+
+
 def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[str, Any]) -> int:
     """Restore a training in place; return how many steps are done (0 if there is no checkpoint).
 
@@ -52,7 +62,7 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[st
             param.copy_(tensors[f"param.{i}"])
             average.copy_(tensors[f"average.{i}"])
             prefix = f"state.{i}."
-            state = {n.removeprefix(prefix): v.to(param.device) for n, v in tensors.items() if n.startswith(prefix)}
+            state = {n.removeprefix(prefix): _beside(param, v) for n, v in tensors.items() if n.startswith(prefix)}
             if state:
                 optimizer.state[param] = state
     return int(metadata["step"])

@@ -16,6 +16,7 @@ from hyperdb.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 
 @contextmanager
@@ -30,10 +31,11 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, first: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` only if the block ends well.
 
-    Raises `UserError` when the disk is full, read-only or otherwise unwilling.
+    With `first` a file that another process has written in the meantime stays. Raises `UserError` when the disk is
+    full, read-only or otherwise unwilling.
     """
     path = Path(path)
     with writing(path):
@@ -44,9 +46,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             temporary.chmod(0o644)
-            os.replace(temporary, path)
+            if not (first and _linked(temporary, path)):
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless another has it; False where the disk has no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 def save_text(path: str | Path, text: str) -> Path:
@@ -101,39 +115,49 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def save_tensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    first: bool = False,
 ) -> Path:
-    """Write a safetensors file atomically. Metadata values are strings."""
+    """Write a safetensors file atomically; with `first` one that is there stays. Metadata values are strings."""
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic(path) as temporary:
+    with atomic(path, first) as temporary:
         save_file(ready, temporary, metadata=dict(metadata or {}))
     return Path(path)
 
 
-def _open(path: str | Path) -> Any:
+def _open(path: str | Path, framework: str = "pt") -> Any:
     from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
-        return safe_open(str(path), framework="pt")
+        return safe_open(str(path), framework=framework)
     except Exception as error:
         raise UserError(f"{path} is not a readable safetensors file ({error})") from error
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """Read only the string metadata of a safetensors file."""
-    with _open(path) as file:
+    """Read only the string metadata of a safetensors file; imports no torch."""
+    with _open(path, "np") as file:
         return dict(file.metadata() or {})
 
 
 def load_shapes(path: str | Path) -> dict[str, list[int]]:
     """Read only the names and shapes of a safetensors file's tensors."""
-    with _open(path) as file:
+    with _open(path, "np") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def load_parts(path: str | Path, name: str, places: Iterable[tuple[int, ...]]) -> list[NDArray[Any]]:
+    """Read of a safetensors file only some entries `tensor[place]` of the tensor `name`, as numpy arrays."""
+    with _open(path, "np") as file:
+        whole = file.get_slice(name)
+        return [whole[place] for place in places]
 
 
 def load_tensors(path: str | Path, without: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,23 @@ from hyperdb.runtime.errors import NonFiniteError
 class Journal:
     """Write `path` (JSON lines, a record every `every` steps and at the last) and show a bar, `start` to `total` steps.
 
+    Without a path neither is there, and losses are guarded alone: of several processes one keeps the journal.
+
     On resume, records after `start` are dropped first, so an interrupted and resumed run leaves records of the same
     steps as an uninterrupted one; the seconds and the smoothed loss start afresh.
     """
 
-    def __init__(self, path: Path, total: int, start: int = 0, name: str = "", every: int = 50) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read(path) if r["step"] <= start] if path.exists() and start else []
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    def __init__(self, path: Path | None, total: int, start: int = 0, name: str = "", every: int = 50) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [r for r in read(path) if r["step"] <= start] if path.exists() and start else []
+            path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         self.every, self.total = every, total
-        self._file = path.open("a", encoding="utf-8")
-        self._bar = tqdm(total=total, initial=start, desc=name, dynamic_ncols=True, smoothing=0.05)
+        target = path or Path(os.devnull)
+        self._file = target.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=total, initial=start, desc=name, dynamic_ncols=True, smoothing=0.05, disable=path is None
+        )
         self._smooth: float | None = None
         self._began = time.monotonic()
 

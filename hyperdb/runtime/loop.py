@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from hyperdb.runtime import checkpoint
 from hyperdb.runtime.journal import Journal
 from hyperdb.runtime.optim import EMA, Schedule, set_rate
+from hyperdb.runtime.stop import Terminated, waiting
 
 
 def train(
@@ -27,17 +28,21 @@ def train(
     save_every: int = 250,
     saved: Callable[[int], object] | None = None,
     main: bool = True,
+    agreed: Callable[[bool], bool] = bool,
 ) -> None:
     """Train `ema.params` to `schedule.steps`, from the checkpoint in `out` if there is one; then put the average in.
 
     `backward(step)` computes the gradients of 0-based `step` and returns the terms of its loss, whose sum goes to
-    `out/journal.jsonl`. `after(done, terms, journal)` runs after every step, `saved(done)` after every checkpoint. Of
-    several processes only the `main` one writes. Raises `UserError` for a checkpoint of another `config`,
+    `out/journal.jsonl`. `after(done, terms, journal)` runs after every step, `saved(done)` after every checkpoint that
+    is due. Of several processes only the `main` one writes. Raises `UserError` for a checkpoint of another `config`,
     `NonFiniteError` for a bad loss.
+
+    SIGINT or SIGTERM ends it after the step, with a checkpoint: then `KeyboardInterrupt` or `Terminated` is raised.
+    `agreed` returns whether any of several processes is to end, so that all do after the same step.
     """
     path = out / "checkpoint.safetensors"
     start = checkpoint.load(path, optimizer, ema, config)
-    with Journal(out / "journal.jsonl" if main else Path(os.devnull), schedule.steps, start, name) as journal:
+    with Journal(out / "journal.jsonl" if main else None, schedule.steps, start, name) as journal, waiting() as came:
         for step in range(start, schedule.steps):
             set_rate(optimizer, schedule(step))
             optimizer.zero_grad()
@@ -52,8 +57,11 @@ def train(
             journal.step(done, sum(terms.values()), **parts)
             if after is not None:
                 after(done, terms, journal)
-            if main and (done % save_every == 0 or done == schedule.steps):
+            stop, due = agreed(bool(came)), done % save_every == 0 or done == schedule.steps
+            if main and (stop or due):
                 checkpoint.save(path, done, optimizer, ema, config)
-                if saved is not None:
-                    saved(done)
+            if main and due and saved is not None:
+                saved(done)
+            if stop and done < schedule.steps:
+                raise KeyboardInterrupt if came[:1] == [signal.SIGINT] else Terminated
     ema.copy_to_params()

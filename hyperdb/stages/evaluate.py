@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +16,7 @@ from hyperdb.diffusion import check_subject
 from hyperdb.metrics import RECOGNISERS, JudgesConfig, judge
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
+from hyperdb.runtime.share import Share
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.methods import MethodConfig
 from hyperdb.tuning.personalizer import PersonalizerConfig
@@ -34,28 +39,41 @@ UNASKED = {  # they obey no prompt, but that the ceiling's renders have styles a
 # figures compared in pairs, beside the cosine
 FURTHER = (
     *("cosine_dlib", "rank1", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
-    *("style_accuracy", "place_accuracy", "dino", "clip_i", "clip_t"),
+    *("cosine_facenet", "cosine_changed_facenet"),
+    *("cosine_verifier", "rank1_verifier", "rank1_styled_verifier"),
+    *("style_accuracy", "place_accuracy", "dino", "vicreg", "clip_i", "clip_t"),
 )
-
+MADE = {  # the weights of recognisers that bring none
+    "facenet": "docs/stable_diffusion.md says how it is made",
+    "verifier": "`hyperdb train_judge judge=verifier` trains one",
+}
 WRITES = ("rows/*.safetensors", "prior.safetensors")
 KEPT = "the pictures of finished rows are kept"
 
 
 @dataclass(kw_only=True)
-class Config(PersonalizerConfig):
-    """`data`: rendered people; `photos` of a person from number `reference` on are given, the next `views` judge.
-    The iterations of a fine-tuning are those told, however many photos.
+class Config(PersonalizerConfig, Share):
+    """`data`: rendered people, or photos; `photos` of a person from number `reference` on are given, others judge.
+    These are `views` many, of rendered people those in other poses and places than the given ones, without an accessory
+    of theirs (`People.unlike`), else the next. The iterations of a fine-tuning are those told, however many photos.
 
     `split`: whose people these must be; settings are chosen on those of validation.
 
     `rows` names `methods`, each a yaml of conf/methods, which draw `images` pictures of "a [V] face" a person and one
-    of each of `styled` (a style, or style/place), at the same seeds. With `changed`, each a prompt for a photo, they
+    of each of `styled` (a style, or style/place), at the same seeds. With `changed`, each a prompt of any kind, they
     draw one of each too, and its likeness is judged as that of the plain ones: whoever has learned the photo and not
-    the person falls behind there. Fine-tuning and drawing are repeated with `seeds`
-    seeds, and the intervals are over people and seeds. Two further rows are photos through the autoencoder: `ceiling`
-    shows those after the ones that judge (round to the first), `copy` the given one, the likeness that copying gives.
+    the person falls behind there. Fine-tuning and drawing are repeated with `seeds` seeds, each of which trains
+    everybody anew on other noise and draws other pictures, and the intervals are over people and seeds. A slow method
+    may be run on the first `methods.NAME.people` alone, who are told from all: rows are compared on the people whom
+    both have. Two further rows are photos through the autoencoder: `ceiling` shows those after the ones that judge
+    (round to the first), `copy` the given one, the likeness that copying gives.
+
     `recognisers` judge the likeness; the first one's figures have no suffix. `judges` give the figures of whole
-    pictures, DINO, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count.
+    pictures, DINO, VICReg, CLIP-I and CLIP-T; `hyperdb.metrics.figures.Standard` says which pictures count. There the
+    recognisers `facenet` and `verifier` have their weights from too.
+
+    With `num_shards` each job draws its `shard` of the people, in whole batches of `batch`, and measures nothing. The
+    same command without `shard` puts the pictures together, draws what is missing and measures.
     """
 
     image: FilePath = "none"
@@ -79,6 +97,7 @@ class Config(PersonalizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Share.__post_init__(self)
         if self.start is not None:
             raise UserError("start belongs to personalize; the rows of an evaluation say where each begins")
         if self.split not in ("test", "validation"):
@@ -108,6 +127,8 @@ class Config(PersonalizerConfig):
         for name in self.recognisers:
             if name not in RECOGNISERS:
                 raise UserError(f"recognisers={name!r}: expected {' or '.join(RECOGNISERS)}")
+            if name in MADE and getattr(self.judges, name) is None:
+                raise UserError(f"recognisers={name!r} needs judges.{name}=FOLDER; {MADE[name]}")
 
     def fit(self, row: str) -> FitConfig | None:
         """Return the fine-tuning of a row; None where nothing is trained. Raises `UserError`."""
@@ -180,8 +201,8 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     return {**what, "base": model.base.digest, "hypernet": _hypernet_digest(model), "data": people.digest}
 
 
-def _described(config: Config, model: Personalizer, row: str) -> dict[str, Any]:
-    """Return all of a row's method that decides its pictures: where it begins, its adapter and its fine-tuning."""
+def _described(config: Config, model: Personalizer, row: str, people: int) -> dict[str, Any]:
+    """Return all of a row's method that decides its pictures of `people`: its start, adapter and training, and whom."""
     from hyperdb.adapters import kind_of
 
     if row in PHOTOS:
@@ -189,7 +210,20 @@ def _described(config: Config, model: Personalizer, row: str) -> dict[str, Any]:
     method, fit = config.methods[row], config.fit(row)
     settings = {"relaxed": model.learned, "lidb": model.lidb.config, None: method.adapter}[method.train]
     adapter = None if settings is None else {"kind": kind_of(settings), **asdict(settings)}
-    return {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
+    found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
+    count = method.among(people)
+    seldom: dict[str, Any] = {"refinements": method.refinements, "people": None if count == people else count}
+    seldom["strength"] = None if method.strength == 1 else method.strength
+    return {**found, **{key: value for key, value in seldom.items() if value is not None}}
+
+
+def _settings(config: Config, hypernet: dict[str, str]) -> dict[str, Any]:
+    """Return what decides the pictures beside the rows' methods; of the hypernetwork's training what its file says."""
+    from hyperdb.runtime.recipe import plain, recipe
+
+    elsewhere = ("rows", "methods", "recognisers", "judges")
+    found = {key: value for key, value in recipe(config).items() if key not in elsewhere}
+    return plain(found) | {"hypernet": json.loads(hypernet.get("settings", "{}"))}
 
 
 def _read(config: Config, row: str, described: dict[str, Any]) -> dict[str, Any]:
@@ -198,6 +232,90 @@ def _read(config: Config, row: str, described: dict[str, Any]) -> dict[str, Any]
     label = PHOTOS[row] if row in PHOTOS else config.methods[row].text(steps)
     kind = described["adapter"]["kind"] if described["adapter"] else None
     return {"label": label, "start": described["start"], "adapter": kind, "steps": steps}
+
+
+def shares(people: int, batch: int, of: int) -> list[slice]:
+    """Divide people `of` times, such that those who are trained in one pass stay together; some parts may be empty."""
+    batches = -(-people // batch)
+    ends = [min(people, k * batches // of * batch) for k in range(of + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+@dataclass
+class Pictures:
+    """The pictures of each row and seed, a file each in `folder`; until all shares are there, a file each share.
+
+    A row has `people`, of whom `batch` are trained in one pass, and `made_from` says all that decides its pictures.
+    `draw` makes those of some people, with what one person's adapter costs. `kept` is told of how many people of a row
+    they were there.
+    """
+
+    folder: Path
+    batch: int
+    people: dict[str, int]
+    made_from: dict[str, str]
+    draw: Callable[[str, int, slice], tuple[Tensor, dict[str, float]]]
+    kept: Callable[[str, int], object]
+
+    def _path(self, row: str, seed: int) -> Path:
+        return self.folder / (f"{row}-{seed}.safetensors" if seed else f"{row}.safetensors")
+
+    def _parts(self, row: str, seed: int) -> dict[Path, int]:
+        """Return the files of shares, and how many shares there are by their names."""
+        named = re.compile(rf"{row}-{seed}-\d+of(\d+)\.safetensors")
+        return {path: int(found[1]) for path in self.folder.glob("*") if (found := named.fullmatch(path.name))}
+
+    def _has(self, path: Path, row: str) -> bool:
+        from hyperdb.runtime.files import load_metadata
+
+        return path.is_file() and load_metadata(path).get("made_from") == self.made_from[row]
+
+    def _save(self, path: Path, row: str, images: Tensor, cost: dict[str, float]) -> None:
+        from hyperdb.runtime.files import save_tensors
+
+        told = {name: str(value) for name, value in cost.items()}
+        save_tensors(path, {"images": images}, {"made_from": self.made_from[row], **told})
+
+    def _load(self, path: Path, row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
+        """Return what a file holds of some people, which is drawn if it is not there."""
+        from hyperdb.runtime.files import load_tensors
+
+        if self._has(path, row):
+            tensors, metadata = load_tensors(path)
+            self.kept(row, len(tensors["images"]))
+            return tensors["images"], {name: float(metadata[name]) for name in ("seconds", "bytes")}
+        images, cost = self.draw(row, seed, some)
+        self._save(path, row, images, cost)
+        return images, cost
+
+    def make(self, row: str, seed: int, some: slice, number: int, of: int) -> None:
+        """Draw the share `number` of a row, unless it is there or the whole row is."""
+        whole, part = self._path(row, seed), self.folder / f"{row}-{seed}-{number}of{of}.safetensors"
+        if self._has(whole, row) or self._has(part, row):
+            self.kept(row, some.stop - some.start)
+        elif some.start < some.stop:
+            self._save(part, row, *self.draw(row, seed, some))
+
+    def whole(self, row: str, seed: int) -> tuple[Tensor, dict[str, float]]:
+        """Return all pictures of a row, put together from shares if some are there, and what an adapter costs."""
+        import torch
+
+        path, parts = self._path(row, seed), self._parts(row, seed)
+        if self._has(path, row) or not parts:
+            return self._load(path, row, seed, slice(0, self.people[row]))
+        ((of, _),) = Counter(parts.values()).most_common(1)
+        found = [
+            self._load(self.folder / f"{row}-{seed}-{k}of{of}.safetensors", row, seed, some)
+            for k, some in enumerate(shares(self.people[row], self.batch, of))
+            if some.start < some.stop
+        ]
+        images = torch.cat([each for each, _ in found])
+        seconds = sum(len(each) * cost["seconds"] for each, cost in found) / len(images)
+        cost = {"seconds": round(seconds, 3), "bytes": found[0][1]["bytes"]}
+        self._save(path, row, images, cost)
+        for part in self._parts(row, seed):
+            part.unlink()
+        return images, cost
 
 
 def sheet_file(results: Path) -> Path:
@@ -218,8 +336,11 @@ def results_file(config: Config, made_from: str, described: dict[str, Any]) -> P
     then = load_json(file) if file.exists() else {}
     known = isinstance(then, dict) and (not then or then.get("made_from") == made_from)
     known = known and all(then.get("methods", {}).get(row, how) == plain(how) for row, how in described.items())
-    kept = {"rows": config.rows, "recognisers": config.recognisers, "judges": config.judges.asked()}
+    # some recognisers have their weights among the judges'
+    asked = [*config.recognisers, *config.judges.asked()]
+    kept = {"rows": config.rows, "recognisers": asked, "judges": asked}
     lost = [x for key, now in kept.items() for x in then.get(key, []) if x not in now] if known else []
+    lost = list(dict.fromkeys(lost))
     lost += [f"{then['seeds']} seeds"] if known and then.get("seeds", 0) > config.seeds else []
     if not known or lost or (sheet.exists() and read_text(sheet).get("software") != "hyperdb"):
         what = f"figures that would be lost ({', '.join(lost)})" if lost else "something else"
@@ -245,7 +366,7 @@ def run(config: Config) -> Path:
     from hyperdb.heads import PLACE_PHRASES, Identity, prompt
     from hyperdb.metrics.figures import Standard, closed, differences, slices, summary
     from hyperdb.metrics.obedience import Judge
-    from hyperdb.runtime.files import hash_files, load_tensors, save_json, save_tensors
+    from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.tuning.methods import Cohort
@@ -261,7 +382,8 @@ def run(config: Config) -> Path:
     given, used = config.photos, config.photos + config.views
     needed = max(used + 1, config.reference + 1)
     people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
-    rows = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
+    turned = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
+    rows = [torch.cat([r[:given], people.unlike(r[:given], r[given:])]) for r in turned]
     if len(rows) < 2:
         raise UserError(f"{config.data} needs at least two people with {needed} photos each")
     shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
@@ -277,20 +399,33 @@ def run(config: Config) -> Path:
     best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, others + styled, 3, H, W]
     model = Personalizer(config)
     base, cohort = model.base, Cohort(model, shown, config.batch)
+    trained = model.hypernet.config.iterations if model.hypernet is not None else 0
+    if odd := [row for row, method in methods.items() if (method.refinements or 0) > trained]:
+        count = methods[odd[0]].refinements
+        raise UserError(f"methods.{odd[0]}.refinements={count}: the hypernetwork was trained with {trained}")
     prompts = [base.config.instance_prompt] * config.images + config.changed
     prompts += [prompt(style, "[V]", place or None) for style, place in pairs]
 
     whole = _made_from(config, model, people)
-    described = {row: _described(config, model, row) for row in config.rows}
+    described = {row: _described(config, model, row, len(rows)) for row in config.rows}
     made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
-    for row in config.rows:
-        out = claim(config.out, (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors"), {**whole, **described[row]})
+    repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
+    seldom = dict.fromkeys(("refinements", "strength"))  # told of few rows; of a row without it, it was not set
+    for row, count in repeats.items():
+        names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
+        out = claim(config.out, names, {**whole, **seldom, **described[row]}, count)
     claim(config.out, ("prior.safetensors",), whole)
     file = results_file(config, made_from, described)
-    places = [next((p for p, phrase in PLACE_PHRASES.items() if phrase in text), None) for text in config.changed]
-    encoders = [judge(name, path, base.device) for name, path in config.judges.asked().items()]
+    phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone
+    places = [next((p for p, phrase in phrases.items() if phrase in text), None) for text in config.changed]
+
+    def asked(name: str) -> Any:
+        path = getattr(config.judges, name, None)
+        return judge(name) if path is None else judge(name, path, base.device)
+
+    recognisers, encoders = ([asked(name) for name in names] for names in (config.recognisers, config.judges.asked()))
     standard = Standard(  # before the long part: what is missing is said now
-        [judge(name) for name in config.recognisers],
+        recognisers,
         Judge.load(resolve("package:embedded/judge.safetensors")) if styles or any(places) else None,
         shown[:, 0], views, styles, {style: renders[:, 1:] for style, renders in styled.items()}, places,
         encoders, [base.config.plain_prompt(text) for text in prompts],
@@ -300,34 +435,38 @@ def run(config: Config) -> Path:
         model.prior = load_prior(base, config.prior, out / "prior.safetensors")
 
     # --- pictures of every row
-    def pictures(row: str, seed: int) -> tuple[Tensor, dict[str, float]]:
+    def draw(row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         if row in methods:
-            return cohort.draw(methods[row], fits[row], seed, prompts, bar.update)
-        sent = best if row == "ceiling" else shown[:, :1]  # the given photo stands for every picture
+            return cohort.draw(methods[row], fits[row], seed, prompts, bar.update, some)
+        sent = (best if row == "ceiling" else shown[:, :1])[some]  # the given photo stands for every picture
         through = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent])
-        bar.update(len(rows))
-        return through.expand(*best.shape[:2], -1, -1, -1), {"seconds": 0.0, "bytes": 0.0}
+        bar.update(len(sent))
+        return through.expand(-1, best.shape[1], -1, -1, -1), {"seconds": 0.0, "bytes": 0.0}
 
+    counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
+    work = {row: 2 if fit is not None else 1 for row, fit in fits.items()}  # of a person: fine-tuned, drawn
+    pictures = Pictures(
+        out / "rows", config.batch, counts,
+        {row: json.dumps({"made_from": made_from, **told}, sort_keys=True) for row, told in described.items()},
+        draw, lambda row, people: bar.update(work[row] * people),
+    )  # fmt: skip
+    number, of = config.share()
+    mine = {row: shares(count, config.batch, of)[number] for row, count in counts.items()}
     drawn: dict[str, list[Tensor]] = {}
     costs: dict[str, dict[str, float]] = {}
-    repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
-    units = {row: len(rows) * (2 if fits[row] is not None else 1) for row in repeats}  # fine-tuned, drawn
-    with tqdm(total=sum(units[row] * n for row, n in repeats.items()), desc="evaluate", unit="person",
-              dynamic_ncols=True) as bar:  # fmt: skip
+    total = sum(work[row] * (some.stop - some.start) * repeats[row] for row, some in mine.items())
+    with tqdm(total=total, desc="evaluate", unit="person", dynamic_ncols=True) as bar:
         for row, count in repeats.items():
-            key = json.dumps({"made_from": made_from, **described[row]}, sort_keys=True)
             for seed in range(count):
-                path = out / "rows" / (f"{row}-{seed}.safetensors" if seed else f"{row}.safetensors")
-                tensors, metadata = load_tensors(path) if path.is_file() else ({}, {})
-                if metadata.get("made_from") != key:
-                    images, cost = pictures(row, seed)
-                    save_tensors(path, {"images": images}, {"made_from": key, **{k: str(v) for k, v in cost.items()}})
-                    tensors = {"images": images}
-                else:
-                    cost = {k: float(metadata[k]) for k in ("seconds", "bytes")}
-                    bar.update(units[row])
-                drawn.setdefault(row, []).append(tensors["images"])
+                if of > 1:
+                    pictures.make(row, seed, mine[row], number, of)
+                    continue
+                images, cost = pictures.whole(row, seed)
+                drawn.setdefault(row, []).append(images)
                 costs.setdefault(row, cost)
+    if of > 1:
+        print(f"the pictures of shard {number} of {of} are in {out / 'rows'}; after all shards run it without shard")
+        return out
 
     # --- scores: a value a person and seed
     found: dict[str, dict[str, list[Any]]] = {row: {} for row in config.rows}
@@ -345,10 +484,12 @@ def run(config: Config) -> Path:
     if "sex" in people.labels:  # rendered people; of photos of real ones nothing is known
         persons = [Identity(int(people.seed[r[0]])).attributes for r in rows]
         known = [{name: person[name] for name in ("sex", "age", "skin")} for person in persons]
+        for person, (first, *_) in zip(known, rows, strict=True):
+            person["reference_wears"] = people.names["accessory"][int(people.labels["accessory"][first])]
     hypernet = {} if model.hypernet is None else model.hypernet.metadata
     result: dict[str, Any] = {
         "rows": {
-            row: {**_read(config, row, described[row]), **summary(score, config.seed), **costs[row]}
+            row: _read(config, row, described[row]) | {"people": counts[row]} | summary(score, config.seed) | costs[row]
             for row, score in scores.items()
         },
         "paired": paired.pop("cosine"),
@@ -365,15 +506,16 @@ def run(config: Config) -> Path:
         "hypernet": {"digest": whole["hypernet"], **{k: hypernet.get(k) for k in ("base", "data", "steps")}},
         "data": people.digest,
         "recognisers": config.recognisers,
-        "judges": {one.name: one.digest for one in encoders},
+        "judges": {one.name: one.digest for one in [*recognisers, *encoders] if hasattr(one, "digest")},
         "methods": described,
+        "settings": _settings(config, hypernet),
         "made_from": made_from,
         **provenance(),
         "persons": people.seed[torch.stack([r[0] for r in rows])].tolist(),
         "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [S, I]
     }
     save_json(file, result)
-    few = min(len(rows), 12)
+    few = min(*counts.values(), 12)
     pixels = list(shown[:few, 0]) + [x for row in config.rows for x in drawn[row][0][:few, 0]]
     sheet = grid([x.permute(1, 2, 0).numpy() for x in pixels], few, rows=["reference", *config.rows])
     save_png(sheet_file(file), sheet, {"software": "hyperdb", "results": hash_files([file])})

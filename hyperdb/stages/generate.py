@@ -14,6 +14,7 @@ import hashlib
 import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from hyperdb.adapters.inject import Injection
     from hyperdb.diffusion.base import Base
     from hyperdb.tuning.memory import Sketch
 
@@ -90,15 +92,15 @@ class Config:
 # --- the person --------------------------------------------------------------------------------------
 
 
-def _load(config: Config) -> tuple[Base, Path | None]:
-    """Read adapter and base, the cheap and likely errors first, and put the adapter on."""
+def _load(config: Config, base: Base | None) -> tuple[Base, Path | None, Injection | None]:
+    """Read adapter and, unless it is given, base, the cheap and likely errors first, and put the adapter on."""
     from hyperdb.diffusion.base import Base
     from hyperdb.diffusion.sample import SCHEDULERS
 
     if config.scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={config.scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
     if config.adapter is None:
-        return Base.load(config.diffusion), None
+        return base or Base.load(config.diffusion), None, None
 
     from hyperdb.formats.native import Personalization, find_adapter
 
@@ -112,12 +114,13 @@ def _load(config: Config) -> tuple[Base, Path | None]:
             stacklevel=2,
         )
     settings = replace(settings, rare_token=person.rare_token, class_word=person.class_word)
-    base = Base.load(settings)  # the words for a person, of an imported LoRA say, may be any
-    person.apply(base, config.strength).plain = _guide(config).plain
-    return base, file
+    base = base or Base.load(settings)  # the words for a person, of an imported LoRA say, may be any
+    injection = person.apply(base, config.strength)
+    injection.plain = guide(config).plain
+    return base, file, injection
 
 
-def _guide(config: Config) -> Guidance:
+def guide(config: Config) -> Guidance:
     """Return the guidance asked for; hybrid needs a person."""
     own = config.diffusion.guide(config.adapter is not None)
     text = own.text if config.guidance is None else config.guidance
@@ -135,9 +138,9 @@ def cut_words(base: Base, prompt: str) -> str:
     return base.tokenizer.decode(ids[room:]).strip()
 
 
-def _notices(config: Config, base: Base, guidance: Guidance) -> list[str]:
+def notices(config: Config, base: Base) -> list[str]:
     """Say what of the request has no or little effect."""
-    found = []
+    found, guidance = [], guide(config)
     for name in ("prompt", "negative_prompt"):
         prompt = getattr(config, name)
         if cut := cut_words(base, prompt):
@@ -286,8 +289,12 @@ def passes(config: Config, sketch: Sketch) -> None:
         sketch.draw(min(config.batch, config.num_images))
 
 
-def run(config: Config) -> Path:
-    """Draw what is missing and return the folder."""
+def run(config: Config, base: Base | None = None, progress: Callable[[int, int], object] | None = None) -> Path:
+    """Draw what is missing and return the folder.
+
+    Who has a `base` in memory, of the adapter's words for a person, gives it, gets it back as it was, and asks for the
+    `notices` himself. `progress` is told how many steps of the sampler are done, and of how many.
+    """
     from tqdm import tqdm
 
     from hyperdb.faces.image import grid, read_image, save_png
@@ -295,34 +302,42 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.output import check
     from hyperdb.runtime.provenance import provenance
 
-    out = check(config.out)
-    base, adapter = _load(config)
-    steps = base.config.steps if config.steps is None else config.steps
-    guidance = _guide(config)
-    for notice in _notices(config, base, guidance):
-        warnings.warn(notice, stacklevel=2)
+    out, given = check(config.out), base is not None
+    base, adapter, injection = _load(config, base)
+    try:
+        steps = base.config.steps if config.steps is None else config.steps
+        guidance = guide(config)
+        for notice in () if given else notices(config, base):
+            warnings.warn(notice, stacklevel=2)
 
-    # --- draw
-    recipe = _recipe(config, base, adapter, steps, guidance)
-    seeds = [config.seed + i for i in range(config.num_images)]
-    texts = [_text(recipe, seed=seed) for seed in seeds]
-    first = first_number(out, recipe, texts)
-    paths = [out / f"{first + i:05d}.png" for i in range(config.num_images)]
-    grid_path, manifest_path = _about(out, first)
-    missing = [i for i, path in enumerate(paths) if not _is_made(path, texts[i])]
-    batches = [missing[i : i + config.batch] for i in range(0, len(missing), config.batch)]
-    with tqdm(total=len(batches) * steps, desc="generate", unit="step", delay=2, dynamic_ncols=True) as bar:
+        # --- draw
+        recipe = _recipe(config, base, adapter, steps, guidance)
+        seeds = [config.seed + i for i in range(config.num_images)]
+        texts = [_text(recipe, seed=seed) for seed in seeds]
+        first = first_number(out, recipe, texts)
+        paths = [out / f"{first + i:05d}.png" for i in range(config.num_images)]
+        grid_path, manifest_path = _about(out, first)
+        missing = [i for i, path in enumerate(paths) if not _is_made(path, texts[i])]
+        batches = [missing[i : i + config.batch] for i in range(0, len(missing), config.batch)]
+        with tqdm(total=len(batches) * steps, desc="generate", unit="step", delay=2, dynamic_ncols=True) as bar:
 
-        def count(*_: object) -> None:
-            bar.update()
+            def count(*_: object) -> None:
+                bar.update()
+                if progress is not None:
+                    progress(bar.n, bar.total)
 
-        counter = base.unet.register_forward_hook(count)
-        for batch in batches:
-            pictures = _draw(config, base, [seeds[i] for i in batch], steps, guidance)
-            manifest_path.unlink(missing_ok=True)  # it would speak of other pictures
-            for i, picture in zip(batch, pictures, strict=True):
-                save_png(paths[i], picture, texts[i])
-        counter.remove()
+            counter = base.unet.register_forward_hook(count)
+            try:
+                for batch in batches:
+                    pictures = _draw(config, base, [seeds[i] for i in batch], steps, guidance)
+                    manifest_path.unlink(missing_ok=True)  # it would speak of other pictures
+                    for i, picture in zip(batch, pictures, strict=True):
+                        save_png(paths[i], picture, texts[i])
+            finally:
+                counter.remove()
+    finally:
+        if injection is not None:
+            injection.remove()
 
     # --- look at it, list it
     shown = [read_image(path) for path in paths[:IN_GRID]]

@@ -10,6 +10,7 @@ from hyperdb.adapters import AdapterConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.share import Share
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.prior import PriorConfig
 from hyperdb.tuning.start import PARTS, check_start, hypernet_file
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
     from hyperdb.tuning.memory import Sketch
+    from hyperdb.tuning.start import Start
 
 
 WRITES = ("fits-*.safetensors", "start.safetensors", "statistics.safetensors", "index.json", "prior.safetensors")
-KEPT = "finished shards are kept"
+KEPT = "finished files are kept"
 
 
 @dataclass(kw_only=True)
@@ -52,7 +54,7 @@ class StoreFitConfig(FitConfig):
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Share):
     """Fit every photo of `identities` people from number `first` on, `batch` of them in one pass of the UNet.
 
     `by`: image fits every photo alone, the theta of image x of eq. 2, and `photos` bounds how many; person fits every
@@ -64,6 +66,10 @@ class Config:
     one adapter to everybody's photos, with the settings `average`, and begins there. The folder of a hypernetwork
     begins each fit at its prediction for that person, the mean over the photos of the fit, so that what it has learned
     is refined.
+
+    With `num_shards` each job fits its `shard`: of the store's files, `batch` fits in each, every so many-th. The store
+    is the same as that of one job. The job that finds all files there writes the index; the same command without
+    `shard` does too, after it has made what is missing.
     """
 
     diffusion: DiffusionConfig
@@ -85,6 +91,7 @@ class Config:
     dry_run: bool = False  # say which networks it would load, where, and how much memory it takes; load nothing
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.adapter.require_predictable()
         if self.by not in ("image", "person"):
             raise UserError(f"by={self.by!r}: expected image or person")
@@ -174,16 +181,16 @@ def _predictions(model: Hypernet, base: Base, people: People, rows: Tensor) -> T
     import torch
     from tqdm import tqdm
 
-    found = []
+    found, parts = [], rows.split(16)
     with torch.no_grad(), base.autocast():
-        for part in tqdm(rows.split(16), desc="predictions", unit="batch", dynamic_ncols=True):
+        for part in tqdm(parts, desc="predictions", unit="batch", dynamic_ncols=True, disable=len(parts) < 4):
             tokens = model(people.images[part.flatten()])
             found.append(tokens.unflatten(0, part.shape).mean(1).float().cpu())
     return torch.cat(found)
 
 
 def run(config: Config) -> Path:
-    """Write shards of `batch` fits and the store's index to `out`; finished shards are kept."""
+    """Write files of `batch` fits and the store's index to `out`; finished files are kept."""
     from tqdm import tqdm
 
     from hyperdb.adapters.layout import Layout
@@ -213,37 +220,53 @@ def run(config: Config) -> Path:
     }
     settings = recipe(config)
     del settings["identities"]  # more of them go on where fewer were
-    out = claim(config.out, WRITES, {**settings, "made_from": origin})
+    out = claim(config.out, WRITES, {**settings, "made_from": origin}, -(-len(rows) // config.batch))
     prior = load_prior(base, config.prior, out / "prior.safetensors") if max(_kept(config)) > 0 else None
-    keys = people.keys(config.by, rows[:, 0])
-    moments = latent_moments(base, people, Path(config.data), rows.flatten()).unflatten(0, rows.shape)
-    begins: list[Begin | None] = [None] * -(-len(rows) // config.batch)
+    start: Start | None = None
+    model: Hypernet | None = None
     if config.start != "template":
-        # of so many people, however many are fitted: more fits can be added to a store
-        crowd = load_people(config.data, config.average_people, config.split, config.diffusion.size, first=config.first)
-        some = _photos(config, crowd)
         model = _hypernet(config, lidb).to(base.device) if config.start != "average" else None
-        start = load_start(
-            base, lidb, latent_moments(base, crowd, Path(config.data), some.flatten()).unflatten(0, some.shape),
-            _predictions(model, base, crowd, some) if model is not None else None, config.average, config.fit, prior,
-            begun := out / "start.safetensors", fits.store_key(**origin),
-        )  # fmt: skip
-        predicted = _predictions(model, base, people, rows) if model is not None else None
+
+        def crowd() -> tuple[Tensor, Tensor | None]:
+            # of so many people, however many are fitted: more fits can be added to a store
+            some = load_people(
+                config.data, config.average_people, config.split, config.diffusion.size, first=config.first
+            )
+            shown = _photos(config, some)
+            moments = latent_moments(base, some, Path(config.data), shown.flatten()).unflatten(0, shown.shape)
+            return moments, _predictions(model, base, some, shown) if model is not None else None
+
+        begun, key = out / "start.safetensors", fits.store_key(**origin)
+        start = load_start(base, lidb, crowd, config.average, config.fit, prior, begun, key)
         origin["start_sha256"] = hash_files([begun])
-        tokens = own_starts(start, lidb, predicted, len(rows), config.fit.trained)
-        gain = start.gain(lidb, config.fit.trained)
-        begins = [Begin({"tokens": part}, {"tokens": gain}) for part in tokens.split(config.batch)]
-    shards = list(zip(moments.split(config.batch), keys.split(config.batch), begins, strict=True))
+
+    def begin(photos: Tensor) -> Begin | None:
+        if start is None:
+            return None
+        predicted = _predictions(model, base, people, photos) if model is not None else None
+        tokens = own_starts(start, lidb, predicted, len(photos), config.fit.trained)
+        return Begin({"tokens": tokens}, {"tokens": start.gain(lidb, config.fit.trained)})
+
+    keys = people.keys(config.by, rows[:, 0])
+    files = list(zip(rows.split(config.batch), keys.split(config.batch), strict=True))
+    made = [fits.store_key(**origin, keys=theirs.tolist()) for _, theirs in files]
+    number, of = config.share()
     losses: list[float] = []
-    with tqdm(total=len(rows), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
-        for number, (mine, theirs, begin) in enumerate(shards):
-            key = fits.store_key(**origin, keys=theirs.tolist())
-            if not fits.shard_is_done(out, number, key):
+    with tqdm(total=sum(len(r) for r, _ in files[number::of]), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
+        for i in range(number, len(files), of):
+            photos, theirs = files[i]
+            if not fits.shard_is_done(out, i, made[i]):
                 losses.clear()
-                params = fit(base, lidb, mine, config.fit, None, prior, lambda _, x: losses.append(x), begin)
-                fits.save_shard(out, number, params["tokens"].cpu(), theirs, key)
+                moments = base.moments(people.images[photos.flatten()]).half().unflatten(0, photos.shape)
+                params = fit(
+                    base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x), begin(photos)
+                )
+                fits.save_shard(out, i, params["tokens"].cpu(), theirs, made[i])
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(theirs))
-    fits.finish(out, len(shards), lidb, {**origin, **provenance()})
+    if not all(fits.shard_is_done(out, i, key) for i, key in enumerate(made)):
+        print(f"shard {number} of {of} is done, others are not: {out} is no store yet")
+        return out
+    fits.finish(out, len(files), lidb, {**origin, **provenance()})
     print(f"{len(rows)} fits of {lidb.numbers} numbers each, one a{'n' * (config.by == 'image')} {config.by}, in {out}")
     return out

@@ -2,8 +2,9 @@
 
     hyperdb report results=runs/evaluate/likeness/results.json
     hyperdb report results=[a.json,b.json] name=both
+    hyperdb report results=runs/evaluate/ablation_rank name=rank     # every results.json in a folder
 
-Needs no model. The figures need matplotlib.
+Needs no model. The figures need matplotlib, but for the gallery.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hyperdb.report.plot import PLANES
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 
-WRITES = ("table.md", "table.tex", "table.csv", *(f"{name}.png" for name in PLANES))
+WRITES = ("table.md", "table.tex", "table.csv", "gallery.webp", "over.png", *(f"{name}.png" for name in PLANES))
 PACKAGES = "% \\usepackage{booktabs, adjustbox}\n"
 
 
@@ -28,39 +29,74 @@ class Config:
     table for each file. The CSV has all files in one, every figure in full precision with the ends of its interval.
 
     A picture sets the likeness against something that it costs: seconds, bytes, copying of the photo, obedience to the
-    style. Every row is a point with its 95 % interval, and all files are in one picture.
+    style or to the prompt. Every row is a point with its 95 % interval, and all files are in one picture. A row whose
+    method differs between files in one number alone, such as its iterations or the strength of its adapter, is a line
+    through its points.
+
+    Files that differ in one setting, as those of an ablation or a sweep do, are in one further table over its values,
+    which stands first, and in the picture `over.png`.
+
+    `gallery.webp` shows the same people under the same prompts by every row. The pictures are those that `hyperdb
+    evaluate` kept beside its results, in `rows`, of the first seed; results without them are not in it.
     """
 
     results: list[FilePath] = "???"  # type: ignore[assignment]
-    """files of `hyperdb evaluate`"""
+    """files of `hyperdb evaluate`; a folder stands for every results.json in it"""
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/report/default"  # folder that is written
+    gallery_people: int = 3  # the first ones
+    gallery_prompts: int = 6  # the plain one, and others evenly among the rest
 
     def __post_init__(self) -> None:
         if not self.results:
             raise UserError("results=[]: name a file of `hyperdb evaluate`, or several as [A,B]")
+        if self.gallery_people < 1 or self.gallery_prompts < 1:
+            asked = f"gallery_people={self.gallery_people}, gallery_prompts={self.gallery_prompts}"
+            raise UserError(f"{asked}: expected at least 1")
+
+
+def _files(name: str) -> list[str]:
+    """Return a file, or the results in and below a folder. Raises `UserError` for a folder without any."""
+    if not (folder := resolve(name)).is_dir():
+        return [name]
+    if not (found := sorted(map(str, folder.rglob("results.json")))):
+        raise UserError(f"results={name}: this folder holds no results.json")
+    return found
 
 
 def run(config: Config) -> Path:
     """Write the tables and those figures that the results have; return `out`."""
-    from hyperdb.report.plot import draw, points
+    from hyperdb.report.gallery import columns, draw_gallery
+    from hyperdb.report.plot import draw, draw_over, points
     from hyperdb.report.results import load
+    from hyperdb.report.sweep import axis, merged
     from hyperdb.report.table import comma_separated, latex, markdown
     from hyperdb.runtime.files import hash_files, save_text
     from hyperdb.runtime.output import claim
 
-    named = {file: load(resolve(file)) for file in config.results}
+    named = {file: load(resolve(file)) for name in config.results for file in _files(name)}
     out = claim(config.out, WRITES, {"results": [hash_files([resolve(file)]) for file in named]})
-    parts = [f"## {title}\n\n{markdown(results, brief=False)}\n" for title, results in named.items()]
-    typeset = [PACKAGES, *(latex(results, title) for title, results in named.items())]
+    along = axis(named) if len(named) > 1 else None
+    shown = named if along is None else {f"over {along.setting}": merged(named, along), **named}
+    parts = [f"## {title}\n\n{markdown(results, brief=False)}\n" for title, results in shown.items()]
+    typeset = [PACKAGES, *(latex(results, title) for title, results in shown.items())]
     written = [
         save_text(out / "table.md", "\n".join(parts)),
         save_text(out / "table.tex", "\n".join(typeset)),
         save_text(out / "table.csv", comma_separated(named)),
     ]
+    at = {resolve(file): results for file, results in named.items()}
+    kept, others = columns(at, along)
+    if kept:
+        people, prompts = config.gallery_people, config.gallery_prompts
+        written.append(draw_gallery(out / "gallery.webp", kept, at, along, people, prompts))
+    for file in others:
+        print(f"gallery.webp is without {file}, whose people or prompts are others")
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures: matplotlib is not installed; run `pip install 'hyperdb[plots]'`")
     else:
+        if along is not None:
+            written.append(draw_over(out / "over.png", along, named))
         for name, plane in PLANES.items():
             lacking = [title for title, results in named.items() if not points(plane, results)]
             if len(lacking) < len(named):

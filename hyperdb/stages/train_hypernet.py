@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ WRITES = (
     "previews/*.png",
 )
 KEPT = "its last checkpoint is kept"
+TOGETHER = True  # several processes of a launcher are one run
 
 
 @dataclass(kw_only=True)
@@ -77,6 +79,9 @@ class Config:
     With `init` the training goes on from a hypernetwork. A smaller `model.summary` than it has keeps the directions in
     which its linear map moves the predictions most.
 
+    Several processes of `accelerate launch` divide the people of each step, and one alone validates, draws and writes.
+    Their number changes the result by rounding only, and may change when the training goes on.
+
     If `weights` names fits, predictions begin at their mean, whatever beta is. The training is measured on the people
     of `validation`, who are never trained on: in pictures of "a [V] face", and under each of the `changed` prompts.
     """
@@ -110,7 +115,7 @@ class Config:
     prompt_dropout: float
     flips: bool
     steps: int
-    batch: int  # people in each step
+    batch: int  # people in each step, of all processes together
     levels: int  # noise levels for each person in each step, a picture at each
     logit_normal: list[float] | None  # mean and standard deviation of the logit of the noise level; null: uniform
     rate: float  # learning rate of the decoder
@@ -223,9 +228,10 @@ class Batch:
     goal: Tensor  # [I, S + P, c, h, w] what the base shall predict for them
     fit_rows: Tensor  # [I] which row of the store is the fit of each photo; -1: there is none
     noise: Tensor  # [J, c, h, w] what the pictures of the identity loss begin at; J = 0 without that loss
-    portraits: list[Tensor]  # all photos [K, 3, H, W] of each of these J people
-    prompts: list[str]  # what they are drawn under
+    prompts: list[str]  # what these J people are drawn under
+    portraits: list[Tensor]  # all photos [K, 3, H, W] of each of those drawn in this step by any process
     seed: int  # of how the pictures are moved before they are compared
+    part: slice  # which of the step's people these are
 
 
 class Batches:
@@ -261,15 +267,16 @@ class Batches:
         self.ids = base.tokenize(self.prompts) if denoises and differ else None
         self.instance, self.nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
 
-    def batch(self, step: int, process: int = 0) -> Batch:
-        """Draw the batch of a 0-based step; each of several processes draws its own."""
+    def batch(self, step: int, process: int = 0, processes: int = 1) -> Batch:
+        """Draw the batch of a 0-based step; of several processes each has every so many-th of its people."""
         import torch
 
         from hyperdb.diffusion.loss import stratified_timesteps, target
         from hyperdb.runtime.seed import derive, generator
 
         config, base, count, levels = self.config, self.base, self.config.batch, self.config.levels
-        g = generator(config.seed, "hypernet", process, step)
+        part = slice(process, None, processes)
+        g = generator(config.seed, "hypernet", 0, step)
         # the first few have a fit; what conditions is what was fitted
         few, groups = self.few_fitted, [self.fitted] * self.few_fitted + [self.usable] * (count - self.few_fitted)
         who = [int(group[torch.randint(0, len(group), (), generator=g)]) for group in groups]
@@ -289,26 +296,27 @@ class Batches:
             if config.prompt_dropout > 0:
                 dropped = torch.rand(count, levels, 1, generator=g) < config.prompt_dropout
                 ids = torch.where(dropped.to(base.device), self.nothing, ids)
-            rows = [x.to(base.device) for x in (mean + std * jitter, noise, t, ids)]  #  [I, S, ...] each
-            goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (count, levels))
+            rows = [x[part].to(base.device) for x in (mean + std * jitter, noise, t, ids)]  #  [I, S, ...] each
+            goal = target(base.schedule, *(x.flatten(0, 1) for x in rows[:3])).unflatten(0, (-1, levels))
             if self.prior is not None:
                 mixed = torch.randperm(count * config.prior_rows, generator=g)
                 kept = self.prior.rows(len(mixed), config.seed, step)
-                each = [x[mixed].unflatten(0, (count, -1)) for x in kept]
+                each = [x[mixed].unflatten(0, (count, -1))[part] for x in kept]
                 *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))  # [I, S + P, ...]
         some = who[: config.identity_people] if config.identity_weight > 0 else []
         portraits = [self.people.images[self.photos[i]] for i in some]
         # a photo's prompt: that of the first photo among what is denoised, else that of what conditions
         rows_of = [torch.cat([row[self.is_photo[row]], shown[i, None]])[0] for i, row in enumerate(wanted[: len(some)])]
         return Batch(
-            images=images,
+            images=images[part],
             rows=rows,
             goal=goal,
-            fit_rows=self.fit_rows[shown].where(~mirror, -1),
-            noise=torch.randn((len(some), *base.latent_shape), generator=g),
+            fit_rows=self.fit_rows[shown].where(~mirror, -1)[part],
+            noise=torch.randn((len(some), *base.latent_shape), generator=g)[part],
+            prompts=[self.prompts[row] for row in rows_of[part]],
             portraits=[x.flip(-1) if turn else x for x, turn in zip(portraits, mirror[: len(some)], strict=True)],
-            prompts=[self.prompts[row] for row in rows_of],
-            seed=derive(config.seed, "identity", process, step),
+            seed=derive(config.seed, "identity", 0, step),
+            part=part,
         )
 
 
@@ -335,12 +343,12 @@ class Objective:
         terms: dict[str, Tensor] = {}
         if self.config.alpha > 0:
             terms |= self._denoise(tokens, batch)
-        if self.config.identity_weight > 0:
+        if len(batch.noise):
             terms["identity"] = self._identify(tokens, batch)
         if self.fits is not None and self.weight_space is not None and (batch.fit_rows >= 0).any():
             distance = self.weight_space(tokens, self.fits.tokens, batch.fit_rows)
             # eq. 2, second term: where a fit exists
-            terms["weights"] = self.config.beta * distance.sum() / self.config.batch
+            terms["weights"] = self.config.beta * distance.sum() / len(tokens)
             terms["weights"].backward()
         return {name: term.detach() for name, term in terms.items()}
 
@@ -374,9 +382,12 @@ class Objective:
             attention(_fused(config)),
         ):
             distance = identity_loss(
-                self.base, self.model, batch.noise, batch.portraits, config.identity_steps, batch.prompts, batch.seed
-            )
-            term = config.identity_weight * distance.mean()
+                self.base, self.model, batch.noise, batch.portraits, config.identity_steps, batch.prompts, batch.seed,
+                batch.part,
+            )  # fmt: skip
+            # a mean over the people of all processes, whose gradients become a mean over processes
+            share = len(distance) * batch.part.step / len(batch.portraits)
+            term = config.identity_weight * distance.mean() * share
             term.backward(inputs=[tokens])  # never the encoder: it would learn to see less
         return term
 
@@ -386,22 +397,36 @@ def _fused(config: Config) -> bool:
     return config.diffusion.attention != "eager"
 
 
+TERMS = ("diffusion", "prior", "identity", "weights")
+
+
+def _together(terms: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return the mean of each term over the processes, of which some may be without it: there it is 0."""
+    import torch
+
+    nothing = torch.zeros((), device=accelerator.device)
+    values = torch.stack([terms.get(name, nothing).float() for name in TERMS])
+    there = torch.tensor([float(name in terms) for name in TERMS], device=accelerator.device)
+    values, there = accelerator.reduce(torch.stack([values, there]), "mean")
+    return {name: value for name, value, some in zip(TERMS, values, there, strict=True) if some > 0}
+
+
 def backward(
     step: int, *, batches: Batches, network: nn.Module, objective: Objective, accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Compute the gradients of a 0-based step in the `network`, and return the terms of its loss.
+    """Compute the gradients of a 0-based step in the `network`, and return the terms of its loss, of all processes.
 
     Each term goes back as far as the predictions, while what it needs is in use; then all go through the network once.
     """
     from hyperdb.runtime.precision import attention
 
-    batch = batches.batch(step, accelerator.process_index)
+    batch = batches.batch(step, accelerator.process_index, accelerator.num_processes)
     with objective.base.autocast(), attention(_fused(objective.config)):
         predicted = network(batch.images)  #                                        [I, N, D]
     tokens = predicted.detach().requires_grad_()
     terms = objective.backward(tokens, batch)
-    accelerator.backward(predicted, gradient=tokens.grad)
-    return terms
+    predicted.backward(tokens.grad)
+    return _together(terms, accelerator) if accelerator.num_processes > 1 else terms
 
 
 def _fits(config: Config, folder: str, base: Base, layout: Layout, people: People) -> FitStore:
@@ -464,10 +489,43 @@ def _optimizer(config: Config, model: Hypernet) -> torch.optim.Optimizer:
     return Muon(vectors, config.rate, stacks, config.matrix_rate or 0.0, linear, config.linear_rate or 0.0)
 
 
+def _processes(config: Config, base: Base) -> Accelerator:
+    """Bring the processes of `accelerate launch` together; one is alone. Raises `UserError` if they cannot share."""
+    from datetime import timedelta
+
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    accelerator = Accelerator(
+        cpu=base.device.type == "cpu",
+        device_placement=False,  # beside the base, wherever that is
+        mixed_precision="no",  # diffusion.dtype decides
+        log_with=config.tracker,
+        project_dir=config.out if config.tracker else None,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # while one draws class pictures or validates
+            # without refinements the trunk is not used
+            DistributedDataParallelKwargs(find_unused_parameters=config.model.iterations == 0),
+        ],
+    )
+    count = accelerator.num_processes
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise UserError(
+            f"this configuration of accelerate asks for {accelerator.distributed_type.value}, but every process keeps "
+            "a whole hypernetwork here; use one of conf/accelerate"
+        )
+    if config.batch % count:
+        raise UserError(f"batch={config.batch} people cannot be divided among {count} processes; take a multiple")
+    if count > 1 and accelerator.device != base.device and base.device.type != "cpu":
+        raise UserError(
+            f"diffusion.device={config.diffusion.device}: {count} processes need a device each; use auto, cuda or cpu"
+        )
+    return accelerator
+
+
 def run(config: Config) -> Path:
     """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
     import torch
-    from accelerate import Accelerator
 
     from hyperdb.adapters.layout import Layout
     from hyperdb.data.people import load_people
@@ -478,13 +536,15 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.optim import EMA, Schedule
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
-    from hyperdb.runtime.recipe import recipe
+    from hyperdb.runtime.recipe import plain, recipe
     from hyperdb.runtime.seed import derive
     from hyperdb.tuning.prior import load_prior
     from hyperdb.tuning.validation import verdict
 
     # --- base, people, fits
     base = config.diffusion.load()
+    accelerator = _processes(config, base)
+    main = accelerator.is_main_process
     layout = Layout.of(base.targets())
     people = load_people(config.data, limit=config.people, size=config.diffusion.size)
     photos = torch.cat(people.photos)
@@ -501,21 +561,19 @@ def run(config: Config) -> Path:
         if file is not None and resolve(file).is_file():  # else whoever reads it says so
             origin[part] = hash_files([resolve(file)])
     whole = {**recipe(config), "made_from": origin}
-    out = claim(config.out, WRITES, whole)
+    out = claim(config.out, WRITES, whole) if main else Path(config.out)
     fit_rows = torch.full((len(people),), -1)  # whose fit belongs to which photo
     if fits is not None and config.beta > 0:
         fit_rows[photos] = fits.rows_of(people.keys(fits.by, photos))
         if (fit_rows < 0).all():
             raise UserError(f"{config.weights} holds no fit of the people in {config.data}; set weights=null or refit")
-    prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
-    batches = Batches(config, base, people, fit_rows, prior)
+    with accelerator.main_process_first():  # the others read what it has drawn and encoded
+        prior = load_prior(base, config.prior, out / "prior.safetensors") if config.prior_weight > 0 else None
+        batches = Batches(config, base, people, fit_rows, prior)
 
     # --- model
     if config.tracker == "wandb":
         os.environ.setdefault("WANDB_MODE", "offline")  # `wandb sync` uploads; WANDB_MODE=online does at once
-    accelerator = Accelerator(
-        cpu=base.device.type == "cpu", log_with=config.tracker, project_dir=str(out) if config.tracker else None
-    )
     if config.tracker:
         accelerator.init_trackers("hyperdb", config={"name": config.name, "seed": config.seed})
     torch.manual_seed(derive(config.seed, "hypernet weights"))  # the only way to seed the modules' initialisation
@@ -545,7 +603,7 @@ def run(config: Config) -> Path:
     if fits is not None and config.beta > 0:
         weight_space = WeightSpace(lidb, fits.tokens.to(base.device), config.weight_loss, fits.moment)
     objective = Objective(config, base, model, lidb, fits, weight_space)
-    validation = _validation(config, base, lidb, layout, weight_space)
+    validation = _validation(config, base, lidb, layout, weight_space) if main else None
 
     # --- train
     def after(done: int, terms: dict[str, float], journal: Journal) -> None:
@@ -562,19 +620,25 @@ def run(config: Config) -> Path:
         if config.tracker:
             accelerator.log(scores, step=done)
 
+    def agreed(mine: bool) -> bool:
+        if accelerator.num_processes == 1:
+            return mine
+        return bool(accelerator.reduce(torch.tensor(float(mine), device=base.device)) > 0)
+
     step = partial(backward, batches=batches, network=network, objective=objective, accelerator=accelerator)
     schedule = Schedule(config.steps, config.warmup, config.decay)
     train(
-        "hypernetwork", out, whole, schedule, optimizer, ema, step, after, config.save_every,
-        main=accelerator.is_main_process,
-    )  # fmt: skip
+        "hypernetwork", out, whole, schedule, optimizer, ema, step, after, config.save_every, main=main, agreed=agreed
+    )
 
     # --- write
     objective.injection.remove()
-    model.save(out / "hypernet.safetensors", {**origin, "steps": str(config.steps)})
+    accelerator.end_training()
+    if not main:
+        return out
+    settings = json.dumps(plain(recipe(config)))
+    model.save(out / "hypernet.safetensors", {**origin, "steps": str(config.steps), "settings": settings})
     save_json(out / "report.json", {"config": asdict(config), **origin, **provenance()})
-    if config.tracker:
-        accelerator.end_training()
     if validation is not None and (out / "validation.json").is_file():
         print(verdict(load_json(out / "validation.json")))
     print(f"hypernetwork in {out / 'hypernet.safetensors'}, previews in {out / 'previews'}")

@@ -33,8 +33,9 @@ def moved(images: Tensor, g: torch.Generator) -> Tensor:
 
 
 def identity_loss(
-    base: Base, model: Hypernet, noise: Tensor, photos: list[Tensor], steps: int, prompts: list[str], seed: int
-) -> Tensor:
+    base: Base, model: Hypernet, noise: Tensor, photos: list[Tensor], steps: int, prompts: list[str], seed: int,
+    part: slice = slice(None),
+) -> Tensor:  # fmt: skip
     """Return how much farther from a person a picture is than that person's photos are, `[I]`.
 
     The pictures are drawn from `noise [I, c, h, w]` under `prompts`, the photos are `[K, 3, H, W]` of each person. Both
@@ -42,10 +43,12 @@ def identity_loss(
     hypernetwork's encoder from the mean of the photos' ones, squared, a mean over the components. Nothing is won by
     coming nearer than another photo of the person would be: what comes nearer has learned to please the encoder. What
     is injected is differentiated through the last of `steps` of sampling (Xu et al. 2023, ReFL).
+
+    Where several processes draw people, `photos` are of all of them, and `noise` and `prompts` of this one's `part`.
     """
     g = generator(seed)
     with torch.no_grad():
-        each = [model.features(moved(images, g))[1] for images in photos]  #         [K, C]
+        each = [model.features(x)[1] for x in [moved(images, g) for images in photos][part]]  # [K, C]
         known = torch.stack([x.mean(0) for x in each])
         # one photo's expected distance from the mean of K others
         apart = torch.stack([x.var(0).mean() * (1 + 1 / len(x)) if len(x) > 1 else x.sum() * 0 for x in each])
@@ -53,5 +56,11 @@ def identity_loss(
     latents = sample(base, prompts, noise, steps, gradient=True, subject_guidance=guide.subject)
     with base.autocast():
         pictures = base.pixels(latents)
-    distance = (model.features(moved(pictures, g))[1] - known).square().mean(1)
+    if len(pictures) < len(photos):  # moved as they would be beside the others
+        everybody = pictures.new_zeros(len(photos), *pictures.shape[1:])
+        everybody[part] = pictures
+        compared = moved(everybody, g)[part]
+    else:
+        compared = moved(pictures, g)
+    distance = (model.features(compared)[1] - known).square().mean(1)
     return (distance - apart).clamp_min(0)

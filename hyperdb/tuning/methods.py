@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import AdapterConfig
@@ -28,24 +28,35 @@ class MethodConfig:
     """A way to personalise, a row of an evaluation: one yaml of conf/methods.
 
     `start` is the prediction that it begins at: the person's `own`, everybody's `average`, `another` person's, or null,
-    the base alone. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast
-    fine-tuning, or `lidb` itself; `adapter` describes any other. With neither, nothing is trained.
+    the base alone. `refinements` says how many times the hypernetwork refines it; null is as many times as it was
+    trained to. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast fine-tuning,
+    or `lidb` itself; `adapter` describes any other. With neither, nothing is trained. `strength` is a factor on all
+    that the adapter changes, prediction and training alike, when pictures are drawn; the training knows nothing of it.
     """
 
     label: str  # what people read; {steps} in it stands for the number of iterations
     start: str | None = None
+    refinements: int | None = None  # s of eq. 3
     train: str | None = None
     adapter: AdapterConfig | None = None
     finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the stage's fine-tuning
     against: list[str] = field(default_factory=list)  # rows that it is compared with, person by person
+    people: int | None = None  # the first so many alone, where it is slow; null: all
+    strength: float = 1.0  # 0 is the base, 1 the person as trained
 
     def __post_init__(self) -> None:
         if self.start not in (None, *STARTS):
             raise UserError(f"start={self.start!r}: expected of {', '.join(STARTS)}, or null")
+        if self.refinements is not None and (self.start is None or self.refinements < 1):
+            raise UserError(f"refinements={self.refinements}: expected at least 1, of a method that has a start")
         if self.train not in (None, *TRAINED):
             raise UserError(f"train={self.train!r}: expected of {', '.join(TRAINED)}, or null")
         if self.train is not None and self.adapter is not None:
             raise UserError(f"train={self.train} and an adapter: a method trains one of them")
+        if self.people is not None and self.people < 2:
+            raise UserError(f"people={self.people}: expected at least 2, or null for all")
+        if not math.isfinite(self.strength) or (self.strength != 1 and self.start is None and not self.trains):
+            raise UserError(f"strength={self.strength}: expected a finite number, of a method that has an adapter")
         try:
             self.text(0)
         except (LookupError, ValueError) as error:
@@ -55,6 +66,10 @@ class MethodConfig:
     def trains(self) -> bool:
         """Whether anything is trained on the photos."""
         return self.train is not None or self.adapter is not None
+
+    def among(self, people: int) -> int:
+        """Return on how many of so many people it is run: the first ones."""
+        return people if self.people is None else min(self.people, people)
 
     def fit(self, shared: FitConfig) -> FitConfig | None:
         """Return the fine-tuning, as it differs from `shared`; None if nothing is trained. Raises `UserError`."""
@@ -96,30 +111,35 @@ class Cohort:
 
     def __init__(self, model: Personalizer, photos: Tensor, batch: int) -> None:
         self.model, self.photos, self.batch = model, photos, batch
+        self._predictions: dict[int | None, tuple[Tensor, float]] = {}
 
-    @cached_property
-    def _prediction(self) -> tuple[Tensor, float]:
-        """The mean prediction over each person's photos, `[I, N, D]`, and the seconds a person that it took."""
+    def _prediction(self, refinements: int | None) -> tuple[Tensor, float]:
+        """Return the mean prediction over each person's photos, `[I, N, D]`, and the seconds a person that it took."""
         import torch
 
         base, hypernet = self.model.base, self.model.hypernet
         assert hypernet is not None
-        began = time.perf_counter()
-        with torch.no_grad(), base.autocast():
-            tokens = hypernet(self.photos.flatten(0, 1)).unflatten(0, self.photos.shape[:2]).mean(1)
-        return tokens, (time.perf_counter() - began) / len(self.photos)
+        if refinements not in self._predictions:
+            trained = hypernet.config.iterations
+            hypernet.refine(trained if refinements is None else refinements)
+            began = time.perf_counter()
+            with torch.no_grad(), base.autocast():
+                tokens = hypernet(self.photos.flatten(0, 1)).unflatten(0, self.photos.shape[:2]).mean(1)
+            self._predictions[refinements] = tokens, (time.perf_counter() - began) / len(self.photos)
+            hypernet.refine(trained)
+        return self._predictions[refinements]
 
-    def start(self, name: str | None) -> Factors | None:
-        """Return what everybody begins at, by its name among `STARTS`; None for the base alone."""
+    def start(self, method: MethodConfig) -> Factors | None:
+        """Return what everybody begins at; None for the base alone."""
         from hyperdb.adapters.base import moved, select
 
-        if name is None:
+        if method.start is None:
             return None
-        tokens, count = self._prediction[0], len(self.photos)
-        if name == "average":
+        tokens, count = self._prediction(method.refinements)[0], len(self.photos)
+        if method.start == "average":
             tokens = tokens.mean(0, keepdim=True).expand_as(tokens)
         factors: Factors = moved(self.model.lidb.factors({"tokens": tokens}))
-        return select(factors, [(i + 1) % count for i in range(count)]) if name == "another" else factors
+        return select(factors, [(i + 1) % count for i in range(count)]) if method.start == "another" else factors
 
     def adapter(self, method: MethodConfig) -> Adapter | None:
         """Return what a method trains."""
@@ -148,9 +168,9 @@ class Cohort:
 
     def draw(
         self, method: MethodConfig, settings: FitConfig | None, seed: int, prompts: list[str],
-        progress: Callable[[int], Any],
+        progress: Callable[[int], Any], people: slice,
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        """Personalise everybody with one seed, then draw the prompts, `[I, K, 3, H, W]` uint8.
+        """Personalise some of the people with one seed, then draw the prompts, `[J, K, 3, H, W]` uint8.
 
         Returns also what one person's adapter costs: its bytes, and its share of the seconds of a batch of people.
         """
@@ -160,22 +180,23 @@ class Cohort:
         from hyperdb.tuning.draw import draw
         from hyperdb.tuning.trainable import numbers
 
-        count, base = len(self.photos), self.model.base
-        start, adapter = self.start(method.start), self.adapter(method)
+        count, base = people.stop - people.start, self.model.base
+        start, adapter = self.start(method), self.adapter(method)
         size = 4 * (0 if start is None else numbers(self.model.lidb)) + 4 * (0 if adapter is None else numbers(adapter))
         noises = [seed * len(prompts) + k for k in range(len(prompts))]
         together = max(self.batch, HELD // max(1, size))
         images, seconds = [], 0.0
-        for first in range(0, count, together):
-            some = slice(first, min(count, first + together))
+        for first in range(people.start, people.stop, together):
+            some = slice(first, min(people.stop, first + together))
             began = time.perf_counter()
             changes = select(start, some) if start is not None else None
             if adapter is not None and settings is not None:
                 seeded = replace(settings, seed=settings.seed + seed)
                 changes = both(changes, self.train(adapter, seeded, some, start, progress))
             seconds += time.perf_counter() - began
-            images.append(draw(base, changes, some.stop - some.start, prompts, noises, progress=progress))
+            each = some.stop - some.start
+            images.append(draw(base, changes, each, prompts, noises, strength=method.strength, progress=progress))
         seconds /= count
         if method.start in ("own", "another"):  # everybody's average is there before the person
-            seconds += self._prediction[1]
+            seconds += self._prediction(method.refinements)[1]
         return torch.cat(images), {"seconds": round(seconds, 3), "bytes": float(size)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,10 +93,16 @@ def passes(config: PersonalizerConfig, sketch: Sketch) -> None:
             sketch.draw(max(len(config.preview_styles), 3))
 
 
-def personalize(config: PersonalizerConfig) -> Path:
+def personalize(
+    config: PersonalizerConfig,
+    model: Personalizer | None = None,
+    report_to: Callable[[str, int, int, float | None], object] | None = None,
+) -> Path:
     """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`.
 
-    With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`.
+    With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`. Who has a `model`
+    of these settings in memory gives it. `report_to` is told the phase that begins ("photo", "prediction") and each
+    iteration of the "fine-tuning": the phase, iterations done, of how many, the loss or None.
     """
     import numpy as np
     from tqdm import tqdm
@@ -106,6 +113,7 @@ def personalize(config: PersonalizerConfig) -> Path:
     from hyperdb.runtime.provenance import provenance
 
     clock, seconds = time.perf_counter(), {}
+    tell = report_to or (lambda phase, done, of, loss: None)
 
     def lap(phase: str) -> None:
         nonlocal clock
@@ -114,22 +122,26 @@ def personalize(config: PersonalizerConfig) -> Path:
         clock = now
 
     start = None if config.start is None else find_adapter(config.start)  # before the photo is searched
+    tell("photo", 0, 1, None)
     crops = np.stack([crop_face(one, config) for one in photos(config.image)])
     lap("crop")
-    model = Personalizer(config)
+    model = model or Personalizer(config)
     weights = None if model.folder is None else hash_files([model.folder / "hypernet.safetensors"])
     begun = None if start is None else hash_files([start])
     contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
     contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
     out = claim(config.out, WRITES, {**_made_from(config), **contents})
     lap("load")
+    tell("prediction", 0, 1, None)
     tokens = model.predict(crops)
     lap("predict")
     with tqdm(total=model.tuning(len(crops)).steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
+        tell("fine-tuning", 0, bar.total, None)
 
-        def progress(_: int, loss: float) -> None:
+        def progress(step: int, loss: float) -> None:
             bar.update(1)
             bar.set_postfix_str(f"loss {loss:.4f}")
+            tell("fine-tuning", step, bar.total, loss)
 
         params = model.finetune(crops, tokens, progress)
     lap("finetune")

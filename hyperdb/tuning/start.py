@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,14 +78,16 @@ def _gradients(base: Base, lidb: LiDB, tokens: Tensor, moments: Tensor, config: 
 
 
 def load_start(
-    base: Base, lidb: LiDB, moments: Tensor, predicted: Tensor | None, average: FitConfig, fit: FitConfig,
+    base: Base, lidb: LiDB, crowd: Callable[[], tuple[Tensor, Tensor | None]], average: FitConfig, fit: FitConfig,
     prior: Prior | None, path: Path, key: str,
 ) -> Start:  # fmt: skip
     """Make the start of a store once and keep it at `path`, under `key`.
 
-    It is the mean of what a hypernetwork has `predicted [I, N, D]` for some people. Without predictions, it is one
-    adapter fitted with the settings `average` to the photos of everybody at once, `moments [I, K, 2, c, h, w]`: what
-    portraits of this crop have in common. The gradients are those of the loss of `fit`.
+    `crowd` returns the photos of some people, `moments [I, K, 2, c, h, w]`, and what a hypernetwork has
+    `predicted [I, N, D]` for them, or None; it is called if the start is not there. The start is the mean of the
+    predictions. Without predictions, it is one adapter fitted with the settings `average` to the photos of everybody at
+    once: what portraits of this crop have in common. The gradients are those of the loss of `fit`. Of several jobs that
+    make it at once, all take what the first has written.
     """
     from tqdm import tqdm
 
@@ -95,6 +98,8 @@ def load_start(
         tensors, metadata = load_tensors(path)
         if metadata.get("key") == key:
             return Start(tensors["average"], tensors["moment"])
+        path.unlink(missing_ok=True)
+    moments, predicted = crowd()
     if predicted is not None:
         tokens = predicted.mean(0)
     else:
@@ -102,8 +107,9 @@ def load_start(
             together, advance = moments.flatten(0, 1)[None], lambda _step, _loss: bar.update()
             tokens = fitted(base, lidb, together, average, None, prior, advance)["tokens"][0].cpu()
     moment = _gradients(base, lidb, tokens, moments[:PEOPLE], fit).square().mean(0)
-    save_tensors(path, {"average": tokens.contiguous(), "moment": moment}, {"key": key})
-    return Start(tokens, moment)
+    save_tensors(path, {"average": tokens, "moment": moment}, {"key": key}, first=True)
+    tensors, _ = load_tensors(path)
+    return Start(tensors["average"], tensors["moment"])
 
 
 def check_start(kind: str) -> None:

@@ -74,6 +74,27 @@ def test_a_choice_of_people_and_photos_is_that_part_of_all(people: People, rende
         load_people(rendered, first=4)
 
 
+def test_photos_unlike_those_given_come_first() -> None:
+    """A hat on the beach; a hat, the beach, its pose, then nothing of it twice."""
+    names = {"accessory": ["none", "glasses", "hat"], "place": ["plain", "beach", "forest"]}
+    labels = {
+        "accessory": torch.tensor([2, 2, 0, 0, 1, 0]),
+        "place": torch.tensor([1, 2, 1, 2, 2, 2]),
+        "yaw": torch.tensor([0.0, 0.5, 0.5, 0.1, 0.1, -0.5]),
+        "pitch": torch.tensor([0.0, 0.0, 0.0, 0.1, 0.3, 0.0]),
+    }
+    people = People(torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.zeros(6), ["a face"] * 6, labels, names)
+
+    def order(given: list[int], others: list[int]) -> list[int]:
+        return people.unlike(torch.tensor(given), torch.tensor(others)).tolist()
+
+    assert order([0], [1, 2, 3, 4, 5]) == [4, 5, 3, 2, 1]
+    assert order([0, 3], [1, 2, 4, 5]) == [2, 4, 5, 1]  # each of them is in one of both places
+    assert order([5], [3, 2, 0]) == [2, 0, 3]  # to wear nothing is no accessory
+    people.labels = {}
+    assert order([0], [1, 2, 3, 4, 5]) == [1, 2, 3, 4, 5]
+
+
 def test_keys_are_of_the_pixels_or_of_the_person(people: People, rendered: Path) -> None:
     later, rows = load_people(rendered, first=2), torch.tensor([7, 10])
     assert torch.equal(later.keys("image", rows - 6), people.keys("image", rows))

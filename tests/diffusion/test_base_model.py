@@ -79,6 +79,17 @@ def test_device(monkeypatch: pytest.MonkeyPatch) -> None:
             pick_device(name)
 
 
+def test_each_process_of_a_machine_has_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`device_count` and `empty` stand for a machine with two."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    for rank, card in (("0", 0), ("1", 1), ("2", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", card)
+        assert pick_device("cuda:1") == torch.device("cuda", 1)
+
+
 @pytest.mark.parametrize("name", ["cuda:99", pytest.param("mps", marks=NO_MPS)])
 def test_a_device_that_is_not_here(name: str) -> None:
     with pytest.raises(UserError, match=f"'{name}': PyTorch sees no such device here"):

@@ -388,6 +388,10 @@ def test_grid():
     assert labelled.shape[0] > sheet.shape[0]
     assert labelled.shape[1] > sheet.shape[1]
     assert np.array_equal(labelled[-44:-4, -52:-4], b)
+    headed = grid([a, b, a, b], 2, labels=["input", "other"])
+    room = headed.shape[0] - sheet.shape[0]
+    assert np.array_equal(headed[room + 4 : room + 44, 4:52], a)  # above the first line alone
+    assert np.array_equal(headed[room + 48 : room + 88, 4:52], a)
     other = grid([a, gradient(96, 80)], 2)
     assert other.shape == grid([a, a], 2).shape
     with pytest.raises(ValueError, match="needs pictures"):

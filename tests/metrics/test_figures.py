@@ -115,6 +115,16 @@ def test_encoders_judge_whole_pictures_under_all_prompts(standard):
     )
 
 
+def test_a_row_of_the_first_people_is_measured_as_in_a_row_of_all(standard):
+    whole = replace(standard, changed=["beach"], encoders=[Mean(), Reads()], prompts=["red"] * 5)
+    pictures = colours("rgbbr", "grbrb")
+    found = whole.measure({"all": pictures, "one": pictures[:1]})
+    assert found["one"].keys() == found["all"].keys()
+    for name, values in found["one"].items():
+        assert values.tolist() == found["all"][name][:1].tolist(), name
+    assert found["one"]["rank1"].tolist() == [0.5]  # told from both: the green picture is the other person's
+
+
 def test_identical_pictures_are_one(standard):
     whole = replace(standard, encoders=[Mean()])
     assert whole.measure({"row": colours("rrrr", "gggg")})["row"]["mean"].tolist() == pytest.approx([1, 1])
@@ -136,6 +146,18 @@ def test_rows_are_compared_with_those_that_they_are_set_against():
     found = differences(SCORES, {"best": ["half", "gone"], "gone": ["floor"], "half": []}, "cosine", 0)
     assert list(found) == ["best-half"]
     assert found["best-half"]["mean"] == pytest.approx(0.3)
+
+
+def test_rows_of_fewer_people_are_compared_with_those_people():
+    few = {**SCORES, "few": {"cosine": np.array([[0.5]]), "rank1": np.array([[0.0]])}}
+    found = differences(few, {"few": ["floor", "best"], "half": ["few"]}, "cosine", 0)
+    assert {pair: value["mean"] for pair, value in found.items()} == pytest.approx(
+        {"few-floor": 0.4, "few-best": -0.4, "half-few": 0.0}
+    )
+    assert closed(few, "floor", "best") == {"half": 0.5, "few": 0.5}  # of the first person: .1 to .9
+    assert "few" not in slices([{"sex": "female"}, {"sex": "male"}], few)["sex"]["female"]
+    ends = {"floor": SCORES["floor"], "best": few["few"], "half": SCORES["half"]}
+    assert closed(ends, "floor", "best") == {"half": 1.0}
 
 
 def test_rates_are_summarised_by_their_mean_alone():

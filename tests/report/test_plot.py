@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -63,3 +65,26 @@ def test_pictures_are_the_same_again_and_differ_with_the_figures(tmp_path):
     assert np.array_equal(first, again)
     assert first.shape != free.shape or not np.array_equal(first, free)
     assert len(np.unique(first.reshape(-1, 3), axis=0)) > 24, "every label has a colour"
+
+
+def test_a_row_at_several_iterations_is_one_line(tmp_path):
+    """It goes through its points in the order of the iterations, and each says how many."""
+    def result(steps):
+        one = {"label": f"LoRA, {steps} steps", "cosine": interval(steps / 200), "seconds": float(steps)}
+        methods = {"lora": {"finetune": {"steps": steps}}, "floor": {"start": None}}
+        return {"rows": {"lora": one, "floor": RESULTS["rows"]["floor"]}, "settings": {}, "methods": methods}
+
+    def drawn(named):
+        svg = draw(tmp_path / "a.svg", PLANES["seconds"], named).read_text()
+        told = re.findall(r"<!-- (.*) -->", svg)  # every text, as it is written
+        curves = re.findall(r'<path d="([^"]*)"[^>]*style="fill: none; stroke: (#\w+); stroke-width: 1.5', svg)
+        return told, [(path.count("L"), colour) for path, colour in curves if path.count("L") > 1]
+
+    steps = (160, 5, 40)
+    told, curves = drawn({str(n): result(n) for n in steps})
+    assert [count for count, _ in curves] == [2]
+    assert "lora, by methods.lora.finetune.steps" in told
+    assert [text for text in told if text in ("5", "40", "160")][:3] == ["5", "40", "160"]
+    told, curves = drawn({"5": result(5), "b": {**result(40), "settings": {"people": 3}}})
+    assert {"LoRA, 5 steps", "LoRA, 40 steps"} <= set(told)
+    assert curves == []

@@ -122,6 +122,19 @@ def test_the_whole_table_has_every_figure_and_says_of_how_many():
     assert markdown(RESULTS, brief=False) == MARKDOWN.strip()
 
 
+def test_rows_of_fewer_people_say_so():
+    rows = {"all": row(people=50), "few": row(people=10)}
+    found = {"rows": rows, "paired": {"few-all": rows["all"]["cosine"]}, "people": 50}
+    lines = markdown(found).splitlines()
+    assert lines[0] == "| embedded base | face cosine | people | rank-1 |"
+    assert lines[3] == "| few | 0.500 [0.400, 0.600] | 10 | 0.25 |"
+    assert lines[-3] == "| paired difference | mean [95 % interval over people] | people |"
+    assert lines[-1] == "| few − all | 0.500 [0.400, 0.600] | 10 |"
+    assert comma_separated({"a": found}).splitlines()[1:] == [
+        "a,all,all,50,1,0.5,0.4,0.6,0.25", "a,few,few,10,1,0.5,0.4,0.6,0.25", "a,few-all,few − all,10,1,0.5,0.4,0.6,",
+    ]  # fmt: skip
+
+
 def test_latex_is_escaped_and_has_the_intervals_under_the_means():
     assert latex(RESULTS, "a_b.json").replace(" & ", "\n & ") == LATEX.lstrip()
 

@@ -146,6 +146,28 @@ def test_plain_steps_go_along_the_average_of_the_gradients():
     torch.testing.assert_close(param.detach(), wanted)
 
 
+def _convolve(first, last, path):
+    """Train a convolution whose numbers are not in memory as its shape says; return its weights."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    optimizer, ema = adamw(model.parameters(), 1e-2), EMA(model.parameters(), 0.9)
+    assert checkpoint.load(path, optimizer, ema, {}) == first
+    for step in range(first, last):
+        x = torch.randn(2, 3, 5, 5, generator=generator(0, step)).contiguous(memory_format=torch.channels_last)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        ema.update(step)
+    checkpoint.save(path, last, optimizer, ema, {})
+    return model.weight.detach().clone()
+
+
+def test_resume_keeps_the_order_of_numbers_in_memory(tmp_path):
+    whole = _convolve(0, 6, tmp_path / "whole.safetensors")
+    _convolve(0, 3, tmp_path / "parts.safetensors")
+    assert torch.equal(_convolve(3, 6, tmp_path / "parts.safetensors"), whole)
+
+
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
     _train(2, tmp_path / "a.safetensors", config={"rate": 1})
     with pytest.raises(UserError, match="rate"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,14 @@ from hyperdb.data.people import load_people
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
+from hyperdb.hypernet.model import Hypernet
 from hyperdb.metrics.figures import closed, summary
 from hyperdb.metrics.score import paired
 from hyperdb.report.results import load
 from hyperdb.report.table import markdown
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
-from hyperdb.stages import train_hypernet
+from hyperdb.stages import status, train_hypernet
 from hyperdb.tuning.photos import photos
 
 TINY = [
@@ -87,23 +89,15 @@ def test_fits_of_another_configuration_are_not_mixed_in(made):
         configuration.run("precompute", [*words, f"out={made['fits']}"])
 
 
-def test_hypernetwork_training_resumes_bit_for_bit(made, monkeypatch):
-    from hyperdb.runtime import checkpoint
-
+def test_hypernetwork_training_resumes_bit_for_bit(made, killed):
     out = made["root"] / "resumed"
     words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=4", f"out={out}"]
     words.append("save_every=2")
-    save = checkpoint.save
-
-    def save_and_die(path, step, *rest):
-        save(path, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        configuration.run("train_hypernet", words)
+    killed("train_hypernet", words)
     assert not (out / "hypernet.safetensors").exists()
-    monkeypatch.setattr(checkpoint, "save", save)
+    steps, there, *_ = status.examine(out)
+    assert re.fullmatch(r"steps +2 of 4 done, 2 missing; checkpoint at step 2", steps)
+    assert there == f"{'jobs':20} 0 running, 1 failed"
     configuration.run("train_hypernet", words)
     whole, parts = (load_tensors(f / "hypernet.safetensors")[0] for f in (made["hyper"], out))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
@@ -173,8 +167,9 @@ def test_what_is_denoised_is_the_same_person_under_its_own_caption(made):
 
 
 def test_weight_loss_alone_draws_only_people_who_have_a_fit(made, tmp_path):
-    fits = configuration.run("precompute", [made["base"], *TINY, f"data={made['data']}", "identities=1", "fit.steps=2",
-                                            "fit.levels=2", f"out={tmp_path / 'fits'}"])  # fmt: skip
+    words = [made["base"], *TINY, f"data={made['data']}", "identities=1", "average.steps=2"]
+    words += ["fit.steps=2", "fit.levels=2"]
+    fits = configuration.run("precompute", [*words, f"out={tmp_path / 'fits'}"])
     words = [made["base"], *HYPER, f"data={made['data']}", f"weights={fits}", "alpha=0", "steps=3", "batch=2"]
     configuration.run("train_hypernet", [*words, f"out={tmp_path / 'out'}"])  # one fit among four people
 
@@ -196,7 +191,16 @@ def unseen(tmp_path_factory):
 def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, file, capsys):
     tmp_path = in_tmp  # wandb writes where it is started
     fits = tmp_path / "fits"
-    words = [made["base"], *TINY, f"data={unseen}", "identities=3", "fit.steps=2", "fit.levels=2", "fit.views=2"]
+    words = [
+        made["base"],
+        *TINY,
+        f"data={unseen}",
+        "identities=3",
+        "fit.steps=2",
+        "average.steps=2",
+        "fit.levels=2",
+        "fit.views=2",
+    ]
     configuration.run("precompute", [*words, f"out={fits}"])
     words = [made["base"], *HYPER, f"data={made['data']}", f"weights={made['fits']}", "steps=1", f"out={tmp_path}"]
     words += [f"validation={unseen}", "validation_people=3", f"validation_weights={fits}", f"tracker={tracker}"]
@@ -568,7 +572,8 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     for name, figures in result["rows"].items():
         values = {figure: np.array(v).T for figure, v in result["values"][name].items()}
         assert {v.shape for v in values.values()} == {(3, 1 if name in DRAWN_ONCE else 2)}
-        told = ("label", "start", "adapter", "steps", "seconds", "bytes")
+        assert figures["people"] == 3
+        told = ("label", "start", "adapter", "steps", "people", "seconds", "bytes")
         assert summary(values, 0) == {k: v for k, v in figures.items() if k not in told}
     values = {name: np.array(figures["cosine"]).T for name, figures in result["values"].items()}
     assert result["closed"] == closed({name: {"cosine": v} for name, v in values.items()}, "floor", "ceiling")
@@ -621,6 +626,29 @@ def test_any_adapter_may_begin_at_the_prediction(made, judged, tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert (rows["svdiff"]["start"], rows["svdiff"]["adapter"]) == ("own", "svdiff")
     assert rows["svdiff"]["bytes"] > rows["hyper_only"]["bytes"] > 0
+
+
+def test_a_method_may_use_fewer_refinements(made, judged, tmp_path):
+    """Its pictures are those of a hypernetwork that refines so many times, and other rows keep theirs."""
+    words = [made["base"], *TINY, f"data={judged}", "people=3", "views=1", "images=1", "methods.hyper_40_k1.train=null"]
+    hypernet = Hypernet.load(made["hyper"] / "hypernet.safetensors")
+    hypernet.refine(1)
+    hypernet.save(tmp_path / "one" / "hypernet.safetensors", {"base": hypernet.metadata["base"]})
+
+    def pictures(hyper, *rows, more=()):
+        out = tmp_path / f"{hyper.name}-{len(rows)}"
+        configuration.run("evaluate", [*words, f"hypernet={hyper}", f"rows=[{','.join(rows)}]", f"out={out}", *more])
+        return {row: load_tensors(out / "rows" / f"{row}.safetensors")[0]["images"] for row in rows}
+
+    both = pictures(made["hyper"], "hyper_40_k1", "hyper_only")
+    (out,) = tmp_path.glob("hyper-2")
+    told = json.loads((out / "results.json").read_text())["settings"]
+    assert (told["views"], told["diffusion"]["size"], told["hypernet"]["steps"]) == (1, 32, 4)
+    assert torch.equal(both["hyper_40_k1"], pictures(tmp_path / "one", "hyper_only")["hyper_only"])
+    assert torch.equal(both["hyper_only"], pictures(made["hyper"], "hyper_only")["hyper_only"])
+    assert not torch.equal(both["hyper_40_k1"], both["hyper_only"])
+    with pytest.raises(UserError, match=r"hyper_40_k1\.refinements=3: the hypernetwork was trained with 2"):
+        pictures(made["hyper"], "hyper_40_k1", "floor", "copy", more=["methods.hyper_40_k1.refinements=3"])
 
 
 def test_evaluate_refuses_what_it_cannot_judge(made, judged, tmp_path):

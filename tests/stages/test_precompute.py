@@ -19,6 +19,7 @@ from hyperdb.hypernet import loss as weight_space
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors
+from hyperdb.stages import status
 from hyperdb.tuning import fit as fitting
 from hyperdb.tuning.fit import fit
 
@@ -190,6 +191,65 @@ def test_fits_that_begin_at_the_average_share_its_A(base_words, aligned, tmp_pat
     assert (start["moment"][few.lidb.mask] > 0).all()
 
 
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("*.safetensors")} | {
+        "index.json": (folder / "index.json").read_bytes()
+    }
+
+
+def test_a_store_made_in_shards_is_that_of_one_job(base_words, aligned, tmp_path, capsys):
+    """In any order, in one folder, whoever is last finishes it; what a job did not do another run does."""
+    more = [*B_ALONE, "fit.prior_weight=0.25", "fit.prior_rows=1"]
+    whole = _contents(_precompute(base_words, aligned, tmp_path / "whole", *more))
+    assert {f"fits-0000{i}.safetensors" for i in range(3)} | {"start.safetensors", "prior.safetensors"} < set(whole)
+    out = tmp_path / "shards"
+    _precompute(base_words, aligned, out, *more, "shard=1", "num_shards=2")
+    assert [p.name for p in out.glob("fits-*")] == ["fits-00001.safetensors"]
+    assert "others are not" in capsys.readouterr().out
+    assert status.examine(out)[0] == f"{'files of fits':20} 1 of 3 done, 2 missing; there is no index yet"
+    assert not (out / "index.json").exists()
+    stamp = (out / "fits-00001.safetensors").stat().st_mtime_ns
+    _precompute(base_words, aligned, out, *more, "shard=0", "num_shards=2")
+    assert _contents(out) == whole
+    assert status.examine(out)[0] == f"{'files of fits':20} 3 of 3 done, 0 missing; the index is written"
+    (out / "index.json").unlink()
+    (out / "fits-00002.safetensors").unlink()
+    _precompute(base_words, aligned, out, *more)
+    assert _contents(out) == whole
+    assert (out / "fits-00001.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_processes_of_a_launcher_divide_the_share_of_their_job(monkeypatch):
+    config = configuration.load("precompute", ["shard=1", "num_shards=2"])
+    assert config.share() == (1, 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        assert config.share() == (4 + rank, 8)
+        assert configuration.load("precompute").share() == (rank, 4)
+
+
+def test_of_jobs_that_make_the_start_at_once_the_first_counts(base_words, aligned, tmp_path, monkeypatch):
+    from hyperdb.runtime import files
+    from hyperdb.tuning import start
+
+    out, gradients, first = tmp_path / "out", start._gradients, []
+
+    def overtaken(*arguments):
+        if not first:  # another job begins and ends while this one is busy
+            first.append(None)
+            _precompute(base_words, aligned, out, *B_ALONE, "shard=0", "num_shards=2")
+            first[0] = load_tensors(out / "start.safetensors")
+        return 2 * gradients(*arguments)
+
+    monkeypatch.setattr(start, "_gradients", overtaken)
+    _precompute(base_words, aligned, out, *B_ALONE, "shard=1", "num_shards=2")
+    assert torch.equal(load_tensors(out / "start.safetensors")[0]["moment"], first[0][0]["moment"])
+    assert load_store(out, Layout.of(configuration.load("precompute", base_words).diffusion.load().targets())).by
+    monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+    assert files.save_tensors(tmp_path / "x.safetensors", {}, first=True).is_file()
+
+
 def test_fits_that_begin_at_a_hypernetworks_predictions(base_words, aligned, tmp_path):
     store = _precompute(base_words, aligned, tmp_path / "first", *B_ALONE)
     words = [*base_words, *HYPER, f"data={aligned}", f"weights={store}", "batch=4", "steps=3", "alpha=0"]
@@ -277,6 +337,10 @@ def test_the_metric_of_gradients_needs_gradients(base_words, aligned, stores, tm
         (["identities=0"], "identities=0"),
         (["first=-1"], "first=-1"),
         (["fit.views=0"], "fit.views=0"),
+        (["num_shards=4"], r"num_shards=4 needs shard=NUMBER, 0 to 3; .*-m 'shard=range\(0,4\)'"),
+        (["shard=4", "num_shards=4"], "shard=4 num_shards=4: expected 0"),
+        (["shard=1"], "shard=1 num_shards=1"),
+        (["num_shards=0"], "num_shards=0: expected at least 1"),
     ],
 )
 def test_settings_that_contradict(words, said):

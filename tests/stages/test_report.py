@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from hyperdb import cli, config
 from hyperdb.report.plot import PLANES
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 FILES = [str(ROOT / "experiments" / "embedded" / name) for name in ("linear/validation.json",
                                                                      "likeness/validation_seeds.json")]  # fmt: skip
 TABLES = ["table.csv", "table.md", "table.tex"]
-PICTURES = [f"{name}.png" for name in PLANES]
+PICTURES = [f"{name}.png" for name in PLANES if name != "prompt"]  # what these files have figures for
 
 
 @pytest.fixture
@@ -45,20 +47,44 @@ def test_several_files_give_a_table_each_and_one_picture(in_tmp, capsys):
         with Image.open(out / name) as picture:
             assert picture.width > 600
     said = capsys.readouterr().out
-    assert said == f"{', '.join(['table.md', 'table.tex', 'table.csv', *PICTURES])} in {out}\n"
+    lines = ["prompt.png is left out: no row has clip_t"]
+    lines.append(f"{', '.join(['table.md', 'table.tex', 'table.csv', *PICTURES])} in {out}")
+    assert said == "\n".join(lines) + "\n"
 
 
 def test_pictures_that_a_file_has_no_figures_for_are_left_out(small, capsys):
     out = config.run("report", [f"results={small}"])
     assert {p.name for p in out.glob("*.png")} == {"bytes.png"}
-    assert capsys.readouterr().out.splitlines()[:3] == [
+    assert capsys.readouterr().out.splitlines()[:4] == [
         "seconds.png is left out: no row has seconds",
         "copying.png is left out: no row has copy_pose and copy_background",
         "style.png is left out: no row has style_accuracy",
+        "prompt.png is left out: no row has clip_t",
     ]
     out = config.run("report", [f"results=[{small},{FILES[0]}]", "name=both"])
     assert f"seconds.png is without {small}: no row has seconds" in capsys.readouterr().out
     assert {p.name for p in out.glob("*.png")} == set(PICTURES)
+
+
+def test_a_folder_of_an_ablation_is_one_table_and_one_picture(small, capsys):
+    found = json.loads(small.read_text())
+    for rank in (16, 2):
+        Path(f"runs/rank={rank}").mkdir(parents=True)
+        told = {**found, "settings": {"relaxed": {"rank": rank}}}
+        Path(f"runs/rank={rank}/results.json").write_text(json.dumps(told))
+    out = config.run("report", ["results=runs"])
+    headings = [line for line in (out / "table.md").read_text().splitlines() if line.startswith(("#", "| a"))]
+    assert headings[:3] == [
+        "## over relaxed.rank",
+        "| a; relaxed.rank 2 | 0.500 [0.400, 0.600] | 0.25 | 5 |",
+        "| a; relaxed.rank 16 | 0.500 [0.400, 0.600] | 0.25 | 5 |",
+    ]
+    assert headings[3::2] == ["## runs/rank=16/results.json", "## runs/rank=2/results.json"]
+    assert (out / "table.tex").read_text().count(r"\caption") == 3
+    assert {p.name for p in out.glob("*.png")} == {"over.png", "bytes.png"}
+    Path("empty").mkdir()
+    assert cli.main(["report", "results=empty", "out=out"]) == 2
+    assert "results=empty: this folder holds no results.json" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_are_tables(small, monkeypatch, capsys):
@@ -86,6 +112,7 @@ def test_bad_files_are_one_line_and_nothing_is_written(small, capsys):
     Path("other.json").write_text('{"steps": 3}')
     for words, said in [
         (["results=[]"], "results=[]: name a file"),
+        ([f"results={small}", "gallery_people=0"], "gallery_people=0, gallery_prompts=6: expected at least 1"),
         (["results=none.json"], "cannot read none.json"),
         ([f"results=[{small},other.json]"], "other.json is not a results file of `hyperdb evaluate`: it has no rows"),
         ([], "report needs results=..."),
@@ -98,8 +125,15 @@ def test_bad_files_are_one_line_and_nothing_is_written(small, capsys):
 
 
 def test_reports_need_no_torch(small):
+    """Nor does the gallery of the pictures beside the results."""
+    told = {"images_a_person": 1, "made_from": "x", "methods": {"a": {}}}
+    Path("small.json").write_text(json.dumps(json.loads(small.read_text()) | told))
+    Path("rows").mkdir()
+    key = {"made_from": json.dumps({"made_from": "x"})}
+    save_file({"images": np.zeros((3, 1, 3, 32, 32), np.uint8)}, "rows/a.safetensors", metadata=key)
     code = "import sys; from hyperdb import config; config.run('report', sys.argv[1:]); print([*sys.modules])"
     command = [sys.executable, "-c", code, f"results={small}"]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
     assert "'matplotlib'" in loaded
     assert "'torch'" not in loaded
+    assert Path("runs/report/default/gallery.webp").is_file()

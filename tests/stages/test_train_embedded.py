@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from hyperdb import config as configuration
 from hyperdb.data.people import load_people
-from hyperdb.runtime import checkpoint
+from hyperdb.metrics import judge
+from hyperdb.metrics.figures import Standard
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
 from hyperdb.stages.train_encoder import components
@@ -63,19 +64,10 @@ def test_an_autoencoder_can_be_trained_on(rendered, vae, tmp_path):
         configuration.run("train_autoencoder", [*words, "init=nothing_here"])
 
 
-def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, monkeypatch):
+def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, killed):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     configuration.run("train_base", _base_words(rendered, vae, whole))
-    save = checkpoint.save
-
-    def save_and_die(path, step, *rest):
-        save(path, step, *rest)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        configuration.run("train_base", _base_words(rendered, vae, parts))
-    monkeypatch.setattr(checkpoint, "save", save)
+    killed("train_base", _base_words(rendered, vae, parts))
     configuration.run("train_base", _base_words(rendered, vae, parts))
     name = "base/unet/diffusion_pytorch_model.safetensors"
     one, two = (load_tensors(f / name)[0] for f in (whole, parts))
@@ -135,9 +127,70 @@ def test_components_come_largest_first_and_of_unit_variance():
     assert components(points, 0).shape == (8, 0)
 
 
-def test_judge_trains(tiny_base, rendered, tmp_path):
-    words = [f"data={rendered}", f"out={tmp_path}", f"diffusion.path={tiny_base}", "diffusion.size=32"]
-    configuration.run("train_judge", [*words, "batch=4", "held_out=1", "steps=2"])
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["accuracy_renders"]) == {"style", "place"}
-    assert (tmp_path / "judge.safetensors").is_file()
+JUDGES = {  # its settings at tiny size, its figures
+    "prompts": ([], {"accuracy": {"style", "place"}}),
+    "clip": (["judge.width=32", "judge.layers=1", "judge.patch=16", "judge.text_width=32", "judge.text_layers=1"],
+             {"recall1": {"caption", "picture"}, "accuracy": {"style", "place"}}),
+    "vicreg": (["judge.expander=16"], {"auc": {"photo"}, "rank1": {"photo"}, "probe": {"style", "place"}}),
+    "verifier": (["judge.pictures=3"], {"auc": {"photo"}, "rank1": {"photo"}}),
+}  # fmt: skip
+
+
+def _judge_words(name, rendered, tiny_base, out):
+    words = [f"data={rendered}", f"out={out}", f"diffusion.path={tiny_base}", "diffusion.size=32", "save_every=2"]
+    return [f"judge={name}", *words, "batch=6", "held_out=2", "steps=4", *JUDGES[name][0]]
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_judge_trains_and_resumes(name, tiny_base, rendered, tmp_path, killed):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    configuration.run("train_judge", _judge_words(name, rendered, tiny_base, whole))
+    report = json.loads((whole / "report.json").read_text())
+    for kind in ("renders", "reconstructions"):
+        for figure, of in JUDGES[name][1].items():
+            assert set(report[f"{figure}_{kind}"]) >= of
+            assert all(0 <= value <= 1 for value in report[f"{figure}_{kind}"].values())
+    killed("train_judge", _judge_words(name, rendered, tiny_base, parts))
+    configuration.run("train_judge", _judge_words(name, rendered, tiny_base, parts))
+    file = "judge.safetensors" if name == "prompts" else "judge/model.safetensors"
+    one, two = (load_tensors(f / file)[0] for f in (whole, parts))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    other = "vicreg" if name == "prompts" else "prompts"
+    with pytest.raises(UserError, match="of a run with other"):  # one folder, one judge
+        configuration.run("train_judge", _judge_words(other, rendered, tiny_base, whole))
+
+
+@pytest.mark.parametrize("name", ["clip", "vicreg", "verifier"])
+def test_a_trained_judge_judges(name, tiny_base, rendered, tmp_path):
+    """It is loaded as `evaluate` does, and gives figures: of photos with themselves, one."""
+    configuration.run("train_judge", [*_judge_words(name, rendered, tiny_base, tmp_path), "steps=1"])
+    found, people = judge(name, str(tmp_path / "judge"), torch.device("cpu")), load_people(rendered)
+    folder = {file.name for file in (tmp_path / "judge").iterdir()}
+    assert {"config.json", "model.safetensors"} <= folder
+    if name == "clip":
+        assert {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"} <= folder
+    features = found(people.images)
+    assert torch.allclose(features.norm(dim=-1), torch.ones(len(people)))
+    assert torch.allclose(torch.cat([found(x) for x in people.images.split(5)]), features, atol=1e-6)
+    assert found(torch.zeros(1, 3, 50, 70, dtype=torch.uint8)).isfinite().all()  # no face, another size
+    photos = people.images[torch.stack([rows[:1] for rows in people.photos])]
+    recognised, whole = ([found], []) if name == "verifier" else ([], [found])
+    standard = Standard(recognised, None, photos[:, 0], photos, [], {}, [], whole, ["a photo of a face"])
+    score = standard.measure({"photos": photos})["photos"]
+    figure = {"clip": "clip_i", "vicreg": "vicreg", "verifier": "cosine"}[name]
+    assert torch.allclose(score[figure], torch.ones(4, dtype=score[figure].dtype), atol=1e-5)
+    assert name != "clip" or score["clip_t"].isfinite().all()
+    assert name != "verifier" or (score["detected"] == 1).all()
+
+
+def test_judges_need_people_to_compare(tiny_base, rendered, tmp_path):
+    words = _judge_words("verifier", rendered, tiny_base, tmp_path)
+    with pytest.raises(UserError, match="held_out=1: this judge is measured on at least 2 people"):
+        configuration.run("train_judge", [*words, "held_out=1"])
+    with pytest.raises(UserError, match="1 people to learn from have two pictures"):
+        configuration.run("train_judge", [*words, "held_out=3"])
+    with pytest.raises(UserError, match=r"judge\.pictures=1"):
+        configuration.run("train_judge", [*words, "judge.pictures=1"])
+    with pytest.raises(UserError, match=r"judge\.width=48"):
+        configuration.run("train_judge", [*_judge_words("clip", rendered, tiny_base, tmp_path), "judge.width=48"])
+    assert not list(tmp_path.iterdir())

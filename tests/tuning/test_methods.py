@@ -24,6 +24,11 @@ def test_a_method_says_how_its_fine_tuning_differs():
     ("settings", "message"),
     [
         ({"start": "me"}, "expected of own, average, another"),
+        ({"refinements": 1}, "refinements=1: expected at least 1, of a method that has a start"),
+        ({"start": "own", "refinements": 0}, "refinements=0: expected at least 1"),
+        ({"people": 1}, "people=1: expected at least 2, or null for all"),
+        ({"strength": 0.5}, "strength=0.5: expected a finite number, of a method that has an adapter"),
+        ({"start": "own", "strength": float("nan")}, "strength=nan: expected a finite number"),
         ({"train": "lora"}, "expected of relaxed, lidb"),
         ({"train": "lidb", "adapter": LoRAConfig()}, "trains one of them"),
         ({"label": "{iterations}"}, "the only word in braces is {steps}"),
@@ -68,6 +73,17 @@ def test_every_adapter_has_a_row_that_trains_it_as_personalize_does(name):
     assert found.methods[name].adapter == alone.adapter
     assert found.fit(name) == alone.finetune
     assert found.methods[name].start is None
+
+
+def test_the_papers_rows_have_its_iterations():
+    """Table 2, and Textual Inversion's from "125 times faster"; the aggressive ones move a weight as far."""
+    found = config.load("evaluate")
+    fits = [found.fit(name) for name in ("dreambooth", "dreambooth_agg_1", "dreambooth_agg_2")]
+    assert [fit.steps for fit in fits] == [1200, 400, 40]
+    assert [fit.steps * fit.rate for fit in fits] == pytest.approx([6e-3] * 3)
+    assert [(fit.prior_weight, fit.prior_rows) for fit in fits] == [(1, 1)] * 3
+    assert found.fit("textual_inversion").steps == 5000
+    assert found.fit("hyper_40_k1") == found.fit("hyper_40")
 
 
 def test_every_method_is_a_row():

@@ -34,12 +34,7 @@ SETTINGS = {
 class Alone:
     """What of an Accelerator one process needs."""
 
-    process_index = 0
-
-    @staticmethod
-    def backward(tensor: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Go back from `tensor`."""
-        tensor.backward(gradient)
+    process_index, num_processes = 0, 1
 
 
 def measure(model: Hypernet, words: list[str]) -> dict[str, Any]:

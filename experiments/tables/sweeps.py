@@ -1,0 +1,65 @@
+"""Choose each method's rate on validation people, from what its sweep found.
+
+    hyperdb evaluate -m experiment=sweep/lora
+    python experiments/tables/sweeps.py lora      # several, or lora=FOLDER of the runs; out=FOLDER of the files
+
+Writes sweeps/NAME.json beside this file: every rate with its figures, and the one that is chosen. It has the highest
+likeness under changed prompts of those that still obey them. Likeness alone would choose whoever repeats the photo. A
+rate obeys if its obedience, CLIP-T or the places recognised, is at least OBEYED of the best of all rates. A rate at an
+end of those that were tried is called so: a further one may be better.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hyperdb.report.results import is_figure, load
+from hyperdb.report.sweep import axis
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import save_json
+
+HERE, RUNS = Path(__file__).parent, Path("runs/evaluate")
+LIKENESS, OBEDIENCE = "cosine_changed", ("clip_t_changed", "place_accuracy")  # of the latter the first that is known
+OBEYED = 0.9
+
+
+def choose(method: str, folder: Path) -> dict[str, Any]:
+    """Return the rates of a method's sweep with their figures, and the best. Raises `UserError` for another folder."""
+    named = {str(path): load(path) for path in sorted(folder.glob("*/results.json"))}
+    along = axis(named)
+    if along is None or along.setting != f"methods.{method}.finetune.rate":
+        raise UserError(f"{folder} holds no sweep; run `hyperdb evaluate -m experiment=sweep/{method}`")
+    every = list(named.values())
+    rows = [{"rate": along.values[i], **every[i]["rows"][method]} for i in along.order()]
+    obedience = next((name for name in OBEDIENCE if all(name in row for row in rows)), None)
+    obeyed = [row[obedience]["mean"] if obedience else 1.0 for row in rows]
+    obedient = [i for i, x in enumerate(obeyed) if x >= OBEYED * max(obeyed)]
+    best = max(obedient, key=lambda i: rows[i][LIKENESS]["mean"])
+    told = ("split", "people", "seeds", "base", "data", "commit", "dirty")
+    return {
+        "method": method,
+        "rate": rows[best]["rate"],
+        "chosen_by": {"likeness": LIKENESS, "obedience": obedience, "obeyed": OBEYED},
+        "at_an_end": best in (0, len(rows) - 1),
+        "rates": [{key: value for key, value in row.items() if is_figure(value)} for row in rows],
+        **{key: every[0][key] for key in told},
+    }
+
+
+def main(words: list[str]) -> None:
+    """Write a file for each method named."""
+    folders = {method: folder or RUNS / f"sweep_{method}" for method, _, folder in (w.partition("=") for w in words)}
+    out = Path(folders.pop("out", HERE / "sweeps"))
+    for method, folder in folders.items():
+        found = choose(method, Path(folder))
+        end = ", at an end of those tried" if found["at_an_end"] else ""
+        print(f"{method}: {found['rate']:g} of {len(found['rates'])}{end}; {save_json(out / f'{method}.json', found)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,89 @@
+"""Several results that differ in one setting, as those of an ablation do: which one, and one table over its values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Axis(NamedTuple):
+    """The setting in which results differ, by its dotted name, and its value in each of them."""
+
+    setting: str
+    values: list[Any]
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the values have an order of their own."""
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.values)
+
+    def order(self) -> list[int]:
+        """Return the places of the results, the lowest value first."""
+        places = range(len(self.values))
+        return sorted(places, key=lambda i: self.values[i]) if self.is_number else list(places)
+
+    def text(self, place: int) -> str:
+        """Return the value of one of the results as people read it."""
+        value = self.values[place]
+        return value if isinstance(value, str) else json.dumps(value)
+
+
+def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted name: value}, a list being a value."""
+    found: dict[str, Any] = {}
+    for key, value in told.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def _methods(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what results say of each row's method; one that names no strength was drawn as trained."""
+    return {row: {"strength": 1.0, **how} for row, how in found.get("methods", {}).items()}
+
+
+def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
+    """Return the setting in which results differ; None if there are several or none, or the same value twice.
+
+    Settings that follow from each other, such as the rate of the fine-tuning and that of a row, count as one, by the
+    first name. A setting that only some of the results have differs too.
+    """
+    told = [_flat({**found.get("settings", {}), "methods": _methods(found)}) for found in named.values()]
+    columns: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for one in told for key in one):
+        columns[key] = [json.dumps(one.get(key)) for one in told]
+    differ = {key: values for key, values in columns.items() if len(set(values)) > 1}
+    if not all("settings" in found for found in named.values()) or len({tuple(v) for v in differ.values()}) != 1:
+        return None
+    setting, values = next(iter(differ.items()))
+    return Axis(setting, [json.loads(value) for value in values]) if len(set(values)) == len(values) else None
+
+
+def own_axis(named: Mapping[str, Mapping[str, Any]], row: str) -> tuple[list[str], Axis] | None:
+    """Return the results that have a row, and the one number in which its method differs in them, the lowest first.
+
+    None if it is the same method in all, differs otherwise, or the results differ in more than that.
+    """
+    mine = {
+        title: {**found, "methods": {row: how}}
+        for title, found in named.items()
+        if row in found["rows"] and (how := found.get("methods", {}).get(row)) is not None
+    }
+    along = axis(mine) if len(mine) > 1 else None
+    if along is None or not along.is_number or len({json.dumps(_methods(found)) for found in mine.values()}) == 1:
+        return None
+    order = along.order()
+    return [list(mine)[i] for i in order], Axis(along.setting, [along.values[i] for i in order])
+
+
+def merged(named: Mapping[str, Mapping[str, Any]], along: Axis) -> dict[str, Any]:
+    """Return several results as one: a row for each row and value, the values of a row below each other."""
+    every = list(named.values())
+    rows = {}
+    for name in dict.fromkeys(name for results in every for name in results["rows"]):
+        for place in along.order():
+            if (row := every[place]["rows"].get(name)) is not None:
+                label = f"{row.get('label', name)}; {along.setting} {along.text(place)}"
+                rows[f"{name} {place}"] = {**row, "label": label}
+    most = {count: max(results.get(count, 1) for results in every) for count in ("people", "seeds")}
+    return {"rows": rows, "paired": {}, **most}

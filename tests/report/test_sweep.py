@@ -1,0 +1,123 @@
+"""Results that differ in one setting are one table and one picture over its values."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hyperdb.report.plot import draw_over
+from hyperdb.report.sweep import axis, merged, own_axis
+from hyperdb.report.table import markdown
+from hyperdb.runtime.errors import UserError
+
+
+def result(cosine=0.5, methods=None, **settings):
+    told = {"label": f"LoRA, {settings.get('steps', 0)} steps", "people": 9}
+    rows = {"lora": {**told, "cosine": {"mean": cosine, "lo": cosine - 0.1, "hi": cosine + 0.1}}}
+    return {"rows": rows, "paired": {}, "people": 9, "settings": settings, "methods": methods or {}}
+
+
+def found(*results):
+    return axis({str(i): one for i, one in enumerate(results)})
+
+
+def test_the_setting_in_which_results_differ():
+    along = found(result(finetune={"steps": 20, "noise": [0, 1]}), result(finetune={"steps": 5, "noise": [0, 1]}))
+    assert (along.setting, along.values, along.is_number, along.order()) == ("finetune.steps", [20, 5], True, [1, 0])
+    noise = found(*(result(noise=levels) for levels in ([0, 1], [0, 0.5])))
+    assert (noise.setting, noise.is_number, noise.order(), noise.text(1)) == ("noise", False, [0, 1], "[0, 0.5]")
+    null = found(result(weight=None), result(weight=0.5))
+    assert (null.values, null.is_number, null.text(0)) == ([None, 0.5], False, "null")
+
+
+def test_what_follows_from_a_setting_counts_as_one_with_it():
+    rows = ({"lora": {"finetune": {"rate": rate}, "start": None}} for rate in (1e-3, 1e-2))
+    alike = found(*(result(methods=one, rate=rate) for one, rate in zip(rows, (1e-3, 1e-2), strict=True)))
+    assert alike.setting == "rate"
+    alone = found(*(result(methods={"lora": {"finetune": {"rate": rate}}}) for rate in (1e-3, 1e-2)))
+    assert (alone.setting, alone.values) == ("methods.lora.finetune.rate", [1e-3, 1e-2])
+
+
+def test_a_row_that_names_no_strength_was_drawn_as_trained():
+    along = found(*(result(methods={"lora": how}) for how in ({"strength": 0.5}, {"start": None}, {"strength": 0.0})))
+    assert (along.setting, along.values) == ("methods.lora.strength", [0.5, 1.0, 0.0])
+
+
+def test_a_row_is_followed_along_the_number_of_its_own_method():
+    """Beside rows that stay as they are, and files that do not have it: so several methods' sweeps are one picture."""
+    steps = (40, 5, 160)
+    named = {str(n): result(methods={"lora": {"finetune": {"steps": n}}, "floor": {"start": None}}) for n in steps}
+    for one in named.values():
+        one["rows"]["floor"] = one["rows"]["lora"]
+    other = result(methods={"svdiff": {"finetune": {"steps": 7}}})
+    named["b"] = {**other, "rows": {"svdiff": other["rows"]["lora"]}}
+    titles, along = own_axis(named, "lora")
+    assert titles == ["5", "40", "160"]
+    assert (along.setting, along.values) == ("methods.lora.finetune.steps", [5, 40, 160])
+    assert own_axis(named, "floor") is own_axis(named, "svdiff") is None
+    named["b"] = {**named["5"], "settings": {"people": 3}}  # of others: no further point of the line
+    assert own_axis(named, "lora") is None
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [result(a=1, b=1), result(a=2, b=3)],  # two settings
+        [result(a=1), result(a=1)],  # none
+        [result(a=1), result(a=2), result(a=1)],  # a value twice
+        [result(a=1), {**result(a=2), "settings": {}}, {"rows": {}, "people": 3}],  # no settings: an older file
+    ],
+)
+def test_results_that_do_not_differ_in_one_setting(results):
+    assert found(*results) is None
+
+
+def test_the_table_has_the_values_of_a_row_below_each_other():
+    named = {"b": result(0.75, steps=20), "a": result(0.5, steps=5)}
+    named["b"]["rows"]["floor"] = {"cosine": named["b"]["rows"]["lora"]["cosine"]}
+    lines = markdown(merged(named, axis(named)), brief=False).splitlines()
+    assert lines[2:] == [
+        "| LoRA, 5 steps; steps 5 | 0.500 [0.400, 0.600] | 9 |",
+        "| LoRA, 20 steps; steps 20 | 0.750 [0.650, 0.850] | 9 |",
+        "| floor; steps 20 | 0.750 [0.650, 0.850] | — |",
+        "",
+        "n = 9 people, 1 seed; in brackets: 95 % intervals over people",
+    ]
+
+
+def test_the_picture_is_the_same_again_and_differs_with_the_figures(tmp_path):
+    """Of numbers, of other values, and of a label in which `$` means nothing."""
+    for values in ([5, 20, 160], [None, "a$_b", [0.0, 0.5]]):
+        named = {str(i): result(0.1 * i, value=value) for i, value in enumerate(values)}
+        other = {name: result(0.9, value=value) for name, value in zip(named, values, strict=True)}
+        drawn = []
+        for i, one in enumerate((named, named, other)):
+            with Image.open(draw_over(tmp_path / f"{i}.png", axis(one), one)) as image:
+                drawn.append(np.array(image.convert("RGB")))
+        assert np.array_equal(drawn[0], drawn[1])
+        assert drawn[0].shape != drawn[2].shape or not np.array_equal(drawn[0], drawn[2])
+
+
+def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_path):
+    choose = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "tables" / "sweeps.py"))["choose"]
+    told = {"split": "validation", "seeds": 1, "base": "b", "data": "d", "commit": None, "dirty": None}
+    for rate, changed, obeyed in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.95), (1e-3, 0.45, 0.92)):
+        one = result(methods={"lora": {"finetune": {"rate": rate}}}) | told
+        for figure, value in (("cosine_changed", changed), ("place_accuracy", obeyed)):
+            one["rows"]["lora"][figure] = {"mean": value, "lo": value, "hi": value}
+        (tmp_path / "sweep" / f"rate={rate}").mkdir(parents=True)
+        (tmp_path / "sweep" / f"rate={rate}" / "results.json").write_text(json.dumps(one))
+    found = choose("lora", tmp_path / "sweep")
+    assert (found["rate"], found["at_an_end"]) == (1e-4, False)  # .003 repeats the photo
+    assert [one["rate"] for one in found["rates"]] == [1e-5, 1e-4, 1e-3, 3e-3]
+    assert found["chosen_by"]["obedience"] == "place_accuracy"
+    (tmp_path / "sweep" / "rate=1e-05" / "results.json").unlink()
+    assert choose("lora", tmp_path / "sweep")["at_an_end"]
+    for method, folder in (("svdiff", "sweep"), ("lora", "none")):
+        with pytest.raises(UserError, match=f"holds no sweep; run .*experiment=sweep/{method}"):
+            choose(method, tmp_path / folder)
