@@ -35,7 +35,7 @@ class Config:
 
     The attributes are shifts. A shift of 1 is one standard deviation of the attribute over the people whom `hyperdb
     weights` found the `directions` among, and 0 changes nothing. What the shifts do on the embedded base was measured
-    (`experiments/embedded/weights`): `smile` does nothing, and nobody gets younger.
+    (`experiments/embedded/base64/weights`): `smile` does nothing, and nobody gets younger.
     """
 
     adapter: list[FilePath] = "???"  # type: ignore[assignment]

@@ -18,7 +18,7 @@ from hyperdb.report.table import comma_separated, latex, markdown
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = [str(ROOT / "experiments" / "embedded" / name) for name in ("linear/validation.json",
-                                                                     "likeness/validation_seeds.json")]  # fmt: skip
+                                                                     "base64/likeness/validation_seeds.json")]  # fmt: skip
 TABLES = ["table.csv", "table.md", "table.tex"]
 PICTURES = [f"{name}.png" for name in PLANES if name != "prompt"]  # what these files have figures for
 

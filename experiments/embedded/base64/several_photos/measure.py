@@ -1,7 +1,7 @@
 """One photo of a person against two, judged by the same further photos (see README.md).
 
     hyperdb render_heads split=test identities=50 views=30 photo_views=9 out=data/heads_likeness
-    python experiments/embedded/several_photos/measure.py
+    python experiments/embedded/base64/several_photos/measure.py
 
 Writes results.json and people.png beside this file.
 """

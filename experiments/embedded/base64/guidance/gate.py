@@ -1,6 +1,6 @@
 """The relaxed factors act only at the noise levels that they were trained on (see README.md).
 
-    python experiments/embedded/guidance/gate.py data/heads_validation recognisers=[sface]
+    python experiments/embedded/base64/guidance/gate.py data/heads_validation recognisers=[sface]
 
 Above `limit`, a fraction of the noise levels, the picture is drawn by the own prediction alone or by the base alone.
 Below it by all of the adapter, as ever. Hybrid guidance (3, 3). Writes gate.json; settings that are done are kept.

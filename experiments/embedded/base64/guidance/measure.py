@@ -1,7 +1,7 @@
 """Guidance, noise levels and starts of the fast fine-tuning, on validation people (see README.md).
 
     hyperdb render_heads split=validation identities=88 views=30 photo_views=9 out=data/heads_validation
-    python experiments/embedded/guidance/measure.py data/heads_validation
+    python experiments/embedded/base64/guidance/measure.py data/heads_validation
 
 Every setting is a file in --runs, so a run that was stopped goes on where it was, and several processes share the work
 (`--part 1/4` ... `--part 4/4`; or `--study noise`). Whoever finishes last writes results.json and curves.png;
