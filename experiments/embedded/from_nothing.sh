@@ -17,15 +17,15 @@ PARTS=${*:-few people faces autoencoder encoder sharp base hypernet judge clip v
 OUT=${OUT_FOLDER:-runs/from_nothing}
 PYTHON=${PYTHON:-python3}
 case $KIND in
-  gpu) : "${WORKERS:=$(nproc)}" "${PEOPLE:=10000}" "${BATCH:=1024}" "${PEOPLE_A_STEP:=48}"
+  gpu) : "${WORKERS:=$(nproc)}" "${PEOPLE:=10000}" "${BATCH:=1024}"
        : "${AUTOENCODER_STEPS:=2500}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1500}" "${AUTOENCODER_BATCH:=256}"
        : "${FACES:=40000}" "${ENCODER_STEPS:=8000}" "${ENCODER_BATCH:=256}"
-       : "${BASE_STEPS:=6000}" "${FITTED:=1000}" "${LINEAR_STEPS:=1500}" "${HYPERNET_STEPS:=3000}" "${JUDGE_STEPS:=1500}"
+       : "${BASE_STEPS:=6000}" "${LINEAR_STEPS:=1500}" "${PEOPLE_A_STEP:=192}" "${JUDGE_STEPS:=1500}"
        : "${IMAGES_STEPS:=6000}" "${IMAGES_BATCH:=512}" ;;
-  cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}" "${PEOPLE_A_STEP:=16}"
-       : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1200}" "${AUTOENCODER_BATCH:=32}"
-       : "${FACES:=20000}" "${ENCODER_STEPS:=8000}" "${ENCODER_BATCH:=96}"
-       : "${BASE_STEPS:=25000}" "${FITTED:=128}" "${LINEAR_STEPS:=350}" "${HYPERNET_STEPS:=1500}" "${JUDGE_STEPS:=600}"
+  cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}"
+       : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=900}" "${AUTOENCODER_BATCH:=32}"
+       : "${FACES:=20000}" "${ENCODER_STEPS:=12000}" "${ENCODER_BATCH:=96}"
+       : "${BASE_STEPS:=25000}" "${LINEAR_STEPS:=210}" "${PEOPLE_A_STEP:=48}" "${JUDGE_STEPS:=600}"
        : "${IMAGES_STEPS:=3000}" "${IMAGES_BATCH:=128}" ;;
   *) echo "from_nothing.sh: expected cpu or gpu, not $KIND" >&2; exit 2 ;;
 esac
@@ -74,20 +74,16 @@ encoder() {
 }
 
 base() {
-  once "$OUT/base/report.json" train_base data="$HEADS" vae="$OUT/whole/vae" channels=[96,192,256] batch="$BATCH" \
+  once "$OUT/base/report.json" train_base data="$HEADS" vae="$OUT/sharp/vae" channels=[96,192,256] batch="$BATCH" \
     steps="$BASE_STEPS" rate=0.001 warmup=300 decay=0.5 ema=0.9995 logit_normal=[0.2,1.2] save_every=500 out="$OUT/base"
 }
 
 BASE="diffusion.path=$OUT/base/base diffusion.size=128"
-hypernet() { # where predictions begin; the linear map; the decoder on top of it; the likeness
-  local rest="$BASE data=$HEADS validation=$OUT/heads_validation weights=$OUT/fits/default"
-  once "$OUT/fits/default/index.json" precompute $BASE data="$HEADS" identities="$FITTED" out="$OUT/fits/default"
-  once "$OUT/hypernet_linear/report.json" train_hypernet experiment=linear $rest steps="$LINEAR_STEPS" \
-    model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet_linear"
-  once "$OUT/hypernet_diffusion/report.json" train_hypernet $rest batch="$PEOPLE_A_STEP" steps="$HYPERNET_STEPS" \
-    weight_loss=fisher init="$OUT/hypernet_linear/hypernet.safetensors" out="$OUT/hypernet_diffusion"
-  once "$OUT/hypernet/report.json" train_hypernet $rest batch="$PEOPLE_A_STEP" steps=150 warmup=20 beta=0 \
-    identity_weight=0.05 init="$OUT/hypernet_diffusion/hypernet.safetensors" out="$OUT/hypernet"
+hypernet() { # where predictions begin; the linear map
+  once "$OUT/fits/default/index.json" precompute $BASE data="$HEADS" identities=16 out="$OUT/fits/default"
+  once "$OUT/hypernet/report.json" train_hypernet $BASE experiment=linear data="$HEADS" validation="$OUT/heads_validation" \
+    weights="$OUT/fits/default" batch="$PEOPLE_A_STEP" steps="$LINEAR_STEPS" \
+    model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet"
 }
 
 judge() {
