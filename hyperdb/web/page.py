@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import socket
 import tempfile
 import threading
 import traceback
@@ -332,7 +333,6 @@ def build(sessions: Sessions) -> gr.Blocks:
         for choice in (taken, format):
             connect(choice.change, on_file, [taken, format], shelved, [file], "file")
 
-
         def gone(request: gr.Request) -> None:
             sessions.end(request.session_hash)
 
@@ -367,6 +367,11 @@ def theme() -> Any:
 
 def serve(config: Config) -> None:
     """Load the models, serve the page until it is interrupted, and remove what visitors left."""
+    try:
+        socket.create_server((config.host, config.port)).close()  # before models are loaded, which may take minutes
+    except OSError as error:
+        where = f"host={config.host} port={config.port}"
+        raise UserError(f"{where} cannot be served ({error}); choose another: port={config.port + 1}") from error
     models = [Personalizer(config) for _ in range(config.at_once)]
     for model in models:
         model.prior  # noqa: B018 (made now, not in the first visitor's time)
@@ -378,17 +383,13 @@ def serve(config: Config) -> None:
     # a visitor who waits, or whose work runs, takes a thread of gradio's
     page.queue(max_size=None, default_concurrency_limit=None)
     try:
-        try:
-            _, local, shared = page.launch(
-                server_name=config.host, server_port=config.port, share=config.share, prevent_thread_lock=True,
-                quiet=True, ssr_mode=False, max_file_size=int(config.upload * 1e6), footer_links=[], run_history=False,
-                state_session_capacity=2 * (config.waiting + config.at_once),  # its copies of what pages showed
-                enable_monitoring=False, max_threads=config.waiting + config.at_once + 16, theme=theme(),
-                css_paths=Path(__file__).with_name("page.css"), app_kwargs={"middleware": [Middleware(OwnFiles)]},
-            )  # fmt: skip
-        except OSError as error:
-            where = f"host={config.host} port={config.port}"
-            raise UserError(f"{where} cannot be served ({error}); choose another: port={config.port + 1}") from error
+        _, local, shared = page.launch(
+            server_name=config.host, server_port=config.port, share=config.share, prevent_thread_lock=True,
+            quiet=True, ssr_mode=False, max_file_size=int(config.upload * 1e6), footer_links=[], run_history=False,
+            state_session_capacity=2 * (config.waiting + config.at_once),  # its copies of what pages showed
+            enable_monitoring=False, max_threads=config.waiting + config.at_once + 16, theme=theme(),
+            css_paths=Path(__file__).with_name("page.css"), app_kwargs={"middleware": [Middleware(OwnFiles)]},
+        )  # fmt: skip
         print(f"the page is at {local}" + (f" and {shared}" if shared else ""), flush=True)
         stop.wait()
     finally:

@@ -70,7 +70,7 @@ def test_it_serves_its_own_alone_and_leaves_nothing(tmp_path, words, served):
         assert "no such face" in str(call(url, "face", [1]))
         for sent in (None, named(str(root))):
             assert "no file that was uploaded here" in str(call(url, "photo", [sent, False]))
-        for sent in ("x", named("/etc/passwd"), named(str(ROOT / "docs" / "base.png"))):
+        for sent in ("x", named("/etc/passwd"), named(str(ROOT / "docs" / "preview.png"))):
             with pytest.raises(Refused):
                 call(url, "photo", [sent, False])
         for path in ("http://127.0.0.1/x.png", "\\u0068ttps://example.org/x.png"):
@@ -80,7 +80,7 @@ def test_it_serves_its_own_alone_and_leaves_nothing(tmp_path, words, served):
             call(url, "face", ["x" * 200_000])
         names(json.loads(get(url, "/config")[1])["components"])
         port = url.rpartition(":")[2]
-        command = [sys.executable, "-m", "hyperdb", "web", f"port={port}", *words]
+        command = [sys.executable, "-m", "hyperdb", "web", f"port={port}", *words, f"out={tmp_path / 'other'}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180,
                               env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
         assert done.returncode == 2
