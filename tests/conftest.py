@@ -67,6 +67,18 @@ def killed(monkeypatch) -> Callable[[str, Sequence[str]], None]:
 
 
 @pytest.fixture
+def watched() -> Callable[[Path], set[str]]:
+    """Return a function that says which figures and pictures a run in a folder told TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def names(out: Path) -> set[str]:
+        tags = EventAccumulator(str(out / "tensorboard")).Reload().Tags()
+        return {*tags["scalars"], *tags["images"]}
+
+    return names
+
+
+@pytest.fixture
 def in_tmp(tmp_path, monkeypatch):
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ from hyperdb.runtime import checkpoint
 from hyperdb.runtime.journal import Journal
 from hyperdb.runtime.optim import EMA, Schedule, set_rate
 from hyperdb.runtime.stop import Terminated, waiting
+from hyperdb.runtime.track import Track
 
 
 def train(
@@ -29,12 +30,14 @@ def train(
     saved: Callable[[int], object] | None = None,
     main: bool = True,
     agreed: Callable[[bool], bool] = bool,
+    track: Track | None = None,
 ) -> None:
     """Train `ema.params` to `schedule.steps`, from the checkpoint in `out` if there is one; then put the average in.
 
     `backward(step)` computes the gradients of 0-based `step` and returns the terms of its loss, whose sum goes to
     `out/journal.jsonl`. `after(done, terms, journal)` runs after every step, `saved(done)` after every checkpoint that
-    is due. Of several processes only the `main` one writes. Raises `UserError` for a checkpoint of another `config`,
+    is due. Of several processes only the `main` one writes, and tells a `track` the loss, its terms and the rates of
+    every step. Raises `UserError` for a checkpoint of another `config`,
     `NonFiniteError` for a bad loss.
 
     SIGINT or SIGTERM ends it after the step, with a checkpoint: then `KeyboardInterrupt` or `Terminated` is raised.
@@ -55,6 +58,9 @@ def train(
             done = step + 1
             parts = {k: round(v, 5) for k, v in terms.items()} if len(terms) > 1 else {}
             journal.step(done, sum(terms.values()), **parts)
+            if main and track is not None:
+                rates = {f"rate/{i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+                track.log(done, {"loss": sum(terms.values()), **parts, **rates})
             if after is not None:
                 after(done, terms, journal)
             stop, due = agreed(bool(came)), done % save_every == 0 or done == schedule.steps

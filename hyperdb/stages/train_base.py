@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hyperdb.diffusion import check_logit_normal
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.track import Track, check_tracker, tracked
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler
@@ -55,10 +56,12 @@ class Config:
     prompt_dropout: float = 0.1  # share of the captions that are left empty, for classifier-free guidance
     logit_normal: list[float] | None = None  # mean and standard deviation of logit(noise level); null: uniform
     save_every: int = 250  # steps from one checkpoint, and one sheet of samples, to the next
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # of the first weights, the batches and the noise
 
     def __post_init__(self) -> None:
+        check_tracker(self.tracker)
         check_logit_normal(self.logit_normal)
 
 
@@ -194,7 +197,8 @@ def save_base(base: Base, out: Path) -> None:
     save_json(text_config, {**load_json(text_config), "dtype": "float32"})
 
 
-def run(config: Config) -> Path:
+@tracked
+def run(config: Config, track: Track) -> Path:
     """Train from `config.data`; write the base to `out/base` and return `out`."""
     import torch
     from diffusers import AutoencoderKL
@@ -262,6 +266,11 @@ def run(config: Config) -> Path:
         loss.backward()
         return {"diffusion": loss.detach()}
 
+    def saved(done: int) -> None:
+        sheet = out / f"samples-{done:06d}.png"
+        _preview(base, ema, sheet)
+        track.picture(done, "samples", sheet)
+
     optimizer, ema = adamw(params, config.rate, 1e-2), EMA(params, config.ema)
     schedule = Schedule(config.steps, config.warmup, config.decay)
     around = hash_files(sorted(Path(wanted).glob("*.safetensors"))) if wanted is not None else None
@@ -271,7 +280,7 @@ def run(config: Config) -> Path:
     claim(out, WRITES, whole)
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
-        saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),
+        saved=saved, track=track,
     )  # fmt: skip
 
     # --- write

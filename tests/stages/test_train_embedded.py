@@ -22,7 +22,7 @@ from hyperdb.stages.train_encoder import components
 def vae(rendered, tmp_path_factory):
     out = tmp_path_factory.mktemp("autoencoder")
     words = [f"data={rendered}", f"out={out}", "channels=[8,16]", "steps=2", "batch=2", "held_out=2"]
-    configuration.run("train_autoencoder", words)
+    configuration.run("train_autoencoder", [*words, "tracker=tensorboard"])
     return out / "vae"
 
 
@@ -41,7 +41,7 @@ def _changed(vae, folder):
     return folder
 
 
-def test_autoencoder_reports_and_scales(rendered, vae):
+def test_autoencoder_reports_and_scales(rendered, vae, watched):
     """The latents of whom it was trained on have deviation 1, and the report is that of whom it was not."""
     report, model = json.loads((vae.parent / "report.json").read_text()), AutoencoderKL.from_pretrained(vae)
     images = load_people(rendered).images.float() / 127.5 - 1
@@ -51,6 +51,7 @@ def test_autoencoder_reports_and_scales(rendered, vae):
     assert latents[0].std().item() * model.config.scaling_factor == pytest.approx(1, abs=1e-4)
     assert report["psnr_held_out"] == pytest.approx(-10 * away.square().mean().log10().item(), abs=0.01)
     assert (vae.parent / "reconstructions.png").is_file()
+    assert watched(vae.parent) == {"loss", "pixels", "edges", "colour", "kl", "rate/0", "psnr_held_out", "reconstructions"}
 
 
 def test_an_autoencoder_can_be_trained_on(rendered, vae, tmp_path):
@@ -64,9 +65,10 @@ def test_an_autoencoder_can_be_trained_on(rendered, vae, tmp_path):
         configuration.run("train_autoencoder", [*words, "init=nothing_here"])
 
 
-def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, killed):
+def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, killed, watched):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    configuration.run("train_base", _base_words(rendered, vae, whole))
+    configuration.run("train_base", [*_base_words(rendered, vae, whole), "tracker=tensorboard"])
+    assert watched(whole) == {"loss", "rate/0", "samples"}
     killed("train_base", _base_words(rendered, vae, parts))
     configuration.run("train_base", _base_words(rendered, vae, parts))
     name = "base/unet/diffusion_pytorch_model.safetensors"
@@ -104,9 +106,10 @@ def test_encoder_needs_enough_people(rendered, tmp_path):
         configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}"])
 
 
-def test_encoder_trains(rendered, tmp_path):
+def test_encoder_trains(rendered, tmp_path, watched):
     small = ["batch=2", "held_out=1", "steps=2", "encoder.size=32", "portrait=16", "shape=3"]
-    configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}", *small])
+    configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}", *small, "tracker=tensorboard"])
+    assert watched(tmp_path) >= {"loss", "portrait", "shape", "rate/0", "portrait_r2", "rank1_held_out"}
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["people_held_out"] == report["rank1_held_out"] == 1  # alone, that person is the nearest
     assert report["portrait_r2"] < 0.5  # two steps teach no stranger's portrait
@@ -142,14 +145,15 @@ def _judge_words(name, rendered, tiny_base, out):
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_judge_trains_and_resumes(name, tiny_base, rendered, tmp_path, killed):
+def test_judge_trains_and_resumes(name, tiny_base, rendered, tmp_path, killed, watched):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    configuration.run("train_judge", _judge_words(name, rendered, tiny_base, whole))
+    configuration.run("train_judge", [*_judge_words(name, rendered, tiny_base, whole), "tracker=tensorboard"])
     report = json.loads((whole / "report.json").read_text())
     for kind in ("renders", "reconstructions"):
         for figure, of in JUDGES[name][1].items():
             assert set(report[f"{figure}_{kind}"]) >= of
             assert all(0 <= value <= 1 for value in report[f"{figure}_{kind}"].values())
+            assert watched(whole) >= {f"{figure}_{kind}/{name}" for name in of} | {"loss", "rate/0"}
     killed("train_judge", _judge_words(name, rendered, tiny_base, parts))
     configuration.run("train_judge", _judge_words(name, rendered, tiny_base, parts))
     file = "judge.safetensors" if name == "prompts" else "judge/model.safetensors"
