@@ -122,7 +122,9 @@ def personalize(
     from hyperdb.runtime.optim import Schedule
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.threads import Watch, spared
 
+    watch = Watch()
     clock, seconds = time.perf_counter(), {}
     tell, track = report_to or (lambda phase, done, of, loss: None), track or Track()
 
@@ -143,34 +145,35 @@ def personalize(
     contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
     out = claim(config.out, WRITES, {**_made_from(config), **contents})
     lap("load")
-    tell("prediction", 0, 1, None)
-    tokens = model.predict(crops)
-    lap("predict")
-    tuning = model.tuning(len(crops))
-    schedule = Schedule(tuning.steps, tuning.warmup, tuning.decay)
-    with tqdm(total=tuning.steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
-        tell("fine-tuning", 0, bar.total, None)
+    with spared(watch, model.base.device):
+        tell("prediction", 0, 1, None)
+        tokens = model.predict(crops)
+        lap("predict")
+        tuning = model.tuning(len(crops))
+        schedule = Schedule(tuning.steps, tuning.warmup, tuning.decay)
+        with tqdm(total=tuning.steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
+            tell("fine-tuning", 0, bar.total, None)
 
-        def progress(step: int, loss: float) -> None:
-            bar.update(1)
-            bar.set_postfix_str(f"loss {loss:.4f}")
-            tell("fine-tuning", step, bar.total, loss)
-            track.log(step, {"loss": loss, "rate": tuning.rate * schedule(step - 1)})
+            def progress(step: int, loss: float) -> None:
+                bar.update(1)
+                bar.set_postfix_str(f"loss {loss:.4f}")
+                tell("fine-tuning", step, bar.total, loss)
+                track.log(step, {"loss": loss, "rate": tuning.rate * schedule(step - 1)})
 
-        params = model.finetune(crops, tokens, progress)
-    lap("finetune")
-    predicted, finished = model.wrap(tokens), model.wrap(tokens, params)
-    written = [finished.save(out / "adapter.safetensors")]
-    if model.start is None and tokens is not None:
-        written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
-    report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
-    report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
-    lap("save")
-    if config.preview:
-        report["face_cosine_to_photo"] = cosines = _preview(model, crops, predicted, finished, out)
-        track.log(tuning.steps, {f"face_cosine/{name}": value for name, value in cosines.items()})
-        track.picture(tuning.steps, "pictures", out / "pictures.png")
-        lap("preview")
+            params = model.finetune(crops, tokens, progress)
+        lap("finetune")
+        predicted, finished = model.wrap(tokens), model.wrap(tokens, params)
+        written = [finished.save(out / "adapter.safetensors")]
+        if model.start is None and tokens is not None:
+            written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
+        report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
+        report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
+        lap("save")
+        if config.preview:
+            report["face_cosine_to_photo"] = cosines = _preview(model, crops, predicted, finished, out)
+            track.log(tuning.steps, {f"face_cosine/{name}": value for name, value in cosines.items()})
+            track.picture(tuning.steps, "pictures", out / "pictures.png")
+            lap("preview")
     save_json(out / "report.json", {**report, "seconds": seconds, **provenance()})
     total = sum(seconds.values())
     print(f"{out / 'adapter.safetensors'} in {total:.1f} s (prediction {seconds['predict']:.2f} s, "
