@@ -207,7 +207,7 @@ def run(config: Config, track: Track) -> Path:
     from hyperdb.diffusion import DiffusionConfig
     from hyperdb.diffusion.base import pick_device
     from hyperdb.diffusion.digest import digest_vae
-    from hyperdb.diffusion.loss import diffusion_loss, stratified_timesteps
+    from hyperdb.diffusion.loss import bad_levels, diffusion_loss, stratified_timesteps
     from hyperdb.heads.captions import vocabulary
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
@@ -247,6 +247,8 @@ def run(config: Config, track: Track) -> Path:
     params = [*base.unet.parameters(), *base.text_encoder.parameters()]
 
     # --- train
+    last: list[Tensor] = []  # the error of each row of the last step, and its noise level
+
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "base", step)
         index = torch.randint(0, len(people), (config.batch,), generator=g)
@@ -262,8 +264,10 @@ def run(config: Config, track: Track) -> Path:
         noise = torch.randn(mean.shape, generator=drawn, device=device)
         z = mean + std * jitter
         words = torch.where(dropped.to(device), empty, ids[index.to(device)])
-        loss = diffusion_loss(base, z, noise, t.to(device), words).mean()
+        errors = diffusion_loss(base, z, noise, t.to(device), words)
+        loss = errors.mean()
         loss.backward()
+        last[:] = errors.detach(), t.to(device)
         return {"diffusion": loss.detach()}
 
     def saved(done: int) -> None:
@@ -280,7 +284,7 @@ def run(config: Config, track: Track) -> Path:
     claim(out, WRITES, whole)
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
-        saved=saved, track=track,
+        saved=saved, track=track, where=lambda: bad_levels(base.schedule, *last),
     )  # fmt: skip
 
     # --- write

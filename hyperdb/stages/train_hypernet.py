@@ -332,6 +332,7 @@ class Objective:
         self.config, self.base, self.model, self.lidb = config, base, model, lidb
         self.fits, self.weight_space = fits, weight_space
         self.injection = Injection(base.targets())
+        self.last: tuple[Tensor, Tensor] | None = None  # the error [I, S + P] of the last step, and the noise levels
         self.focus = face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
 
     def backward(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -348,6 +349,12 @@ class Objective:
             terms["weights"].backward()
         return {name: term.detach() for name, term in terms.items()}
 
+    def bad_levels(self) -> str:
+        """Say at which noise levels the last step's errors were no numbers."""
+        from hyperdb.diffusion.loss import bad_levels
+
+        return "" if self.last is None else bad_levels(self.base.schedule, *self.last)
+
     # eq. 2, first term: on everyone
     def _denoise(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
         import torch
@@ -361,6 +368,7 @@ class Objective:
             predicted = predict(base, *(x.flatten(0, 1) for x in batch.rows)).unflatten(0, (count, -1))
             weight = signal_weight(base.schedule, batch.rows[2], config.signal_weight)[..., None, None, None]
             square = weight * (predicted - batch.goal).square()  #                [I, S + P, c, h, w]
+            self.last = square.detach().flatten(2).mean(2), batch.rows[2]
             terms["diffusion"] = config.alpha * (square[:, :levels] * self.focus).mean()
             if config.prior_weight > 0:
                 terms["prior"] = config.prior_weight * square[:, levels:].mean()
@@ -618,7 +626,7 @@ def run(config: Config, track: Track) -> Path:
     schedule = Schedule(config.steps, config.warmup, config.decay)
     train(
         "hypernetwork", out, whole, schedule, optimizer, ema, step, after, config.save_every, main=main, agreed=agreed,
-        track=track,
+        track=track, where=objective.bad_levels,
     )  # fmt: skip
 
     # --- write

@@ -14,7 +14,7 @@ from hyperdb.data.people import load_people
 from hyperdb.metrics import judge
 from hyperdb.metrics.figures import Standard
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.runtime.files import load_metadata, load_tensors, save_tensors
 from hyperdb.stages.train_encoder import components
 
 
@@ -84,6 +84,26 @@ def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, killed, watche
     name = "diffusion_pytorch_model.safetensors"
     inside, given = (load_tensors(f / name)[0] for f in (tmp_path / "segment" / "base" / "vae", tmp_path / "vae"))
     assert all(torch.allclose(inside[k].float(), given[k].float(), atol=1e-2) for k in given)
+
+
+def test_a_bad_loss_names_training_and_noise_level(rendered, vae, tmp_path, monkeypatch):
+    from hyperdb.diffusion import loss
+
+    right, calls = loss.predict, []
+
+    def wrong(base, latents, noise, timesteps, ids):
+        calls.append(timesteps)
+        out = right(base, latents, noise, timesteps, ids)
+        return torch.where(torch.tensor(len(calls) == 4), torch.nan, out)
+
+    monkeypatch.setattr(loss, "predict", wrong)
+    words = _base_words(rendered, vae, tmp_path)
+    with pytest.raises(UserError, match=r"^base, noise levels \d+, \d+ of 1000: the loss is nan at step 4; lower"):
+        configuration.run("train_base", words)
+    assert load_metadata(tmp_path / "checkpoint.safetensors")["step"] == "2"
+    monkeypatch.setattr(loss, "predict", right)
+    configuration.run("train_base", words)
+    assert (tmp_path / "base").is_dir()
 
 
 def test_a_missing_autoencoder_is_named(rendered, tmp_path):
