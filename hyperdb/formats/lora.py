@@ -110,7 +110,7 @@ def write(
             if any(name.startswith(part) for name in ready)
             for key, value in _peft_settings(part, ready, rank, bool(extra)).items()
         })  # fmt: skip
-    return save_tensors(path, tensors, text)
+    return save_tensors(path, tensors, text, check=False)
 
 
 def _peft_settings(part: str, ready: Mapping[str, object], rank: int, dora: bool) -> dict[str, object]:
@@ -140,7 +140,7 @@ def _write_peft(
                 tensors[f"base_model.model.{path}.lora_magnitude_vector"] = magnitude
         # the text encoder's names depend on the version of transformers
         text = {**metadata, "format": "pt", "transformers_version": transformers.__version__}
-        save_tensors(folder / part / _WEIGHTS, tensors, text)
+        save_tensors(folder / part / _WEIGHTS, tensors, text, check=False)
         settings = {
             "peft_type": "LORA",
             "task_type": None,

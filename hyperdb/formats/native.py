@@ -274,7 +274,7 @@ class Personalization:
         if parts:
             listed = [{"kind": p.kind, "config": asdict(p.config), "layout": p.layout.to_text()} for p in parts]
             metadata["parts"] = json.dumps(listed)
-        return save_tensors(path, tensors, metadata)
+        return save_tensors(path, tensors, metadata, check=False)
 
     def _quantised(self, relaxed: Factors) -> dict[str, Tensor]:
         """Return the tensors of an int8 file."""

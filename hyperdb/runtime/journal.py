@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hyperdb.runtime.errors import NonFiniteError
+from hyperdb.runtime.files import save_text
 
 
 class Journal:
@@ -27,7 +28,7 @@ class Journal:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [r for r in read(path) if r["step"] <= start] if path.exists() and start else []
-            path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            save_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self.name, self.every, self.total = name, every, total
         target = path or Path(os.devnull)
         self._file = target.open("a", encoding="utf-8")

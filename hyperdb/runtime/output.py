@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json, load_metadata, save_json
+from hyperdb.runtime.files import TEMPORARY, load_json, load_metadata, save_json
 from hyperdb.runtime.recipe import differences, plain
 
 RECORD = ".hyperdb.json"
@@ -48,7 +48,7 @@ def check(out: str | Path, writes: Iterable[str] = ()) -> Path:
             there = there.parent
         if not there.is_dir():
             raise UserError(f"out={out}: {there} is a file; choose another folder")
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".hyperdb-") as probe:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=TEMPORARY) as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
         free = shutil.disk_usage(there).free

@@ -197,10 +197,10 @@ def _known(people: People, size: int, path: Path, workers: int) -> tuple[Tensor,
     import torch
     from tqdm import tqdm
 
-    from hyperdb.runtime.files import load_tensors, save_tensors
+    from hyperdb.runtime.files import load_tensors, save_tensors, whole
 
     key = f"{people.digest} {size}"
-    if path.is_file():
+    if whole(path):
         tensors, metadata = load_tensors(path)
         if metadata.get("key") == key and "faces" in tensors:
             return tensors["portraits"], tensors["faces"]
