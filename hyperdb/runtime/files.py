@@ -36,6 +36,18 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong with the bytes of a file from outside into one `UserError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what parsers and networks raise on foreign bytes is of every kind
+        why = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{path} is damaged or of another kind ({type(error).__name__}: {why})") from error
+
+
+@contextmanager
 def atomic(path: str | Path, first: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` only if the block ends well.
 
@@ -102,7 +114,7 @@ def load_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or broken one raises `UserError` naming it."""
     try:
         return json.loads(load_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not valid JSON ({error}); delete it or restore it") from error
@@ -167,7 +179,7 @@ def _open(path: str | Path, framework: str = "pt") -> Any:
 
 def load_metadata(path: str | Path) -> dict[str, str]:
     """Read only the string metadata of a safetensors file; imports no torch."""
-    with _open(path, "np") as file:
+    with reading(path), _open(path, "np") as file:
         return _without_check(file.metadata())
 
 
@@ -177,13 +189,13 @@ def _without_check(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 def load_shapes(path: str | Path) -> dict[str, list[int]]:
     """Read only the names and shapes of a safetensors file's tensors."""
-    with _open(path, "np") as file:
+    with reading(path), _open(path, "np") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def load_parts(path: str | Path, name: str, places: Iterable[tuple[int, ...]]) -> list[NDArray[Any]]:
     """Read of a safetensors file only some entries `tensor[place]` of the tensor `name`, as numpy arrays."""
-    with _open(path, "np") as file:
+    with reading(path), _open(path, "np") as file:
         whole = file.get_slice(name)
         return [whole[place] for place in places]
 
@@ -193,7 +205,7 @@ def load_tensors(path: str | Path, without: str | None = None) -> tuple[dict[str
 
     Raises `UserError` for a file that is no longer what was written, where it has a checksum and is read as a whole.
     """
-    with _open(path) as file:
+    with reading(path), _open(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118 (not a dict)
         metadata, written = _without_check(file.metadata()), (file.metadata() or {}).get(CHECK)
     if written is not None and without is None and written != _sum(tensors, metadata):

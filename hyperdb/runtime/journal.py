@@ -76,11 +76,13 @@ class Journal:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read a journal's records; a half-written last line is ignored."""
+    """Read a journal's records; a half-written last line, or another that is no record, is ignored."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records

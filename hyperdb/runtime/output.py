@@ -121,9 +121,16 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
         return []
     record = load_json(folder / RECORD)
     runs = record.get("runs") if isinstance(record, dict) else None
-    if not isinstance(runs, list) or not all(isinstance(r, dict) and {"writes", "made_from"} <= r.keys() for r in runs):
+    if not isinstance(runs, list) or not all(map(_is_run, runs)):
         raise UserError(f"{folder / RECORD} is damaged; delete it, or choose another folder with out=FOLDER")
     return runs
+
+
+def _is_run(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("made_from"), dict):
+        return False
+    writes = found.get("writes")
+    return isinstance(writes, list) and all(isinstance(name, str) for name in writes)
 
 
 def _wrote(run: Mapping[str, Any], name: str) -> bool:
