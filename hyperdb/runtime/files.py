@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, WriteError
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +26,13 @@ CHECK = "crc32"  # where a safetensors file's header says what its tensors and t
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong on the disk while `path` is written into one `UserError` that names it."""
+    """Turn what goes wrong on the disk while `path` is written into one `WriteError` that names it."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise WriteError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager

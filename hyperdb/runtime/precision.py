@@ -51,7 +51,6 @@ def autocast(device: torch.device | str, dtype: torch.dtype) -> Any:
     card, with a notice; on a CPU that is the rule, and `hyperdb doctor` says it.
     """
     kind = torch.device(device).type
-    if slow := emulated(device, dtype):
-        if kind != "cpu":
-            warnings.warn(f"this {kind} device has no bf16: computing in float32, in twice the memory", stacklevel=1)
+    if (slow := emulated(device, dtype)) and kind != "cpu":
+        warnings.warn(f"this {kind} device has no bf16: computing in float32, in twice the memory", stacklevel=1)
     return nullcontext() if slow or dtype is torch.float32 else torch.autocast(kind, dtype)

@@ -41,8 +41,8 @@ class Config:
     The change is multiplied by `strength` before it is written, so that a tool which loads it at full weight gets that
     strength.
 
-    With `push_to_hub=org/name` what was written goes into that repository of the Hugging Face hub, with a model card and
-    the pictures that `hyperdb personalize` drew of the person, without the photo. The token is the one of `hf auth
+    With `push_to_hub=org/name` what was written goes into that repository of the Hugging Face hub, with a model card
+    and the pictures that `hyperdb personalize` drew of the person, without the photo. The token is the one of `hf auth
     login` or of HF_TOKEN. With `upload=false` only what would be sent is said.
     """
 

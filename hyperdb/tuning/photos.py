@@ -111,8 +111,8 @@ def personalize(
 
     With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`. Who has a `model`
     of these settings in memory gives it. `report_to` is told the phase that begins ("photo", "prediction") and each
-    iteration of the "fine-tuning": the phase, iterations done, of how many, the loss or None. `track` is told losses and
-    rates, and the face cosine and the pictures of the preview.
+    iteration of the "fine-tuning": the phase, iterations done, of how many, the loss or None. `track` is told losses
+    and rates, and the face cosine and the pictures of the preview.
     """
     import numpy as np
     from tqdm import tqdm

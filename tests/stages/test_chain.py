@@ -251,6 +251,22 @@ def test_validation_weights_its_loss_as_training_does(made, unseen, tmp_path, mo
         assert timesteps.float().mean() > 850  # sigmoid(2) = .88
 
 
+def test_a_bad_loss_names_the_hypernetwork_and_the_noise_levels(made, tmp_path, monkeypatch):
+    from hyperdb.diffusion import loss
+
+    right = loss.predict
+
+    def wrong(base, latents, noise, timesteps, ids):
+        out = right(base, latents, noise, timesteps, ids)
+        return torch.where((timesteps > 0)[:, None, None, None] & out.requires_grad, torch.nan, out)
+
+    monkeypatch.setattr(loss, "predict", wrong)
+    words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=2", f"out={tmp_path}"]
+    with pytest.raises(UserError, match=r"^hypernetwork, noise levels? [\d, …]+ of 1000: the loss is nan at step 1;"):
+        configuration.run("train_hypernet", words)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
 @pytest.fixture
 def photo(rendered, tmp_path):
     from hyperdb.data.people import load_people

@@ -26,7 +26,7 @@ TOKEN = "hf_of_this_test"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The routes of the hub that an upload calls; what was sent is in `server.files`, and how in `server.repository`."""
+    """The routes of the hub that an upload calls; what was sent is in `server.files`, how in `server.repository`."""
 
     def log_message(self, *_):
         pass
@@ -56,9 +56,9 @@ class Hub(BaseHTTPRequestHandler):
                 {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]}
             )
         elif self.path == "/me/ada.git/info/lfs/objects/batch":
-            told = [
-                {**x, "actions": {"upload": {"href": f"{here}/storage/{x['oid']}"}}} for x in json.loads(body)["objects"]
-            ]
+            told = json.loads(body)["objects"]
+            for one in told:
+                one["actions"] = {"upload": {"href": f"{here}/storage/{one['oid']}"}}
             self._answer({"transfer": "basic", "objects": told})
         elif self.path == "/api/models/me/ada/commit/main":
             for line in map(json.loads, body.decode().splitlines()):
