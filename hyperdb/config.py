@@ -98,6 +98,7 @@ def compose(stage: str, words: Sequence[str] = ()) -> Any:
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     schema = stage_module(stage).Config
     for word in words:
@@ -107,7 +108,7 @@ def compose(stage: str, words: Sequence[str] = ()) -> Any:
     try:
         with initialize_config_dir(str(options.conf_dir().resolve()), version_base="1.3"):
             return hydra_compose(stage, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_explain(stage, schema, error)) from error
 
 

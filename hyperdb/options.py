@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hyperdb.runtime.errors import UserError
+
 TEXT = (str, Path)
 SCALARS = (int, float, bool)
 FOLDERS = {"adapter": "adapters"}  # `adapter=FILE` of other stages would be a choice of the group to Hydra
@@ -40,16 +42,27 @@ def choices(group: str) -> list[str]:
 
 
 def experiment(name: str) -> dict[str, Any]:
-    """Return the yaml of an experiment as it is written."""
+    """Return the yaml of an experiment as it is written. Raises `UserError` for one that is no yaml of settings."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(conf_dir() / EXPERIMENT / f"{name}.yaml")))
+    path = conf_dir() / EXPERIMENT / f"{name}.yaml"
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable as yaml ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{path} does not hold settings, a name: and a value each")
+    return typing.cast(dict[str, Any], found)
 
 
 def swept(written: Mapping[str, Any]) -> dict[str, str]:
     """Return {setting: its values} that the yaml of an experiment sweeps over, under `hydra.sweeper.params`."""
-    params = written.get("hydra", {}).get("sweeper", {}).get("params", {})
-    return {key: str(values) for key, values in params.items()}
+    inner: Any = written
+    for key in ("hydra", "sweeper", "params"):
+        inner = inner.get(key) if isinstance(inner, Mapping) else None
+    return {str(key): str(values) for key, values in inner.items()} if isinstance(inner, Mapping) else {}
 
 
 def of_stage(written: Mapping[str, Any], schema: type) -> bool:

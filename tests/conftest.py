@@ -22,6 +22,8 @@ Golden = Callable[..., None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden/ from what the code does now")
+    parser.addoption("--examples", type=int, default=2000, help="files of a kind in test_hostile.py's slow tests")
+    parser.addoption("--kills", type=int, default=3, help="how often test_surviving.py kills each stage")
 
 
 @pytest.fixture
@@ -64,6 +66,18 @@ def killed(monkeypatch) -> Callable[[str, Sequence[str]], None]:
                 config.run(stage, words)
 
     return run
+
+
+@pytest.fixture
+def watched() -> Callable[[Path], set[str]]:
+    """Return a function that says which figures and pictures a run in a folder told TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def names(out: Path) -> set[str]:
+        tags = EventAccumulator(str(out / "tensorboard")).Reload().Tags()
+        return {*tags["scalars"], *tags["images"]}
+
+    return names
 
 
 @pytest.fixture

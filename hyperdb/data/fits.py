@@ -90,6 +90,13 @@ def made_from(base: Base, people: People) -> dict[str, Any]:
     return {"base": base.digest, "data": people.digest, "size": base.config.size, "prompt": base.config.instance_prompt}
 
 
+def _is_index(found: Any) -> bool:
+    kinds = {"by": str, "layout": str, "lidb": dict, "fingerprint": str, "shards": int}
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return found["lidb"].keys() <= asdict(LiDBConfig()).keys() and 1 <= found["shards"] <= 10**6
+
+
 def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore:
     """Read a store. Raises `UserError` if it is of another layout or other LiDB bases.
 
@@ -99,7 +106,7 @@ def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore
     if not (folder / "index.json").is_file():
         raise UserError(f"no finished store of fits at {folder}; run `hyperdb precompute` (again) to make it")
     index = load_json(folder / "index.json")
-    if not isinstance(index, dict) or not {"by", "layout", "lidb", "fingerprint", "shards"} <= index.keys():
+    if not _is_index(index):
         raise UserError(f"{folder} is not a store of fits of this version; run `hyperdb precompute` to make one")
     layout.require(Layout.from_text(index["layout"]), f"the store of fits {folder}")
     for name, value in made_from.items():

@@ -25,7 +25,7 @@ from hyperdb.diffusion.targets import find_set, find_targets
 from hyperdb.runtime.errors import NonFiniteError, UserError
 from hyperdb.runtime.files import load_shapes
 from hyperdb.runtime.paths import resolve
-from hyperdb.runtime.precision import autocast
+from hyperdb.runtime.precision import autocast, resting
 
 PIXELS = 2**18  # in one pass of the autoencoder, whose memory grows with them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -242,7 +242,7 @@ class Base:
             raise UserError("diffusion.dtype=fp16 on a CPU is 17 times slower than bf16; use diffusion.dtype=bf16")
         source, folder = _find(config)
         # frozen weights rest in the compute dtype on a GPU; on a CPU autocast keeps small ones in float32
-        dtype = DTYPES[config.dtype] if device.type != "cpu" else torch.float32
+        dtype = resting(device, DTYPES[config.dtype])
 
         def part(kind: Any, name: str, **more: Any) -> Any:
             with _usable(config, name):

@@ -76,6 +76,15 @@ def face_focus(weight: float, height: int, width: int) -> Tensor:
     return focus / focus.mean()
 
 
+def bad_levels(schedule: DDPMScheduler, errors: Tensor, timesteps: Tensor) -> str:
+    """Say at which noise levels the errors of rows are no numbers; "" if all are. The shapes are those of `errors`."""
+    found = sorted(set(timesteps.expand_as(errors)[~errors.isfinite()].tolist()))
+    if not found:
+        return ""
+    named = ", ".join(map(str, found[:3])) + (" …" if len(found) > 3 else "")
+    return f", noise level{'s' * (len(found) > 1)} {named} of {schedule.config.num_train_timesteps}"
+
+
 # eq. 2, first term
 def diffusion_loss(base: Base, latents: Tensor, noise: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
     """Return the mean squared error of each row, `[B]`."""

@@ -28,7 +28,7 @@ def save_directions(path: Path, directions: Tensor, lidb: str, base: str) -> Pat
 
     text = {"kind": DIRECTIONS, "lidb": lidb, "attributes": " ".join(ATTRIBUTES)}
     text |= {"base": base}
-    return save_tensors(path, {"directions": directions}, text)
+    return save_tensors(path, {"directions": directions}, text, check=False)
 
 
 def load_directions(path: str, person: Personalization) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 
 from hyperdb.adapters.base import Factors, LowRank, rank_of
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json, load_tensors, save_json, save_tensors
+from hyperdb.runtime.files import load_json, load_tensors, reading, save_json, save_tensors
 
 FORMATS = ("kohya", "diffusers", "peft")
 _PARTS = ("unet", "text_encoder")
@@ -110,7 +110,7 @@ def write(
             if any(name.startswith(part) for name in ready)
             for key, value in _peft_settings(part, ready, rank, bool(extra)).items()
         })  # fmt: skip
-    return save_tensors(path, tensors, text)
+    return save_tensors(path, tensors, text, check=False)
 
 
 def _peft_settings(part: str, ready: Mapping[str, object], rank: int, dora: bool) -> dict[str, object]:
@@ -140,7 +140,7 @@ def _write_peft(
                 tensors[f"base_model.model.{path}.lora_magnitude_vector"] = magnitude
         # the text encoder's names depend on the version of transformers
         text = {**metadata, "format": "pt", "transformers_version": transformers.__version__}
-        save_tensors(folder / part / _WEIGHTS, tensors, text)
+        save_tensors(folder / part / _WEIGHTS, tensors, text, check=False)
         settings = {
             "peft_type": "LORA",
             "task_type": None,
@@ -329,14 +329,15 @@ def read(path: Path) -> Imported:
     metadata: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file, part in _files(path):
-        tensors, header = _open(file)
-        metadata |= header
-        tensors = _without_embeddings(file, tensors)
-        shapes |= {key: tuple(value.shape) for key, value in tensors.items()}
-        _require_known(file, shapes, header)
-        stated = _stated(file, header, tensors)
-        for key, pair in _pairs(file, tensors, stated).items():
-            pairs[f"{part}.{key.removeprefix('base_model.model.')}" if part else key] = pair
+        with reading(file):
+            tensors, header = _open(file)
+            metadata |= header
+            tensors = _without_embeddings(file, tensors)
+            shapes |= {key: tuple(value.shape) for key, value in tensors.items()}
+            _require_known(file, shapes, header)
+            stated = _stated(file, header, tensors)
+            for key, pair in _pairs(file, tensors, stated).items():
+                pairs[f"{part}.{key.removeprefix('base_model.model.')}" if part else key] = pair
     return Imported(path, pairs, metadata, _model(shapes, metadata))
 
 

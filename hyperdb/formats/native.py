@@ -115,7 +115,7 @@ class Part:
         if not isinstance(described, dict) or {"kind", "config", "layout"} - described.keys():
             raise UserError("a part of it has no kind, config and layout")
         kind, settings = described["kind"], described["config"]
-        if kind not in KINDS or not isinstance(settings, dict):
+        if not isinstance(kind, str) or kind not in KINDS or not isinstance(settings, dict):
             raise UserError(f"it holds an adapter of kind {str(kind)[:40]!r}, unknown to this hyperdb: update")
         try:
             config = KINDS[kind](**settings)
@@ -274,7 +274,7 @@ class Personalization:
         if parts:
             listed = [{"kind": p.kind, "config": asdict(p.config), "layout": p.layout.to_text()} for p in parts]
             metadata["parts"] = json.dumps(listed)
-        return save_tensors(path, tensors, metadata)
+        return save_tensors(path, tensors, metadata, check=False)
 
     def _quantised(self, relaxed: Factors) -> dict[str, Tensor]:
         """Return the tensors of an int8 file."""
@@ -318,7 +318,7 @@ class Personalization:
             made = cls._parse(load_tensors(path)[0], metadata)
             made.source = str(path)
             return made
-        except UserError as error:
+        except Exception as error:  # a header from outside can make anything go wrong
             raise UserError(f"{path} is damaged or not a hyperdb adapter: {error}") from error
 
     @classmethod

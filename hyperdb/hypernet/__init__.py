@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hyperdb.adapters.base import whole_number
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
 
@@ -23,6 +24,11 @@ class EncoderConfig:
     weights: FilePath | None = None
     pretrained: bool = False
     frozen: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("size", 8, 4096), ("patch", 1, 256), ("depth", 1, 256)):
+            if (value := getattr(self, name)) is not None:
+                whole_number(f"encoder.{name}", value, low, high)
 
 
 @dataclass
@@ -46,6 +52,9 @@ class HypernetConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self) -> None:
+        bounds = {"width": (1, 2**14), "heads": (1, 256), "layers": (0, 128), "iterations": (0, 128)}
+        for name, (low, high) in (bounds | {"summary": (0, 2**14)}).items():
+            whole_number(f"model.{name}", getattr(self, name), low, high)
         if self.head not in ("shared", "per_layer"):
             raise UserError(f"model.head={self.head!r}: expected shared or per_layer")
         if self.iterations < (not self.linear) or self.width % self.heads:

@@ -17,7 +17,7 @@ from hyperdb.hypernet import EncoderConfig, HypernetConfig
 from hyperdb.hypernet.decoder import IterativeDecoder
 from hyperdb.hypernet.encoder import Encoder
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.runtime.files import load_tensors, reading, save_tensors
 
 KIND = "hyperdb-hypernet-1"
 
@@ -26,7 +26,7 @@ def header(path: Path, metadata: Mapping[str, str]) -> tuple[HypernetConfig, LiD
     """Return what a hypernetwork's file says of itself. Raises `UserError` for a foreign or damaged one."""
     if metadata.get("kind") != KIND:
         raise UserError(f"{path} is not a hyperdb hypernetwork; train one with `hyperdb train_hypernet`")
-    try:
+    with reading(path):
         settings = json.loads(metadata["config"])
         encoder = EncoderConfig(**settings.pop("encoder"))
         kind = KINDS[metadata.get("adapter", "lidb")]
@@ -34,8 +34,6 @@ def header(path: Path, metadata: Mapping[str, str]) -> tuple[HypernetConfig, LiD
         if not encoder.frozen:  # its weights are in the file
             encoder.weights, encoder.pretrained = None, False
         return HypernetConfig(**settings, encoder=encoder), lidb
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} has a damaged header ({error})") from error
 
 
 class Hypernet(nn.Module):
@@ -171,10 +169,12 @@ class Hypernet(nn.Module):
         tensors, metadata = load_tensors(path)
         config, lidb = header(path, metadata)
         encoder = config.encoder
-        model = cls(config, lidb)
         if lidb.fingerprint != metadata.get("fingerprint"):
             raise UserError(f"{path} was made with other LiDB bases than this version builds; train it again")
-        own = model.state_dict()
+        lidb.template  # noqa: B018 (made once, before everything is made on that device)
+        bare = replace(config, encoder=replace(encoder, weights=None, pretrained=False))
+        with reading(path), torch.device("meta"):
+            own = cls(bare, lidb).state_dict()  # in no memory: a file can claim any size
         for name, value in tensors.items():
             if name not in own or own[name].shape != value.shape:
                 raise UserError(f"{path}: unexpected tensor {name} {list(value.shape)}")
@@ -183,6 +183,7 @@ class Hypernet(nn.Module):
         missing = [k for k in own if k not in tensors and not (encoder.frozen and k.startswith("encoder."))]
         if missing:
             raise UserError(f"{path} lacks {missing[0]}")
+        model = cls(config, lidb)
         model.load_state_dict(tensors, strict=False)
         model.metadata = metadata
         return model.eval()

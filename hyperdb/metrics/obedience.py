@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.runtime.files import load_tensors, reading, save_tensors
 
 KIND = "hyperdb-judge-1"
 SIDE = 64  # pixels that it sees of any picture: enough for a style and a place
@@ -54,7 +54,8 @@ class Judge(nn.Module):
         tensors, metadata = load_tensors(path)
         if metadata.get("kind") != KIND:
             raise UserError(f"{path} is no judge of prompts; train one with `hyperdb train_judge`")
-        judge = cls(json.loads(metadata["words"]))
+        with reading(path):
+            judge = cls({str(name): list(map(str, words)) for name, words in json.loads(metadata["words"]).items()})
         own = judge.net.state_dict()
         if own.keys() != tensors.keys() or any(own[k].shape != v.shape for k, v in tensors.items()):
             raise UserError(f"{path} holds other layers than {BACKBONE}; train it again with `hyperdb train_judge`")

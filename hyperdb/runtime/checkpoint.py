@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.runtime.files import load_tensors, reading, save_tensors
 from hyperdb.runtime.optim import EMA
 from hyperdb.runtime.recipe import differences
 
@@ -50,7 +50,9 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[st
     needed = {f"{kind}.{i}" for kind in ("param", "average") for i in range(len(ema.params))}
     if not {"config", "step"} <= metadata.keys() or not needed <= tensors.keys():
         raise UserError(f"{path} is not a checkpoint of this training; delete it or use another name")
-    if changed := differences(json.loads(metadata["config"]), config):
+    with reading(path):
+        made_under, step = dict(json.loads(metadata["config"])), int(metadata["step"])
+    if changed := differences(made_under, config):
         raise UserError(
             f"{path} was made with other values of {', '.join(changed)}; "
             "use the same configuration, another name, or delete that folder"
@@ -65,4 +67,4 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[st
             state = {n.removeprefix(prefix): _beside(param, v) for n, v in tensors.items() if n.startswith(prefix)}
             if state:
                 optimizer.state[param] = state
-    return int(metadata["step"])
+    return step

@@ -9,5 +9,9 @@ class UserError(ValueError):
     """
 
 
+class WriteError(UserError):
+    """The disk does not take a file: it is full, say. Nobody passes over this as over a bad picture."""
+
+
 class NonFiniteError(UserError, FloatingPointError):
     """A loss, a latent or a picture became NaN, infinite or too large; the message says which and what to lower."""

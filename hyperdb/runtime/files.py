@@ -7,27 +7,44 @@ import json
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, WriteError
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
 
+TEMPORARY = ".hyperdb-part-"  # how the names of files begin that are being written
+CHECK = "crc32"  # where a safetensors file's header says what its tensors and the rest of the header sum up to
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn what goes wrong on the disk while `path` is written into one `UserError` that names it."""
+    """Turn what goes wrong on the disk while `path` is written into one `WriteError` that names it."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise WriteError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong with the bytes of a file from outside into one `UserError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what parsers and networks raise on foreign bytes is of every kind
+        why = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{path} is damaged or of another kind ({type(error).__name__}: {why})") from error
 
 
 @contextmanager
@@ -40,7 +57,7 @@ def atomic(path: str | Path, first: bool = False) -> Iterator[Path]:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.stem[:40]}-", suffix=path.suffix)
         os.close(fd)
         temporary = Path(name)
         try:
@@ -97,7 +114,7 @@ def load_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or broken one raises `UserError` naming it."""
     try:
         return json.loads(load_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not valid JSON ({error}); delete it or restore it") from error
@@ -119,14 +136,33 @@ def save_tensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
     first: bool = False,
+    check: bool = True,
 ) -> Path:
-    """Write a safetensors file atomically; with `first` one that is there stays. Metadata values are strings."""
+    """Write a safetensors file atomically; with `first` one that is there stays. Metadata values are strings.
+
+    With `check` the header has a checksum, which `load_tensors` compares. A file for other tools has none: those that
+    change the numbers copy the header.
+    """
     from safetensors.torch import save_file
 
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = dict(metadata or {})
+    if check:
+        text[CHECK] = _sum(ready, text)
     with atomic(path, first) as temporary:
-        save_file(ready, temporary, metadata=dict(metadata or {}))
+        save_file(ready, temporary, metadata=text)
     return Path(path)
+
+
+def _sum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    import torch
+
+    found = zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        x = tensors[name]
+        found = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), found)
+        found = zlib.crc32(memoryview(x.reshape(-1).view(torch.uint8).numpy()), found)
+    return f"{found:08x}"
 
 
 def _open(path: str | Path, framework: str = "pt") -> Any:
@@ -143,28 +179,51 @@ def _open(path: str | Path, framework: str = "pt") -> Any:
 
 def load_metadata(path: str | Path) -> dict[str, str]:
     """Read only the string metadata of a safetensors file; imports no torch."""
-    with _open(path, "np") as file:
-        return dict(file.metadata() or {})
+    with reading(path), _open(path, "np") as file:
+        return _without_check(file.metadata())
+
+
+def _without_check(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    return {name: value for name, value in (metadata or {}).items() if name != CHECK}
 
 
 def load_shapes(path: str | Path) -> dict[str, list[int]]:
     """Read only the names and shapes of a safetensors file's tensors."""
-    with _open(path, "np") as file:
+    with reading(path), _open(path, "np") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def load_parts(path: str | Path, name: str, places: Iterable[tuple[int, ...]]) -> list[NDArray[Any]]:
     """Read of a safetensors file only some entries `tensor[place]` of the tensor `name`, as numpy arrays."""
-    with _open(path, "np") as file:
+    with reading(path), _open(path, "np") as file:
         whole = file.get_slice(name)
         return [whole[place] for place in places]
 
 
 def load_tensors(path: str | Path, without: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors, but the one called `without`, and its string metadata."""
-    with _open(path) as file:
+    """Read a safetensors file: its tensors, but the one called `without`, and its string metadata.
+
+    Raises `UserError` for a file that is no longer what was written, where it has a checksum and is read as a whole.
+    """
+    with reading(path), _open(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118 (not a dict)
-        return tensors, dict(file.metadata() or {})
+        metadata, written = _without_check(file.metadata()), (file.metadata() or {}).get(CHECK)
+    if written is not None and without is None and written != _sum(tensors, metadata):
+        raise UserError(f"{path} is damaged: its checksum is not the one that was written with it; delete it")
+    return tensors, metadata
+
+
+def whole(path: Path) -> bool:
+    """Whether a safetensors file is there and undamaged; one that is not is said, and removed, to be made again."""
+    if not path.is_file():
+        return False
+    try:
+        load_tensors(path)
+    except UserError as error:
+        print(f"{str(error).removesuffix('; delete it')}: it is made again")
+        path.unlink()
+        return False
+    return True
 
 
 def hash_files(paths: list[Path] | Path) -> str:

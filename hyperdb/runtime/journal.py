@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hyperdb.runtime.errors import NonFiniteError
+from hyperdb.runtime.files import save_text
 
 
 class Journal:
@@ -27,8 +28,8 @@ class Journal:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [r for r in read(path) if r["step"] <= start] if path.exists() and start else []
-            path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        self.every, self.total = every, total
+            save_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+        self.name, self.every, self.total = name, every, total
         target = path or Path(os.devnull)
         self._file = target.open("a", encoding="utf-8")
         self._bar = tqdm(
@@ -39,13 +40,22 @@ class Journal:
 
     def step(self, step: int, loss: float, **values: float) -> None:
         """Advance the bar by one; every so many steps write a record. Raises `NonFiniteError`."""
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"the loss is {loss} at step {step}; lower the learning rate or use fp32")
+        self.guard(step, loss)
         self._smooth = loss if self._smooth is None else 0.98 * self._smooth + 0.02 * loss
         self._bar.update(1)
         if step % self.every == 0 or step == self.total:
             self._bar.set_postfix_str(f"loss {self._smooth:.4f}")
             self.record(step, loss=round(self._smooth, 6), **values)
+
+    def guard(self, step: int, loss: float, gradient: float = 0.0, where: str = "") -> None:
+        """Raise `NonFiniteError` for a loss, or the length of a gradient, that is no number; `where` is said too."""
+        for what, value in (("loss", loss), ("gradient's length", gradient)):
+            if not math.isfinite(value):
+                training = f"{self.name}{where}: " if self.name or where else ""
+                raise NonFiniteError(
+                    f"{training}the {what} is {value} at step {step}; lower the learning rate or use fp32, under "
+                    "another name; the checkpoint is that of the last good step that was kept"
+                )
 
     def record(self, step: int, **values: Any) -> None:
         """Append one record."""
@@ -66,11 +76,13 @@ class Journal:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read a journal's records; a half-written last line is ignored."""
+    """Read a journal's records; a half-written last line, or another that is no record, is ignored."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records

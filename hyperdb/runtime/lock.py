@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import TEMPORARY
 from hyperdb.runtime.output import RECORD
 
 try:
@@ -78,12 +79,20 @@ def _take(path: Path) -> IO[str] | None:
     return None
 
 
+def _sweep(folder: Path, before: int) -> None:
+    """Remove what runs that were killed had half written, in a folder and those in it, before a time in nanoseconds."""
+    for path in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"*/{TEMPORARY}*")]:
+        with suppress(OSError):  # removed by another
+            if path.stat().st_mtime_ns < before:
+                path.unlink()
+
+
 @contextmanager
 def writing_into(out: str | Path, part: str = "") -> Iterator[None]:
     """Keep other runs out of a folder, which is made, while the block runs.
 
-    Runs of different parts of the work go together; one of all of it goes with no other. Raises `UserError` naming the
-    process that is there.
+    Runs of different parts of the work go together; one of all of it goes with no other. Whoever comes alone removes
+    what one that was killed had half written. Raises `UserError` naming the process that is there.
     """
     folder = Path(out)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -103,6 +112,8 @@ def writing_into(out: str | Path, part: str = "") -> Iterator[None]:
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
         file.flush()
+        if not others:
+            _sweep(folder, os.fstat(file.fileno()).st_mtime_ns)
         yield
         kept = False
     finally:

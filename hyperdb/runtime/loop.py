@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from hyperdb.runtime import checkpoint
 from hyperdb.runtime.journal import Journal
 from hyperdb.runtime.optim import EMA, Schedule, set_rate
 from hyperdb.runtime.stop import Terminated, waiting
+from hyperdb.runtime.track import Track
 
 
 def train(
@@ -29,13 +31,17 @@ def train(
     saved: Callable[[int], object] | None = None,
     main: bool = True,
     agreed: Callable[[bool], bool] = bool,
+    track: Track | None = None,
+    where: Callable[[], str] | None = None,
 ) -> None:
     """Train `ema.params` to `schedule.steps`, from the checkpoint in `out` if there is one; then put the average in.
 
     `backward(step)` computes the gradients of 0-based `step` and returns the terms of its loss, whose sum goes to
     `out/journal.jsonl`. `after(done, terms, journal)` runs after every step, `saved(done)` after every checkpoint that
-    is due. Of several processes only the `main` one writes. Raises `UserError` for a checkpoint of another `config`,
-    `NonFiniteError` for a bad loss.
+    is due. Of several processes only the `main` one writes, and tells a `track` the loss, its terms and the rates of
+    every step. Raises `UserError` for a checkpoint of another `config`,
+    `NonFiniteError` for a loss or gradient that is no number, before anything is changed by it; `where()` adds at which
+    noise levels it was so.
 
     SIGINT or SIGTERM ends it after the step, with a checkpoint: then `KeyboardInterrupt` or `Terminated` is raised.
     `agreed` returns whether any of several processes is to end, so that all do after the same step.
@@ -47,14 +53,19 @@ def train(
             set_rate(optimizer, schedule(step))
             optimizer.zero_grad()
             found = backward(step)
+            done, length = step + 1, torch.nn.utils.clip_grad_norm_(ema.params, 1.0)
             # one wait for the device, not one a term
-            terms = dict(zip(found, torch.stack([v.detach().float() for v in found.values()]).tolist(), strict=True))
-            torch.nn.utils.clip_grad_norm_(ema.params, 1.0)
+            *losses, gradient = torch.stack([v.detach().float() for v in (*found.values(), length)]).tolist()
+            terms = dict(zip(found, losses, strict=True))
+            if not math.isfinite(sum(losses) + gradient):
+                journal.guard(done, sum(losses), gradient, where() if where is not None else "")
             optimizer.step()
             ema.update(step)
-            done = step + 1
             parts = {k: round(v, 5) for k, v in terms.items()} if len(terms) > 1 else {}
             journal.step(done, sum(terms.values()), **parts)
+            if main and track is not None:
+                rates = {f"rate/{i}": group["lr"] for i, group in enumerate(optimizer.param_groups)}
+                track.log(done, {"loss": sum(terms.values()), **parts, **rates})
             if after is not None:
                 after(done, terms, journal)
             stop, due = agreed(bool(came)), done % save_every == 0 or done == schedule.steps

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json, load_metadata, save_json
+from hyperdb.runtime.files import TEMPORARY, load_json, load_metadata, save_json
 from hyperdb.runtime.recipe import differences, plain
 
 RECORD = ".hyperdb.json"
@@ -48,7 +48,7 @@ def check(out: str | Path, writes: Iterable[str] = ()) -> Path:
             there = there.parent
         if not there.is_dir():
             raise UserError(f"out={out}: {there} is a file; choose another folder")
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".hyperdb-") as probe:
+        with tempfile.NamedTemporaryFile(dir=there, prefix=TEMPORARY) as probe:
             probe.write(b"\0" * 4096)
             probe.flush()
         free = shutil.disk_usage(there).free
@@ -121,9 +121,16 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
         return []
     record = load_json(folder / RECORD)
     runs = record.get("runs") if isinstance(record, dict) else None
-    if not isinstance(runs, list) or not all(isinstance(r, dict) and {"writes", "made_from"} <= r.keys() for r in runs):
+    if not isinstance(runs, list) or not all(map(_is_run, runs)):
         raise UserError(f"{folder / RECORD} is damaged; delete it, or choose another folder with out=FOLDER")
     return runs
+
+
+def _is_run(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("made_from"), dict):
+        return False
+    writes = found.get("writes")
+    return isinstance(writes, list) and all(isinstance(name, str) for name in writes)
 
 
 def _wrote(run: Mapping[str, Any], name: str) -> bool:

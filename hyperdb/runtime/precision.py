@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,9 +14,23 @@ def cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether a device multiplies bf16 in hardware; one that is not here is taken to."""
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_has_bf16() if device.type == "cpu" else True
+
+
 def emulated(device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether `dtype` is bf16 and the device a CPU that only emulates it; float32 is used there instead."""
-    return dtype is torch.bfloat16 and torch.device(device).type == "cpu" and not cpu_has_bf16()
+    """Whether `dtype` is bf16 and the device a CPU or a card that only emulates it; float32 is used there instead."""
+    return dtype is torch.bfloat16 and not has_bf16(device)
+
+
+def resting(device: torch.device | str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of frozen weights between passes: `dtype`, but where it is emulated, or on a CPU, float32."""
+    return torch.float32 if torch.device(device).type == "cpu" or emulated(device, dtype) else dtype
 
 
 def attention(fused: bool) -> Any:
@@ -32,7 +47,10 @@ def attention(fused: bool) -> Any:
 def autocast(device: torch.device | str, dtype: torch.dtype) -> Any:
     """Return the context in which matrix products and convolutions run in `dtype`.
 
-    bf16 on a CPU that only emulates it is float32: a convolution would take hundreds of times as long.
+    bf16 on a CPU that only emulates it is float32: a convolution would take hundreds of times as long. So it is on a
+    card, with a notice; on a CPU that is the rule, and `hyperdb doctor` says it.
     """
-    exact = dtype is torch.float32 or emulated(device, dtype)
-    return nullcontext() if exact else torch.autocast(torch.device(device).type, dtype)
+    kind = torch.device(device).type
+    if (slow := emulated(device, dtype)) and kind != "cpu":
+        warnings.warn(f"this {kind} device has no bf16: computing in float32, in twice the memory", stacklevel=1)
+    return nullcontext() if slow or dtype is torch.float32 else torch.autocast(kind, dtype)

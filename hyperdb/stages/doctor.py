@@ -83,20 +83,19 @@ def device(_: Config) -> Iterator[Finding]:
     """Name what `device=auto` takes, and whether bf16 is fast there."""
     import torch
 
-    from hyperdb.runtime.precision import cpu_has_bf16
+    from hyperdb.runtime.precision import has_bf16
 
     if torch.cuda.is_available():
         first = torch.cuda.get_device_properties(0)
         yield Finding("ok", f"cuda: {first.name}, {first.total_memory / 2**30:.0f} GB")
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        kind = "cuda"
     elif torch.backends.mps.is_available():
         yield Finding("ok", "mps: Apple graphics")
-        bf16 = True
+        kind = "mps"
     else:
-        kind = torch.backends.cpu.get_cpu_capability()
-        yield Finding("ok", f"cpu: {torch.get_num_threads()} threads, {kind}")
-        bf16 = cpu_has_bf16()
-    if bf16:
+        yield Finding("ok", f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        kind = "cpu"
+    if has_bf16(kind):
         yield Finding("ok", "bf16")
     else:
         yield Finding("optional", "bf16 in hardware", "float32 is used instead: trainings and fits are slower")

@@ -266,9 +266,9 @@ class Pictures:
         return {path: int(found[1]) for path in self.folder.glob("*") if (found := named.fullmatch(path.name))}
 
     def _has(self, path: Path, row: str) -> bool:
-        from hyperdb.runtime.files import load_metadata
+        from hyperdb.runtime.files import load_metadata, whole
 
-        return path.is_file() and load_metadata(path).get("made_from") == self.made_from[row]
+        return whole(path) and load_metadata(path).get("made_from") == self.made_from[row]
 
     def _save(self, path: Path, row: str, images: Tensor, cost: dict[str, float]) -> None:
         from hyperdb.runtime.files import save_tensors

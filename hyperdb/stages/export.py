@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hyperdb.formats.native import Part, Personalization
 
 FORMATS = ("kohya", "diffusers", "peft", "native", "textual_inversion")
+PICTURES = "pictures.png"  # of `hyperdb personalize`, beside the adapter
 PEFT_FILES = ("model.safetensors", "config.json")
 DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 SD15_LAYOUT = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
@@ -39,6 +40,10 @@ class Config:
 
     The change is multiplied by `strength` before it is written, so that a tool which loads it at full weight gets that
     strength.
+
+    With `push_to_hub=org/name` what was written goes into that repository of the Hugging Face hub, with a model card
+    and the pictures that `hyperdb personalize` drew of the person, without the photo. The token is the one of `hf auth
+    login` or of HF_TOKEN. With `upload=false` only what would be sent is said.
     """
 
     adapter: FilePath = "???"  # a file of `hyperdb personalize`, or its folder
@@ -47,6 +52,9 @@ class Config:
     dtype: str = "fp16"  # fp32 or fp16; with format=native also int8
     name: str = "default"  # of the file, without .safetensors, and the title in the model card
     out: FilePath = "runs/export/default"  # folder that is written
+    push_to_hub: str | None = None  # repository to upload to, org/name; null: none
+    private: bool = True  # the repository, if it is new: a face is nobody else's to publish
+    upload: bool = True  # false: only say what would be uploaded
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -61,6 +69,21 @@ class Config:
             raise UserError(f"name={self.name!r}: expected the name of a file, without .safetensors")
         if not math.isfinite(self.strength):
             raise UserError(f"strength={self.strength}: expected a finite number")
+        if self.push_to_hub is not None:
+            _check_repository(self.push_to_hub)
+
+
+def _check_repository(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    expected = UserError(f"push_to_hub={name!r}: expected a repository of the hub, org/name")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise expected from error
+    if "/" not in name:
+        raise expected
 
 
 def run(config: Config) -> Path:
@@ -74,6 +97,8 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.output import claim, is_free
     from hyperdb.runtime.recipe import recipe
 
+    if config.push_to_hub is not None and config.upload:
+        _require_token()
     file = find_adapter(config.adapter)
     person = Personalization.load(file)
     made_from = {**recipe(config), "name": config.name, "adapter": hash_files([file])}
@@ -114,7 +139,47 @@ def run(config: Config) -> Path:
             lora.write(written, scale(person.factors(), config.strength), config.format, metadata, dtype)
     save_text(out / card, _card(config, person, words))
     print(f"{config.format} adapter in {written}; the words that call the person: {words!r}")
+    if config.push_to_hub is not None:
+        files = {path.relative_to(out).as_posix(): path for name in names[:-1] for path in sorted(out.glob(name))}
+        if (pictures := file.parent / PICTURES).is_file():
+            files[PICTURES] = pictures
+        _push(config, files, _card(config, person, words, PICTURES in files))
     return out
+
+
+def _require_token() -> None:
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        raise UserError("push_to_hub: HF_HUB_OFFLINE is set; unset it, or set upload=false")
+    if get_token() is None:
+        raise UserError("push_to_hub: there is no token of the hub; run `hf auth login`, or set HF_TOKEN")
+
+
+def _push(config: Config, files: dict[str, Path], card: str) -> None:
+    """Upload files, by their names in the repository, and the card in one commit, or say which they are."""
+    import httpx
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from hyperdb.runtime.version import __version__
+
+    to = config.push_to_hub or ""
+    contents: dict[str, str | bytes] = {"README.md": card.encode(), **{name: str(path) for name, path in files.items()}}
+    if not config.upload:
+        print(f"would be uploaded to {to}, which would be {'private' if config.private else 'public'} if it is new:")
+        for name, what in contents.items():
+            print(f"  {name}, {len(what) if isinstance(what, bytes) else files[name].stat().st_size:,} bytes")
+        return
+    api = HfApi(library_name="hyperdb", library_version=__version__)
+    try:
+        api.create_repo(to, private=config.private, exist_ok=True)
+        operations = [CommitOperationAdd(name, what) for name, what in contents.items()]
+        done = api.create_commit(to, operations, commit_message=f"{config.name}, written by hyperdb {__version__}")
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"push_to_hub={to} was not uploaded ({why}); the files stay in {config.out}") from error
+    print(f"uploaded: {done.commit_url}")
 
 
 def _only(person: Personalization, kind: str, strength: float) -> Part:
@@ -153,8 +218,8 @@ def _scaled(person: Personalization, strength: float) -> Personalization:
     )
 
 
-def _card(config: Config, person: Personalization, words: str) -> str:
-    """Return a model card in the hub's form."""
+def _card(config: Config, person: Personalization, words: str, pictures: bool = False) -> str:
+    """Return a model card in the hub's form, which shows the `pictures` that stand beside it."""
     files = "the folders unet/ and text_encoder/" if config.format == "peft" else f"`{config.name}.safetensors`"
     use = {
         "peft": 'PeftModel.from_pretrained(pipe.unet, "unet")  # and the same for pipe.text_encoder',
@@ -168,7 +233,7 @@ instance_prompt: {words}
 ---
 
 # {config.name}
-
+{f"{chr(10)}![Pictures of the person]({PICTURES}){chr(10)}" if pictures else ""}
 One person, personalised from one photo with hyperdb (HyperDreamBooth, arXiv 2307.06949): {files}, format
 {config.format}, {config.dtype}, strength {config.strength:g} baked in. Base model: {person.base or "unknown"}.
 

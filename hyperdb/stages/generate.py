@@ -301,8 +301,9 @@ def run(config: Config, base: Base | None = None, progress: Callable[[int, int],
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.output import check
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.threads import Watch, spared
 
-    out, given = check(config.out), base is not None
+    watch, out, given = Watch(), check(config.out), base is not None
     base, adapter, injection = _load(config, base)
     try:
         steps = base.config.steps if config.steps is None else config.steps
@@ -328,11 +329,12 @@ def run(config: Config, base: Base | None = None, progress: Callable[[int, int],
 
             counter = base.unet.register_forward_hook(count)
             try:
-                for batch in batches:
-                    pictures = _draw(config, base, [seeds[i] for i in batch], steps, guidance)
-                    manifest_path.unlink(missing_ok=True)  # it would speak of other pictures
-                    for i, picture in zip(batch, pictures, strict=True):
-                        save_png(paths[i], picture, texts[i])
+                with spared(watch, base.device):
+                    for batch in batches:
+                        pictures = _draw(config, base, [seeds[i] for i in batch], steps, guidance)
+                        manifest_path.unlink(missing_ok=True)  # it would speak of other pictures
+                        for i, picture in zip(batch, pictures, strict=True):
+                            save_png(paths[i], picture, texts[i])
             finally:
                 counter.remove()
     finally:

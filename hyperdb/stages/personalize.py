@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperdb.runtime.track import Track, check_tracker, tracked
 from hyperdb.tuning import photos
 from hyperdb.tuning.personalizer import PersonalizerConfig
 
@@ -38,15 +39,22 @@ class Config(PersonalizerConfig):
     `prior` says which class pictures the fine-tuning keeps as the base draws them.
     """
 
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tracker(self.tracker)
+
 
 def passes(config: Config, sketch: Sketch) -> None:
     """Measure prediction, fine-tuning and preview."""
     photos.passes(config, sketch)
 
 
-def run(config: Config) -> Path:
-    """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`.
+@tracked
+def run(config: Config, track: Track) -> Path:
+    """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png`, `pictures.png` and `report.json` to `out`.
 
     With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`.
     """
-    return photos.personalize(config)
+    return photos.personalize(config, track=track)

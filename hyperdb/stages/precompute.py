@@ -196,7 +196,7 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.layout import Layout
     from hyperdb.data import fits
     from hyperdb.data.people import latent_moments, load_people
-    from hyperdb.runtime.files import hash_files
+    from hyperdb.runtime.files import hash_files, whole
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
@@ -255,7 +255,7 @@ def run(config: Config) -> Path:
     with tqdm(total=sum(len(r) for r, _ in files[number::of]), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
         for i in range(number, len(files), of):
             photos, theirs = files[i]
-            if not fits.shard_is_done(out, i, made[i]):
+            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made[i])):
                 losses.clear()
                 moments = base.moments(people.images[photos.flatten()]).half().unflatten(0, photos.shape)
                 params = fit(

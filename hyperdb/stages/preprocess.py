@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, WriteError
 from hyperdb.runtime.files import load_text, save_lines
 from hyperdb.runtime.output import claim, release
 from hyperdb.runtime.paths import FilePath
@@ -327,6 +327,8 @@ def run(config: Config) -> Path:
             if identity is None:
                 raise UserError(f"{picture} is not in the identity list; add it or remove it")
             face = _make_face(config, picture, out / "faces" / names[picture])
+        except WriteError:  # the disk's fault, not the picture's
+            raise
         except UserError as error:
             rejected.append({"source": picture.as_posix(), "reason": str(error)})
             continue

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hyperdb.hypernet import EncoderConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
+from hyperdb.runtime.track import Track, check_tracker, tracked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,10 +55,12 @@ class Config:
     ema: float = 0.995  # decay of the running average of the weights, which is what is measured and written
     held_out: int = 256  # pictures kept aside to measure on, with all others of the same people
     save_every: int = 250  # steps from one checkpoint to the next
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # of the first weights, the batches and the noise
 
     def __post_init__(self) -> None:
+        check_tracker(self.tracker)
         if self.crop is not None and (self.crop < 16 or self.crop % 2 ** (len(self.channels) - 1)):
             raise UserError(f"crop={self.crop}: expected a multiple of {2 ** (len(self.channels) - 1)}, at least 16")
         if self.decoder_only and self.init is None:
@@ -97,7 +100,8 @@ def _unlike(encoder: Encoder, x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
 
 
-def run(config: Config) -> Path:
+@tracked
+def run(config: Config, track: Track) -> Path:
     """Train from `config.data`; write a diffusers `AutoencoderKL` to `out/vae` and return that folder."""
     import torch
     import torch.nn.functional as F
@@ -202,7 +206,7 @@ def run(config: Config) -> Path:
     if encoder is not None:
         whole["features"] = hash_files([resolve(str(config.encoder.weights))])
     claim(out, WRITES, whole)
-    train("autoencoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
+    train("autoencoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every, track=track)
 
     # --- measure, write
     vae.eval()
@@ -228,6 +232,8 @@ def run(config: Config) -> Path:
         },
     )
     _picture(out / "reconstructions.png", x, y)
+    track.log(config.steps, {"psnr_held_out": psnr})
+    track.picture(config.steps, "reconstructions", out / "reconstructions.png")
     print(f"held-out PSNR {psnr:.2f} dB; autoencoder in {out / 'vae'}, pictures in {out / 'reconstructions.png'}")
     return out
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hyperdb.diffusion import check_logit_normal
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.track import Track, check_tracker, tracked
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler
@@ -55,10 +56,12 @@ class Config:
     prompt_dropout: float = 0.1  # share of the captions that are left empty, for classifier-free guidance
     logit_normal: list[float] | None = None  # mean and standard deviation of logit(noise level); null: uniform
     save_every: int = 250  # steps from one checkpoint, and one sheet of samples, to the next
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
     device: str = "auto"  # auto, cpu, cuda or mps
     seed: int = 0  # of the first weights, the batches and the noise
 
     def __post_init__(self) -> None:
+        check_tracker(self.tracker)
         check_logit_normal(self.logit_normal)
 
 
@@ -194,7 +197,8 @@ def save_base(base: Base, out: Path) -> None:
     save_json(text_config, {**load_json(text_config), "dtype": "float32"})
 
 
-def run(config: Config) -> Path:
+@tracked
+def run(config: Config, track: Track) -> Path:
     """Train from `config.data`; write the base to `out/base` and return `out`."""
     import torch
     from diffusers import AutoencoderKL
@@ -203,7 +207,7 @@ def run(config: Config) -> Path:
     from hyperdb.diffusion import DiffusionConfig
     from hyperdb.diffusion.base import pick_device
     from hyperdb.diffusion.digest import digest_vae
-    from hyperdb.diffusion.loss import diffusion_loss, stratified_timesteps
+    from hyperdb.diffusion.loss import bad_levels, diffusion_loss, stratified_timesteps
     from hyperdb.heads.captions import vocabulary
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
@@ -243,6 +247,8 @@ def run(config: Config) -> Path:
     params = [*base.unet.parameters(), *base.text_encoder.parameters()]
 
     # --- train
+    last: list[Tensor] = []  # the error of each row of the last step, and its noise level
+
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "base", step)
         index = torch.randint(0, len(people), (config.batch,), generator=g)
@@ -258,9 +264,16 @@ def run(config: Config) -> Path:
         noise = torch.randn(mean.shape, generator=drawn, device=device)
         z = mean + std * jitter
         words = torch.where(dropped.to(device), empty, ids[index.to(device)])
-        loss = diffusion_loss(base, z, noise, t.to(device), words).mean()
+        errors = diffusion_loss(base, z, noise, t.to(device), words)
+        loss = errors.mean()
         loss.backward()
+        last[:] = errors.detach(), t.to(device)
         return {"diffusion": loss.detach()}
+
+    def saved(done: int) -> None:
+        sheet = out / f"samples-{done:06d}.png"
+        _preview(base, ema, sheet)
+        track.picture(done, "samples", sheet)
 
     optimizer, ema = adamw(params, config.rate, 1e-2), EMA(params, config.ema)
     schedule = Schedule(config.steps, config.warmup, config.decay)
@@ -271,7 +284,7 @@ def run(config: Config) -> Path:
     claim(out, WRITES, whole)
     train(
         "base", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every,
-        saved=lambda done: _preview(base, ema, out / f"samples-{done:06d}.png"),
+        saved=saved, track=track, where=lambda: bad_levels(base.schedule, *last),
     )  # fmt: skip
 
     # --- write

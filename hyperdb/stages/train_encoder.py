@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hyperdb.hypernet import EncoderConfig
 from hyperdb.runtime.paths import FilePath, resolve
+from hyperdb.runtime.track import Track, check_tracker, tracked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,12 +53,17 @@ class Config:
     rate: float = 1e-3  # AdamW's learning rate, after a warm-up of 100 steps and before its decay
     held_out: int = 200  # people kept aside to measure on
     save_every: int = 200  # steps from one checkpoint to the next
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
     device: str = "auto"  # auto, cpu, cuda or mps
     workers: int = 2  # processes that render the portraits
     seed: int = 0  # of the first weights, the batches and the changes of the photos
 
+    def __post_init__(self) -> None:
+        check_tracker(self.tracker)
 
-def run(config: Config) -> Path:
+
+@tracked
+def run(config: Config, track: Track) -> Path:
     """Write the encoder's weights to `out/encoder.safetensors`."""
     import torch
     import torch.nn.functional as F
@@ -128,7 +134,7 @@ def run(config: Config) -> Path:
 
     optimizer, ema = adamw(params, config.rate, 0.05), EMA(params, 0.995)
     schedule = Schedule(config.steps, warmup=100)
-    train("encoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
+    train("encoder", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every, track=track)
 
     # --- measure on held-out people, write
     # the averaged weights need batch statistics of their own
@@ -148,6 +154,7 @@ def run(config: Config) -> Path:
         "people_held_out": len(gallery),
     }
     save_tensors(out / "encoder.safetensors", encoder.net.state_dict(), {"data": people.digest})
+    track.log(config.steps, {name: value for name, value in report.items() if value is not None})
     save_json(out / "report.json", {**report, "steps": config.steps, "data": people.digest, **provenance()})
     found = ", ".join(f"{name} {value}" for name, value in report.items() if value is not None)
     print(f"unseen people: {found}; encoder in {out}")
@@ -190,10 +197,10 @@ def _known(people: People, size: int, path: Path, workers: int) -> tuple[Tensor,
     import torch
     from tqdm import tqdm
 
-    from hyperdb.runtime.files import load_tensors, save_tensors
+    from hyperdb.runtime.files import load_tensors, save_tensors, whole
 
     key = f"{people.digest} {size}"
-    if path.is_file():
+    if whole(path):
         tensors, metadata = load_tensors(path)
         if metadata.get("key") == key and "faces" in tensors:
             return tensors["portraits"], tensors["faces"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +14,7 @@ from hyperdb.diffusion import DiffusionConfig, check_logit_normal, check_subject
 from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
+from hyperdb.runtime.track import Track, check_tracker, tracked
 from hyperdb.tuning.prior import PriorConfig
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ class Config:
     validate_every: int  # steps
     validation_people: int
     save_every: int  # steps between checkpoints, from which the same command goes on
-    tracker: str | None = None  # wandb or tensorboard
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
     seed: int = 0
     dry_run: bool = False  # load nothing: say which networks would be loaded, where, and in how much memory
 
@@ -147,10 +146,7 @@ class Config:
         if self.target_style == "any" and self.target_view == "same":
             raise UserError("target_style=any needs target_view=other: the conditioning photo has one style")
         check_subject("changed", self.changed)
-        if self.tracker not in (None, "wandb", "tensorboard"):
-            raise UserError(f"tracker={self.tracker!r}: expected wandb, tensorboard or null")
-        if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
-            raise UserError(f"tracker={self.tracker} is not installed; run `pip install hyperdb[{self.tracker}]`")
+        check_tracker(self.tracker)
         check_logit_normal(self.logit_normal)
         if self.identity_weight > 0 and (self.model.summary < 1 or self.identity_people < 1):
             raise UserError("identity_weight > 0 needs model.summary and identity_people of at least 1")
@@ -336,6 +332,7 @@ class Objective:
         self.config, self.base, self.model, self.lidb = config, base, model, lidb
         self.fits, self.weight_space = fits, weight_space
         self.injection = Injection(base.targets())
+        self.last: tuple[Tensor, Tensor] | None = None  # the error [I, S + P] of the last step, and the noise levels
         self.focus = face_focus(config.face_weight, *base.latent_shape[1:]).to(base.device)
 
     def backward(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -352,6 +349,12 @@ class Objective:
             terms["weights"].backward()
         return {name: term.detach() for name, term in terms.items()}
 
+    def bad_levels(self) -> str:
+        """Say at which noise levels the last step's errors were no numbers."""
+        from hyperdb.diffusion.loss import bad_levels
+
+        return "" if self.last is None else bad_levels(self.base.schedule, *self.last)
+
     # eq. 2, first term: on everyone
     def _denoise(self, tokens: Tensor, batch: Batch) -> dict[str, Tensor]:
         import torch
@@ -365,6 +368,7 @@ class Objective:
             predicted = predict(base, *(x.flatten(0, 1) for x in batch.rows)).unflatten(0, (count, -1))
             weight = signal_weight(base.schedule, batch.rows[2], config.signal_weight)[..., None, None, None]
             square = weight * (predicted - batch.goal).square()  #                [I, S + P, c, h, w]
+            self.last = square.detach().flatten(2).mean(2), batch.rows[2]
             terms["diffusion"] = config.alpha * (square[:, :levels] * self.focus).mean()
             if config.prior_weight > 0:
                 terms["prior"] = config.prior_weight * square[:, levels:].mean()
@@ -500,8 +504,6 @@ def _processes(config: Config, base: Base) -> Accelerator:
         cpu=base.device.type == "cpu",
         device_placement=False,  # beside the base, wherever that is
         mixed_precision="no",  # diffusion.dtype decides
-        log_with=config.tracker,
-        project_dir=config.out if config.tracker else None,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # while one draws class pictures or validates
             # without refinements the trunk is not used
@@ -523,7 +525,8 @@ def _processes(config: Config, base: Base) -> Accelerator:
     return accelerator
 
 
-def run(config: Config) -> Path:
+@tracked
+def run(config: Config, track: Track) -> Path:
     """Train; write `out/hypernet.safetensors` (averaged weights, fp16) and `out/prior.safetensors`."""
     import torch
 
@@ -572,10 +575,6 @@ def run(config: Config) -> Path:
         batches = Batches(config, base, people, fit_rows, prior)
 
     # --- model
-    if config.tracker == "wandb":
-        os.environ.setdefault("WANDB_MODE", "offline")  # `wandb sync` uploads; WANDB_MODE=online does at once
-    if config.tracker:
-        accelerator.init_trackers("hyperdb", config={"name": config.name, "seed": config.seed})
     torch.manual_seed(derive(config.seed, "hypernet weights"))  # the only way to seed the modules' initialisation
     if config.init is not None:
         model = Hypernet.load(resolve(config.init))
@@ -607,7 +606,6 @@ def run(config: Config) -> Path:
 
     # --- train
     def after(done: int, terms: dict[str, float], journal: Journal) -> None:
-        scores = dict(terms)
         if validation is not None and (done % config.validate_every == 0 or done == config.steps):
             ema.swap()
             sheet = out / "previews" / f"step-{done:06d}.png"
@@ -616,9 +614,8 @@ def run(config: Config) -> Path:
             save_json(out / "validation.json", {"step": done, "people": validation.people.identities, **pairs})
             found = {f"validation/{k}": v for k, v in found.items()}
             journal.record(done, **found)
-            scores.update(found)
-        if config.tracker:
-            accelerator.log(scores, step=done)
+            track.log(done, found)
+            track.picture(done, "preview", sheet)
 
     def agreed(mine: bool) -> bool:
         if accelerator.num_processes == 1:
@@ -628,8 +625,9 @@ def run(config: Config) -> Path:
     step = partial(backward, batches=batches, network=network, objective=objective, accelerator=accelerator)
     schedule = Schedule(config.steps, config.warmup, config.decay)
     train(
-        "hypernetwork", out, whole, schedule, optimizer, ema, step, after, config.save_every, main=main, agreed=agreed
-    )
+        "hypernetwork", out, whole, schedule, optimizer, ema, step, after, config.save_every, main=main, agreed=agreed,
+        track=track, where=objective.bad_levels,
+    )  # fmt: skip
 
     # --- write
     objective.injection.remove()

@@ -10,6 +10,7 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.metrics.objectives import ObjectiveConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.track import Track, check_tracker, tracked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,14 +41,17 @@ class Config:
     batch: int  # pictures in each step
     rate: float  # AdamW's learning rate, after a warm-up of 50 steps and before its decay
     save_every: int = 200  # steps from one checkpoint to the next
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
     seed: int = 0  # of the first weights, the batches and the changes of the pictures
 
     def __post_init__(self) -> None:
+        check_tracker(self.tracker)
         if self.held_out < self.judge.least:
             raise UserError(f"held_out={self.held_out}: this judge is measured on at least {self.judge.least} people")
 
 
-def run(config: Config) -> Path:
+@tracked
+def run(config: Config, track: Track) -> Path:
     """Write `out/judge.safetensors` or the folder `out/judge`, and `out/report.json` with the held-out figures."""
     import torch
 
@@ -107,7 +111,7 @@ def run(config: Config) -> Path:
     schedule = Schedule(config.steps, warmup=50)
     whole = {**recipe(config), "learned": config.judge.kind, "made_from": [people.digest, base.digest]}
     claim(out, WRITES, whole)
-    train("judge", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every)
+    train("judge", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every, track=track)
 
     # --- write, read as it will be used, measure on unseen people
     made_from = {"data": people.digest, "base": base.digest}
@@ -116,6 +120,7 @@ def run(config: Config) -> Path:
     for kind, images in (("renders", people.images[held]), ("reconstructions", base.decode(moments[held, 0].float()))):
         for figure, values in objective.measure(judge, images, held).items():
             report[f"{figure}_{kind}"] = {name: round(value, 4) for name, value in values.items()}
+            track.log(config.steps, {f"{figure}_{kind}/{name}": value for name, value in values.items()})
             print(f"{kind}, {figure}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
     save_json(out / "report.json", {**report, "steps": config.steps, **made_from, **provenance()})
     print(f"judge in {out}")

@@ -103,7 +103,7 @@ def fit(
 
     from hyperdb.adapters.base import both
     from hyperdb.adapters.inject import Injection
-    from hyperdb.diffusion.loss import face_focus, predict, signal_weight, stratified_timesteps, target
+    from hyperdb.diffusion.loss import bad_levels, face_focus, predict, signal_weight, stratified_timesteps, target
     from hyperdb.runtime.optim import Schedule, adamw, set_rate
     from hyperdb.runtime.seed import generator
 
@@ -163,7 +163,11 @@ def fit(
                 if guarded:
                     loss = loss + config.prior_weight * weighted[:, levels:].mean(1).sum()
                 if not torch.isfinite(loss):
-                    raise NonFiniteError(f"the loss is {loss.item()} at step {step}; lower the rate ({config.rate})")
+                    at = bad_levels(base.schedule, error, t)
+                    raise NonFiniteError(
+                        f"adapters of {people}{at}: the loss is {loss.item()} at step {step}; "
+                        f"lower the rate ({config.rate})"
+                    )
                 set_rate(optimizer, schedule(step))
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
@@ -176,7 +180,7 @@ def fit(
     finally:
         injection.remove()
     found = {k: v.detach() for k, v in params.items()}
-    largest = max(x.abs().max().item() for x in found.values())
+    largest = torch.stack([x.abs().max() for x in found.values()]).max().item()  # NaN if there is one
     if not largest < TOO_LARGE:
         raise NonFiniteError(f"what was trained holds numbers of {largest:.3g}: lower the rate ({config.rate})")
     return found

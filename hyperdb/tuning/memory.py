@@ -116,7 +116,7 @@ class Sketch:
         self.dtype = DTYPES[config.diffusion.dtype]
         self.base = Base.sketch(config.diffusion)
         self.layout = Layout.of(self.base.targets())
-        rest = torch.float32 if device == "cpu" else self.dtype
+        rest = precision.resting(device, self.dtype)
         networks = (self.base.unet, self.base.text_encoder, self.base.vae)
         with self.mode:
             for module, dtype in zip(networks, (rest, rest, torch.float32), strict=True):
@@ -148,7 +148,8 @@ class Sketch:
         """Return the context of UNet, text encoder and hypernetwork: the device's rule, on the CPU's shapes."""
         if self.device == "cpu":
             return precision.autocast("cpu", self.dtype)
-        return torch.autocast("cpu", self.dtype, enabled=self.dtype is not torch.float32)
+        exact = self.dtype is torch.float32 or precision.emulated(self.device, self.dtype)
+        return torch.autocast("cpu", self.dtype, enabled=not exact)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -255,7 +256,8 @@ def need(passes: Callable[[Any, Sketch], None], config: Any, device: str) -> Nee
         count = sum(p.numel() for p in module.parameters())
         modules.append(Module(name, count, size, sketch.training.get(name, 0)))
     emulated = precision.emulated(device, sketch.dtype)
-    dtype = "fp32, this CPU has no bf16" if emulated else config.diffusion.dtype
+    what = "CPU" if device == "cpu" else "device"
+    dtype = f"fp32, this {what} has no bf16" if emulated else config.diffusion.dtype
     return Need(device, dtype, modules, sketch.passes)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hyperdb.adapters import kind_of
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import expand
+from hyperdb.runtime.track import Track
 from hyperdb.tuning.personalizer import Personalizer, crop_face, to_images
 from hyperdb.words import entries
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from hyperdb.tuning.memory import Sketch
     from hyperdb.tuning.personalizer import PersonalizerConfig
 
-WRITES = ("lidb.safetensors", "adapter.safetensors", "preview.png", "report.json", "prior.safetensors")
+WRITES = (
+    *("lidb.safetensors", "adapter.safetensors", "preview.png", "pictures.png", "report.json"),
+    "prior.safetensors",
+)
 
 
 def photos(image: str) -> list[str]:
@@ -38,9 +42,12 @@ def photos(image: str) -> list[str]:
 
 
 def _preview(
-    model: Personalizer, crops: np.ndarray, predicted: Personalization, finished: Personalization, path: Path
+    model: Personalizer, crops: np.ndarray, predicted: Personalization, finished: Personalization, out: Path
 ) -> dict[str, float]:
-    """Draw photo, base, prediction, fine-tuned and styles on one sheet; return the face cosines to the photos."""
+    """Draw photo, base, prediction, fine-tuned and styles on a sheet, `preview.png`, and return the face cosines.
+
+    These are with the photos. `pictures.png` is the sheet without the photo, which is nobody's to send around.
+    """
     from hyperdb.adapters.inject import settled
     from hyperdb.faces.image import grid, save_png
     from hyperdb.metrics.face import SFace
@@ -70,8 +77,9 @@ def _preview(
     labels = ["photo", "base", *shown_before, *["fine-tuned"] * 3, *styles]
     scale = max(1, 192 // photo.shape[-1])
     pixels = [p.permute(1, 2, 0).repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy() for p in pictures]
-    text = {"software": "hyperdb", "synthetic": "all but the first picture", "base": base.digest}
-    save_png(path, grid(pixels, 6, labels=labels), text)
+    for name, first, synthetic in (("preview.png", 0, "all but the first picture"), ("pictures.png", 1, "yes")):
+        text = {"software": "hyperdb", "synthetic": synthetic, "base": base.digest}
+        save_png(out / name, grid(pixels[first:], 6, labels=labels[first:]), text)
     return {name: value if value == value else 0.0 for name, value in cosines.items()}
 
 
@@ -97,23 +105,28 @@ def personalize(
     config: PersonalizerConfig,
     model: Personalizer | None = None,
     report_to: Callable[[str, int, int, float | None], object] | None = None,
+    track: Track | None = None,
 ) -> Path:
-    """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png` and `report.json` to `out`.
+    """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png`, `pictures.png` and `report.json` to `out`.
 
     With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`. Who has a `model`
     of these settings in memory gives it. `report_to` is told the phase that begins ("photo", "prediction") and each
-    iteration of the "fine-tuning": the phase, iterations done, of how many, the loss or None.
+    iteration of the "fine-tuning": the phase, iterations done, of how many, the loss or None. `track` is told losses
+    and rates, and the face cosine and the pictures of the preview.
     """
     import numpy as np
     from tqdm import tqdm
 
     from hyperdb.formats.native import find_adapter
     from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.optim import Schedule
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.threads import Watch, spared
 
+    watch = Watch()
     clock, seconds = time.perf_counter(), {}
-    tell = report_to or (lambda phase, done, of, loss: None)
+    tell, track = report_to or (lambda phase, done, of, loss: None), track or Track()
 
     def lap(phase: str) -> None:
         nonlocal clock
@@ -132,29 +145,35 @@ def personalize(
     contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
     out = claim(config.out, WRITES, {**_made_from(config), **contents})
     lap("load")
-    tell("prediction", 0, 1, None)
-    tokens = model.predict(crops)
-    lap("predict")
-    with tqdm(total=model.tuning(len(crops)).steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
-        tell("fine-tuning", 0, bar.total, None)
+    with spared(watch, model.base.device):
+        tell("prediction", 0, 1, None)
+        tokens = model.predict(crops)
+        lap("predict")
+        tuning = model.tuning(len(crops))
+        schedule = Schedule(tuning.steps, tuning.warmup, tuning.decay)
+        with tqdm(total=tuning.steps, desc="fast fine-tuning", dynamic_ncols=True) as bar:
+            tell("fine-tuning", 0, bar.total, None)
 
-        def progress(step: int, loss: float) -> None:
-            bar.update(1)
-            bar.set_postfix_str(f"loss {loss:.4f}")
-            tell("fine-tuning", step, bar.total, loss)
+            def progress(step: int, loss: float) -> None:
+                bar.update(1)
+                bar.set_postfix_str(f"loss {loss:.4f}")
+                tell("fine-tuning", step, bar.total, loss)
+                track.log(step, {"loss": loss, "rate": tuning.rate * schedule(step - 1)})
 
-        params = model.finetune(crops, tokens, progress)
-    lap("finetune")
-    predicted, finished = model.wrap(tokens), model.wrap(tokens, params)
-    written = [finished.save(out / "adapter.safetensors")]
-    if model.start is None and tokens is not None:
-        written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
-    report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
-    report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
-    lap("save")
-    if config.preview:
-        report["face_cosine_to_photo"] = _preview(model, crops, predicted, finished, out / "preview.png")
-        lap("preview")
+            params = model.finetune(crops, tokens, progress)
+        lap("finetune")
+        predicted, finished = model.wrap(tokens), model.wrap(tokens, params)
+        written = [finished.save(out / "adapter.safetensors")]
+        if model.start is None and tokens is not None:
+            written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
+        report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
+        report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
+        lap("save")
+        if config.preview:
+            report["face_cosine_to_photo"] = cosines = _preview(model, crops, predicted, finished, out)
+            track.log(tuning.steps, {f"face_cosine/{name}": value for name, value in cosines.items()})
+            track.picture(tuning.steps, "pictures", out / "pictures.png")
+            lap("preview")
     save_json(out / "report.json", {**report, "seconds": seconds, **provenance()})
     total = sum(seconds.values())
     print(f"{out / 'adapter.safetensors'} in {total:.1f} s (prediction {seconds['predict']:.2f} s, "

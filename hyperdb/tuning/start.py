@@ -91,10 +91,10 @@ def load_start(
     """
     from tqdm import tqdm
 
-    from hyperdb.runtime.files import load_tensors, save_tensors
+    from hyperdb.runtime.files import load_tensors, save_tensors, whole
     from hyperdb.tuning.fit import fit as fitted
 
-    if path.is_file():
+    if whole(path):
         tensors, metadata = load_tensors(path)
         if metadata.get("key") == key:
             return Start(tensors["average"], tensors["moment"])

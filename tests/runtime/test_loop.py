@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from hyperdb.runtime.errors import NonFiniteError
 from hyperdb.runtime.files import load_metadata
 from hyperdb.runtime.journal import read
 from hyperdb.runtime.loop import train
@@ -16,8 +17,15 @@ from hyperdb.runtime.seed import generator
 from hyperdb.runtime.stop import Terminated
 
 
-def _train(out, *signals, at=2, agreed=bool):
-    """Train for six steps, in one of which signals come; return the weights, and the steps after which `saved` ran."""
+def _where():
+    return ", noise level 7 of 1000"
+
+
+def _train(out, *signals, at=2, agreed=bool, bad=lambda loss: loss):
+    """Train for six steps, in one of which signals come; return the weights, and the steps after which `saved` ran.
+
+    In that step the loss is what `bad` makes of it.
+    """
     torch.manual_seed(0)
     model, saved = torch.nn.Linear(4, 2), []
 
@@ -25,12 +33,13 @@ def _train(out, *signals, at=2, agreed=bool):
         for number in signals if step == at else ():
             os.kill(os.getpid(), number)
         loss = model(torch.randn(8, 4, generator=generator(0, step))).square().mean()
+        loss = bad(loss) if step == at else loss
         loss.backward()
         return {"loss": loss}
 
     out.mkdir(exist_ok=True)
     optimizer, ema = adamw(model.parameters(), 1e-2), EMA(model.parameters(), 0.9)
-    train("test", out, {}, Schedule(6), optimizer, ema, backward, None, 4, saved.append, agreed=agreed)
+    train("test", out, {}, Schedule(6), optimizer, ema, backward, None, 4, saved.append, agreed=agreed, where=_where)
     return [p.detach().clone() for p in model.parameters()], saved
 
 
@@ -71,3 +80,22 @@ def test_a_signal_to_another_process_ends_this_one_too(tmp_path):
     with pytest.raises(Terminated):
         _train(tmp_path, agreed=lambda mine: mine or next(asked))
     assert _step(tmp_path) == 2
+
+
+BAD = [
+    (lambda loss: loss * float("nan"), "loss is nan"),
+    (lambda loss: loss + float("inf"), "loss is inf"),
+    (lambda loss: loss + 0 * loss.mul(0).sqrt(), "gradient's length is nan"),  # the loss is a number
+]
+
+
+@pytest.mark.parametrize(("bad", "said"), BAD)
+def test_what_is_no_number_is_never_kept(tmp_path, bad, said):
+    """The step before which a checkpoint is due is bad: the checkpoint stays that of four steps before."""
+    whole, _ = _train(tmp_path / "whole")
+    with pytest.raises(NonFiniteError, match=rf"^test, noise level 7 of 1000: the {said} at step 6; lower"):
+        _train(tmp_path / "parts", at=5, bad=bad)
+    assert _step(tmp_path / "parts") == 4
+    assert all(record["step"] <= 5 for record in read(tmp_path / "parts" / "journal.jsonl"))
+    parts, _ = _train(tmp_path / "parts")
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

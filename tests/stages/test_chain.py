@@ -188,8 +188,7 @@ def unseen(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("tracker", "file"), [("tensorboard", "events.out.tfevents*"), ("wandb", "*.wandb")])
-def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, file, capsys):
-    tmp_path = in_tmp  # wandb writes where it is started
+def test_validation_writes_scores_and_previews(made, unseen, tmp_path, tracker, file, capsys, watched):
     fits = tmp_path / "fits"
     words = [
         made["base"],
@@ -206,6 +205,9 @@ def test_validation_writes_scores_and_previews(made, unseen, in_tmp, tracker, fi
     words += [f"validation={unseen}", "validation_people=3", f"validation_weights={fits}", f"tracker={tracker}"]
     configuration.run("train_hypernet", words)
     assert list(tmp_path.rglob(file))
+    if tracker == "tensorboard":
+        told = {"loss", "rate/0", "preview", "validation/face_cosine_own", "validation/diffusion_mean"}
+        assert watched(tmp_path) >= told
     records = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     names = {k for r in records for k in r if k.startswith("validation/")}
     assert {f"validation/face_cosine_{x}" for x in ("own", "shuffled")} <= names
@@ -247,6 +249,22 @@ def test_validation_weights_its_loss_as_training_does(made, unseen, tmp_path, mo
     for (timesteps, error), name in zip(drawn, ("own", "shuffled", "mean"), strict=True):
         assert found[f"validation/diffusion_{name}"] == pytest.approx(error, abs=2e-5)
         assert timesteps.float().mean() > 850  # sigmoid(2) = .88
+
+
+def test_a_bad_loss_names_the_hypernetwork_and_the_noise_levels(made, tmp_path, monkeypatch):
+    from hyperdb.diffusion import loss
+
+    right = loss.predict
+
+    def wrong(base, latents, noise, timesteps, ids):
+        out = right(base, latents, noise, timesteps, ids)
+        return torch.where((timesteps > 0)[:, None, None, None] & out.requires_grad, torch.nan, out)
+
+    monkeypatch.setattr(loss, "predict", wrong)
+    words = [made["base"], *HYPER, f"data={made['data']}", "weights=null", "steps=2", f"out={tmp_path}"]
+    with pytest.raises(UserError, match=r"^hypernetwork, noise levels? [\d, …]+ of 1000: the loss is nan at step 1;"):
+        configuration.run("train_hypernet", words)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
 @pytest.fixture
@@ -392,11 +410,13 @@ def _personalize(made, photo, out, *more):
     return configuration.run("personalize", words)
 
 
-def test_personalize_writes_everything(made, photo, tmp_path):
+def test_personalize_writes_everything(made, photo, tmp_path, watched):
     out = tmp_path / "out"
-    _personalize(made, photo, out, f"hypernet={made['hyper']}")
+    _personalize(made, photo, out, f"hypernet={made['hyper']}", "tracker=tensorboard")
     names = {p.name for p in out.iterdir()}
-    assert {"lidb.safetensors", "adapter.safetensors", "preview.png", "report.json"} <= names
+    assert {"lidb.safetensors", "adapter.safetensors", "preview.png", "pictures.png", "report.json"} <= names
+    cosines = {f"face_cosine/{name}" for name in ("base", "prediction", "fine-tuned")}
+    assert watched(out) == {"loss", "rate", "pictures", *cosines}
     report = json.loads((out / "report.json").read_text())
     assert set(report["seconds"]) >= {"crop", "load", "predict", "finetune"}
     predicted, finished = (Personalization.load(out / n) for n in ("lidb.safetensors", "adapter.safetensors"))

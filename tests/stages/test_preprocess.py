@@ -323,3 +323,16 @@ def test_the_stage_imports_nothing_heavy():
         "sys.exit(any(m in sys.modules for m in ('numpy', 'cv2', 'torch', 'PIL', 'tqdm')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_full_disk_is_no_fault_of_a_picture(tmp_path, photo, monkeypatch):
+    config = make(tmp_path, photo, ["a.png", "b.png"])
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match=r"cannot write .*a\.png: No space left on device"):
+        run(Config(**config))
+    assert not list((tmp_path / "out").rglob("*.png"))
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()

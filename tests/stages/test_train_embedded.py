@@ -14,7 +14,7 @@ from hyperdb.data.people import load_people
 from hyperdb.metrics import judge
 from hyperdb.metrics.figures import Standard
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.runtime.files import load_metadata, load_tensors, save_tensors
 from hyperdb.stages.train_encoder import components
 
 
@@ -22,7 +22,7 @@ from hyperdb.stages.train_encoder import components
 def vae(rendered, tmp_path_factory):
     out = tmp_path_factory.mktemp("autoencoder")
     words = [f"data={rendered}", f"out={out}", "channels=[8,16]", "steps=2", "batch=2", "held_out=2"]
-    configuration.run("train_autoencoder", words)
+    configuration.run("train_autoencoder", [*words, "tracker=tensorboard"])
     return out / "vae"
 
 
@@ -41,7 +41,7 @@ def _changed(vae, folder):
     return folder
 
 
-def test_autoencoder_reports_and_scales(rendered, vae):
+def test_autoencoder_reports_and_scales(rendered, vae, watched):
     """The latents of whom it was trained on have deviation 1, and the report is that of whom it was not."""
     report, model = json.loads((vae.parent / "report.json").read_text()), AutoencoderKL.from_pretrained(vae)
     images = load_people(rendered).images.float() / 127.5 - 1
@@ -51,6 +51,8 @@ def test_autoencoder_reports_and_scales(rendered, vae):
     assert latents[0].std().item() * model.config.scaling_factor == pytest.approx(1, abs=1e-4)
     assert report["psnr_held_out"] == pytest.approx(-10 * away.square().mean().log10().item(), abs=0.01)
     assert (vae.parent / "reconstructions.png").is_file()
+    told = {"loss", "pixels", "edges", "colour", "kl", "rate/0", "psnr_held_out"}
+    assert watched(vae.parent) == {*told, "reconstructions"}
 
 
 def test_an_autoencoder_can_be_trained_on(rendered, vae, tmp_path):
@@ -64,9 +66,10 @@ def test_an_autoencoder_can_be_trained_on(rendered, vae, tmp_path):
         configuration.run("train_autoencoder", [*words, "init=nothing_here"])
 
 
-def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, killed):
+def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, killed, watched):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    configuration.run("train_base", _base_words(rendered, vae, whole))
+    configuration.run("train_base", [*_base_words(rendered, vae, whole), "tracker=tensorboard"])
+    assert watched(whole) == {"loss", "rate/0", "samples"}
     killed("train_base", _base_words(rendered, vae, parts))
     configuration.run("train_base", _base_words(rendered, vae, parts))
     name = "base/unet/diffusion_pytorch_model.safetensors"
@@ -82,6 +85,26 @@ def test_base_trains_resumes_and_goes_on(rendered, vae, tmp_path, killed):
     name = "diffusion_pytorch_model.safetensors"
     inside, given = (load_tensors(f / name)[0] for f in (tmp_path / "segment" / "base" / "vae", tmp_path / "vae"))
     assert all(torch.allclose(inside[k].float(), given[k].float(), atol=1e-2) for k in given)
+
+
+def test_a_bad_loss_names_training_and_noise_level(rendered, vae, tmp_path, monkeypatch):
+    from hyperdb.diffusion import loss
+
+    right, calls = loss.predict, []
+
+    def wrong(base, latents, noise, timesteps, ids):
+        calls.append(timesteps)
+        out = right(base, latents, noise, timesteps, ids)
+        return torch.where(torch.tensor(len(calls) == 4), torch.nan, out)
+
+    monkeypatch.setattr(loss, "predict", wrong)
+    words = _base_words(rendered, vae, tmp_path)
+    with pytest.raises(UserError, match=r"^base, noise levels \d+, \d+ of 1000: the loss is nan at step 4; lower"):
+        configuration.run("train_base", words)
+    assert load_metadata(tmp_path / "checkpoint.safetensors")["step"] == "2"
+    monkeypatch.setattr(loss, "predict", right)
+    configuration.run("train_base", words)
+    assert (tmp_path / "base").is_dir()
 
 
 def test_a_missing_autoencoder_is_named(rendered, tmp_path):
@@ -104,9 +127,10 @@ def test_encoder_needs_enough_people(rendered, tmp_path):
         configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}"])
 
 
-def test_encoder_trains(rendered, tmp_path):
+def test_encoder_trains(rendered, tmp_path, watched):
     small = ["batch=2", "held_out=1", "steps=2", "encoder.size=32", "portrait=16", "shape=3"]
-    configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}", *small])
+    configuration.run("train_encoder", [f"data={rendered}", f"out={tmp_path}", *small, "tracker=tensorboard"])
+    assert watched(tmp_path) >= {"loss", "portrait", "shape", "rate/0", "portrait_r2", "rank1_held_out"}
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["people_held_out"] == report["rank1_held_out"] == 1  # alone, that person is the nearest
     assert report["portrait_r2"] < 0.5  # two steps teach no stranger's portrait
@@ -142,14 +166,15 @@ def _judge_words(name, rendered, tiny_base, out):
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_judge_trains_and_resumes(name, tiny_base, rendered, tmp_path, killed):
+def test_judge_trains_and_resumes(name, tiny_base, rendered, tmp_path, killed, watched):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    configuration.run("train_judge", _judge_words(name, rendered, tiny_base, whole))
+    configuration.run("train_judge", [*_judge_words(name, rendered, tiny_base, whole), "tracker=tensorboard"])
     report = json.loads((whole / "report.json").read_text())
     for kind in ("renders", "reconstructions"):
         for figure, of in JUDGES[name][1].items():
             assert set(report[f"{figure}_{kind}"]) >= of
             assert all(0 <= value <= 1 for value in report[f"{figure}_{kind}"].values())
+            assert watched(whole) >= {f"{figure}_{kind}/{name}" for name in of} | {"loss", "rate/0"}
     killed("train_judge", _judge_words(name, rendered, tiny_base, parts))
     configuration.run("train_judge", _judge_words(name, rendered, tiny_base, parts))
     file = "judge.safetensors" if name == "prompts" else "judge/model.safetensors"

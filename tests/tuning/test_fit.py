@@ -163,6 +163,35 @@ def test_a_strong_prior_keeps_the_base(base, lidb, moments, prior):
     assert size(100.0) < size(0.01)
 
 
+def test_a_bad_noise_level_is_named(base, lidb, moments, monkeypatch):
+    right, calls = loss.predict, []
+
+    def wrong(base, latents, noise, timesteps, ids):
+        calls.append(timesteps)
+        out = right(base, latents, noise, timesteps, ids)
+        return torch.where((timesteps > 700)[:, None, None, None] & (len(calls) > 2), torch.nan, out)
+
+    monkeypatch.setattr(loss, "predict", wrong)
+    with pytest.raises(UserError, match=r"adapters of 2, noise level \d+ of 1000: the loss is nan at step 2") as error:
+        fit(base, lidb, moments[:2], FitConfig(steps=9, levels=3, rate=1e-3))
+    named = int(str(error.value).partition("level ")[2].partition(" ")[0])
+    assert named in calls[-1].tolist()
+    assert named > 700
+
+
+def test_one_number_among_many_that_is_none_is_found(base, lidb, moments, monkeypatch):
+    """It came with the last step, after which there is no loss to show it."""
+    step = torch.optim.AdamW.step
+
+    def last(self, closure=None):
+        step(self, closure)
+        self.param_groups[-1]["params"][-1].data.view(-1)[-1] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", last)
+    with pytest.raises(UserError, match="holds numbers of nan: lower the rate"):
+        fit(base, LoRA(lidb.layout, 2), moments[:1], FitConfig(steps=1, levels=1, rate=1e-3))
+
+
 def test_a_fit_that_diverges_says_so(base, lidb, moments):
     with pytest.raises(UserError, match=r"the loss is \w+ at step \d+; lower the rate \(1e\+30\)"):
         fit(base, lidb, moments[:1], FitConfig(steps=20, levels=4, rate=1e30))
