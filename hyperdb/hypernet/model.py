@@ -18,6 +18,7 @@ from hyperdb.hypernet.decoder import IterativeDecoder
 from hyperdb.hypernet.encoder import Encoder
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.runtime.lazy import PART, Lazy, mean_std
 
 KIND = "hyperdb-hypernet-1"
 
@@ -105,7 +106,7 @@ class Hypernet(nn.Module):
         decoder.summary, self.whiten = entry, self.whiten @ axes
         self.config = replace(self.config, summary=size)
 
-    def standardise(self, tokens: Tensor, moment: Tensor | None = None) -> None:
+    def standardise(self, tokens: Tensor | Lazy, moment: Tensor | None = None) -> None:
         """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's.
 
         A number that all fits share, such as those of an A that is everybody's, has a spread of 0: it is not predicted.
@@ -113,8 +114,9 @@ class Hypernet(nn.Module):
         root of the gradient's length there. Then a step along the gradient moves every layer about equally far, as a
         step of the fits does (`hyperdb.tuning.start`).
         """
-        std = tokens.std(0)
-        shared = (tokens == tokens[0]).all(0)
+        mean, std = mean_std(tokens)
+        first = tokens[0]
+        shared = torch.stack([(part == first).all(0) for part in tokens.split(PART)]).all(0)
         if moment is None:
             floor = 0.1 * std.square().mean(1, keepdim=True).sqrt() + 1e-4
             spread = torch.maximum(std, floor)
@@ -123,11 +125,11 @@ class Hypernet(nn.Module):
             length = (moment * moving).sum(1, keepdim=True).sqrt().clamp_min(1e-12)  # [N, 1]
             spread = length.pow(-0.5).expand_as(std)
             spread = spread * (std[moving].square().mean() / spread[moving].square().mean()).sqrt()
-        self.centre.copy_(tokens.mean(0).where(~shared, tokens[0]))
+        self.centre.copy_(mean.where(~shared, first))
         self.spread.copy_(spread.masked_fill(shared, 0.0))
 
     @torch.no_grad()
-    def standardise_features(self, images: Tensor) -> None:
+    def standardise_features(self, images: Tensor | Lazy) -> None:
         """Take the features' mean and standard deviation `[P, C]` and the principal components `[C, K]` of the first,
         the mean over the patches, from many faces `[I, 3, H, W]` uint8.
         """

@@ -233,7 +233,7 @@ def run(config: Config) -> Path:
                 config.data, config.average_people, config.split, config.diffusion.size, first=config.first
             )
             shown = _photos(config, some)
-            moments = latent_moments(base, some, Path(config.data), shown.flatten()).unflatten(0, shown.shape)
+            moments = latent_moments(base, some, rows=shown.flatten()).unflatten(0, shown.shape)
             return moments, _predictions(model, base, some, shown) if model is not None else None
 
         begun, key = out / "start.safetensors", fits.store_key(**origin)

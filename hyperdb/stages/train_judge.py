@@ -49,6 +49,9 @@ class Config:
 
 def run(config: Config) -> Path:
     """Write `out/judge.safetensors` or the folder `out/judge`, and `out/report.json` with the held-out figures."""
+    import tempfile
+
+    import numpy as np
     import torch
 
     from hyperdb.data.people import latent_moments, load_people
@@ -68,12 +71,14 @@ def run(config: Config) -> Path:
     people = load_people(config.data, size=config.diffusion.size)
     if "style" not in people.labels or people.identities <= config.held_out:
         raise UserError(f"{config.data} must hold rendered people, more than held_out={config.held_out}")
-    moments = latent_moments(base, people, Path(config.data))
+    moments = latent_moments(base, people)
     seen = (people.identity < people.identities - config.held_out).nonzero()[:, 0]
     held = (people.identity >= people.identities - config.held_out).nonzero()[:, 0]
 
     side = min(SIDE, people.images.shape[-1])
-    through = torch.empty(len(people), 3, side, side, dtype=torch.uint8)
+    # in a file without a name, for there is one of every picture
+    drawn = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(len(people), 3, side, side))
+    through = torch.from_numpy(drawn)
     known = torch.zeros(len(people), dtype=torch.bool)
 
     def rebuilt(rows: Tensor) -> Tensor:
