@@ -164,6 +164,9 @@ def _parquet(path: Path, files: Sequence[Path], columns: Mapping[str, str]) -> S
 
     found: dict[str, list[str]] = {}
     for file in files:
+        with file.open("rb") as content:
+            if content.read(4) != b"PAR1":
+                raise UserError(f"{file} is no parquet file, or damaged; copy or download it again")
         named = re.match(r"(train|validation|test)(?![a-z])", file.name)
         found.setdefault(named[1] if named else "whole", []).append(str(file.resolve()))
     if "whole" in found:
@@ -175,6 +178,10 @@ def _hub(name: str, settings: Mapping[str, str]) -> Source:
     """Read a data set of the hub, or offline of its cache."""
     import datasets
 
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"hub:{name} is no id of a data set; expected hub:ORG/NAME")
+    if Path(name).exists():  # which would be read instead
+        raise UserError(f"{name} is a folder here; read it as {name}, or the hub's from another folder")
     where = {"name": settings.get("config"), "revision": settings.get("revision")}
     builder = datasets.load_dataset_builder(name, **where)
     kind = type(builder).__module__.split(".")[-1]
@@ -205,8 +212,6 @@ def _of_table(where: str, splits: Mapping[str, Dataset], settings: Mapping[str, 
     if any(part.features != features for part in parts[1:]):
         raise UserError(f"{where}: the splits {', '.join(splits)} have different columns")
     table = pa.concat_tables([part.data.table.replace_schema_metadata(None) for part in parts])
-    if table.num_rows == 0:
-        raise UserError(f"{where} holds no pictures")
     reader = Table(where, table.column(_column(where, features, settings, "image")))
     mine = {"style", "seed"} <= set(features) and "photo" in (getattr(features["style"], "names", None) or ())
     seed, words = _people(where, table, features, settings, "seed" if mine else "identity")
@@ -295,7 +300,7 @@ def _settings(place: str) -> tuple[str, dict[str, str]]:
     """Divide `PLACE?image=COLUMN&identity=COLUMN` into the place and its settings."""
     where, _, query = place.partition("?")
     pairs = parse_qsl(query, keep_blank_values=True)
-    if query and (not pairs or not {key for key, _ in pairs} <= set(READ)):
+    if query and (not pairs or any(key not in READ or (key != "identity" and not value) for key, value in pairs)):
         raise UserError(f"{place}: after the question mark stand {', '.join(f'{key}=...' for key in READ)}, joined by &")
     return where, dict(pairs)
 
