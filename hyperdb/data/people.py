@@ -88,7 +88,8 @@ class People:
         """
         if by == "person":
             return self.seed[rows]
-        return kept(None, "keys", f"keys {self.images.key(rows)}", len(rows), lambda: map(self._hashes, rows.split(PART)))
+        key = f"keys {self.images.key(rows)}"
+        return kept(None, "keys", key, len(rows), lambda: map(self._hashes, rows.split(PART)))
 
     def _hashes(self, rows: Tensor) -> Tensor:
         hashes = [hashlib.blake2b(image.numpy().data, digest_size=8).digest() for image in self.images[rows]]

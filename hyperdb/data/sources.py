@@ -222,15 +222,15 @@ def _of_table(where: str, splits: Mapping[str, Dataset], settings: Mapping[str, 
     caption = settings.get("caption", "caption" if "caption" in features else "")
     captions = _of(where, table, caption).to_pylist() if caption else [CAPTION] * table.num_rows
     if not all(isinstance(text, str) for text in captions):
-        raise UserError(f"{where}: the column {caption} holds {table.column(caption).type}, expected a text in each row")
+        raise UserError(
+            f"{where}: the column {caption} holds {table.column(caption).type}, expected a text in each row"
+        )
     labels, names = _labels(table, features) if mine else ({}, {})
     photo = labels["style"] == names["style"].index("photo") if mine else np.ones(len(seed), dtype=np.bool_)
     digest = hashlib.sha256(json.dumps([words, named, captions, reader.lengths().tolist()]).encode())
     digest.update(reader.sample(SAMPLE))
     split = np.array(named, dtype=np.str_)
-    return _apart(
-        where, Source(reader, seed, split, captions, photo, digest.hexdigest()[:16], labels, names)
-    )
+    return _apart(where, Source(reader, seed, split, captions, photo, digest.hexdigest()[:16], labels, names))
 
 
 def _of(where: str, table: pa.Table, column: str) -> pa.ChunkedArray:
@@ -301,7 +301,9 @@ def _settings(place: str) -> tuple[str, dict[str, str]]:
     where, _, query = place.partition("?")
     pairs = parse_qsl(query, keep_blank_values=True)
     if query and (not pairs or any(key not in READ or (key != "identity" and not value) for key, value in pairs)):
-        raise UserError(f"{place}: after the question mark stand {', '.join(f'{key}=...' for key in READ)}, joined by &")
+        raise UserError(
+            f"{place}: after the question mark stand {', '.join(f'{key}=...' for key in READ)}, joined by &"
+        )
     return where, dict(pairs)
 
 
@@ -321,6 +323,13 @@ def _find(place: str) -> Source | None:
     if files:
         return _parquet(path, files, settings)
     return _folder(path) if path.is_dir() else None
+
+
+def is_here(place: str) -> bool:
+    """Whether a place can be looked at as it is: nothing has to be downloaded, and nothing converted in a cache."""
+    where, _ = _settings(place)
+    path = Path(expand(where))
+    return not where.startswith("hub:") and path.is_dir() and next(path.rglob("*.parquet"), None) is None
 
 
 def open_source(place: str) -> Source:

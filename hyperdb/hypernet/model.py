@@ -133,16 +133,21 @@ class Hypernet(nn.Module):
         """Take the features' mean and standard deviation `[P, C]` and the principal components `[C, K]` of the first,
         the mean over the patches, from many faces `[I, 3, H, W]` uint8.
         """
-        features = torch.cat([self.encoder(part).float() for part in images.split(64)])  # [I, P, C]
-        self.feature_mean.copy_(features.mean(0))
-        if len(features) > 1:
-            std = features.std(0)
+        count, total, square = len(images), torch.zeros(()), torch.zeros(())
+        summaries = []  # of all features only these, for those of many patches are gigabytes
+        for part in images.split(64):
+            features = self.encoder(part).double().cpu()  #                             [64, P, C]
+            total, square = total + features.sum(0), square + features.square().sum(0)
+            summaries.append(features[:, 0])
+        self.feature_mean.copy_(total / count)
+        if count > 1:
+            std = ((square - total.square() / count).clamp_min(0) / (count - 1)).sqrt()
             self.feature_std.copy_(std.clamp_min(0.1 * std.mean() + 1e-6))
-            centred = (features[:, 0] - self.feature_mean[0]).double()
+            centred = torch.cat(summaries) - total[0] / count
             _, size, axes = torch.linalg.svd(centred, full_matrices=False)
             kept = min(self.whiten.shape[1], int((size > 1e-3 * size[0]).sum()))
             self.whiten.zero_()
-            self.whiten[:, :kept] = (axes[:kept].mT * (len(features) - 1) ** 0.5 / size[:kept]).float()
+            self.whiten[:, :kept] = (axes[:kept].mT * (count - 1) ** 0.5 / size[:kept]).float()
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images `[I, 3, H, W]` uint8 as standardised features `[I, P, C]` and their summary `[I, K]`."""

@@ -127,9 +127,10 @@ def reference_rows(people: People, views: int, first: int = 0) -> list[list[int]
 
 
 def passes(config: Config, sketch: Sketch) -> None:
-    """Measure what encodes the photos and a batch of fits."""
+    """Count the people; measure what encodes the photos and a batch of fits."""
     from hyperdb.tuning.memory import rows
 
+    sketch.read(config.data, config.identities, config.split, first=config.first, photos=config.photos)
     with sketch.measure("encoding photos"):
         sketch.encode()
     with sketch.measure("fits"):

@@ -169,13 +169,16 @@ class Config:
 
 
 def passes(config: Config, sketch: Sketch) -> None:
-    """Measure a step of the training, and a validation; count what the optimizer keeps of each network."""
+    """Count the people; measure a step and a validation; count what the optimizer keeps of each network."""
     from hyperdb.tuning.draw import together
     from hyperdb.tuning.memory import rows
 
     hypernet = sketch.add_hypernet(config.model, config.adapter.tokens(sketch.layout))
     hypernet.encoder.requires_grad_(config.encoder_rate > 0 and not config.model.encoder.frozen)
     people = config.batch
+    sketch.read(config.data, config.people, "train", latents=(1 + config.flips) * (config.alpha > 0))
+    if config.validation is not None:
+        sketch.read(config.validation, config.validation_people, "validation", least=2)
     with sketch.measure("encoding photos"):
         sketch.encode()
     with sketch.measure("training step"):

@@ -76,9 +76,8 @@ def run(config: Config) -> Path:
     held = (people.identity >= people.identities - config.held_out).nonzero()[:, 0]
 
     side = min(SIDE, people.images.shape[-1])
-    # in a file without a name, for there is one of every picture
-    drawn = np.memmap(tempfile.TemporaryFile(), np.uint8, "w+", shape=(len(people), 3, side, side))
-    through = torch.from_numpy(drawn)
+    with tempfile.TemporaryFile() as file:  # which stays as long as it is mapped; there is one of every picture
+        through = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(len(people), 3, side, side)))
     known = torch.zeros(len(people), dtype=torch.bool)
 
     def rebuilt(rows: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from hyperdb import heads
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json
