@@ -21,7 +21,7 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import open_tensors
 from hyperdb.runtime.lazy import Lazy
 
-PLAIN = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")  # the header of `hyperdb.faces.image.ppm`
+PLAIN = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")  # the header of `hyperdb.faces.image.ppm`
 
 
 class Reader(Protocol):

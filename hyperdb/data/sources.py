@@ -19,6 +19,7 @@ from hyperdb import heads
 from hyperdb.data.pictures import Files, Reader, Shards, Table
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files, load_json, load_tensors, load_text
+from hyperdb.runtime.output import RECORD
 from hyperdb.runtime.paths import expand
 from hyperdb.runtime.recipe import AROUND
 from hyperdb.runtime.seed import derive, split_of
@@ -205,7 +206,8 @@ def _embedded(part: Dataset) -> Dataset:
 def _of_table(where: str, splits: Mapping[str, Dataset], settings: Mapping[str, str]) -> Source:
     """Read data sets of `datasets`, one a split; each is taken at its word if all are called train, validation or test.
 
-    A single one, or others, are divided by the hash of a person's name, as in `preprocess`; rendered people by theirs.
+    One called train alone, or others, are divided by the hash of a person's name, as in `preprocess`; rendered people
+    by their seeds.
     """
     parts = list(splits.values())
     features = parts[0].features
@@ -214,9 +216,10 @@ def _of_table(where: str, splits: Mapping[str, Dataset], settings: Mapping[str, 
     table = pa.concat_tables([part.data.table.replace_schema_metadata(None) for part in parts])
     reader = Table(where, table.column(_column(where, features, settings, "image")))
     mine = {"style", "seed"} <= set(features) and "photo" in (getattr(features["style"], "names", None) or ())
+    mine = mine and "identity" not in settings
     seed, words = _people(where, table, features, settings, "seed" if mine else "identity")
     named = [split for split, part in splits.items() for _ in range(len(part))]
-    if mine or len(splits) == 1 or not set(splits) <= set(SPLITS):
+    if mine or set(splits) == {"train"} or not set(splits) <= set(SPLITS):
         divided = {word: heads.split_of(int(word)) if mine else split_of(word) for word in set(words)}
         named = [divided[word] for word in words]
     caption = settings.get("caption", "caption" if "caption" in features else "")
@@ -322,7 +325,8 @@ def _find(place: str) -> Source | None:
     files = [path] if path.suffix == ".parquet" and path.is_file() else sorted(path.rglob("*.parquet"))
     if files:
         return _parquet(path, files, settings)
-    return _folder(path) if path.is_dir() else None
+    # of our own folders those that lack their index are not finished
+    return _folder(path) if path.is_dir() and not (path / RECORD).is_file() else None
 
 
 def is_here(place: str) -> bool:

@@ -100,6 +100,12 @@ def test_pictures_in_no_folder_are_a_person_each(images: list[Image.Image], tmp_
     assert load_people(tmp_path, split=None).identities == 4
 
 
+def test_a_folder_that_preprocess_has_not_finished_is_nobody(folder: Path) -> None:
+    (folder / ".hyperdb.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no faces"):
+        load_people(folder, split=None)
+
+
 @pytest.mark.parametrize(
     ("image", "said"),
     [
@@ -157,6 +163,8 @@ def test_splits_are_taken_at_their_word(table: datasets.Dataset, images: list[Im
     for place in (tmp_path / "saved", tmp_path / "files"):
         same(load_people(place), [images[0], images[1], images[3]], ["ben", "ada", "ben"])
         same(load_people(place, split="test"), [images[2]], ["cy"])
+    datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "test")
+    same(load_people(tmp_path / "test", split="test"), images, NAMES)
     datasets.DatasetDict({"train": table, "test": table.select([2])}).save_to_disk(tmp_path / "overlap")
     with pytest.raises(UserError, match="a person is in both splits"):
         load_people(tmp_path / "overlap")
