@@ -136,7 +136,7 @@ class Hypernet(nn.Module):
         count, total, square = len(images), torch.zeros(()), torch.zeros(())
         summaries = []  # of all features only these, for those of many patches are gigabytes
         for part in images.split(64):
-            features = self.encoder(part).double().cpu()  #                             [64, P, C]
+            features = self.encoder(part).cpu().double()  #                             [64, P, C]
             total, square = total + features.sum(0), square + features.square().sum(0)
             summaries.append(features[:, 0])
         self.feature_mean.copy_(total / count)

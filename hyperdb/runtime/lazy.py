@@ -52,7 +52,7 @@ class _Part(Lazy):
 
 def mean_std(rows: Tensor | Lazy, correction: int = 1) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation over the first axis, float32; the sums are in float64 and made in parts."""
-    count = len(rows)
-    mean = sum(part.double().sum(0) for part in rows.split(PART)) / count
-    square = sum((part.double() - mean).square().sum(0) for part in rows.split(PART))
+    count, nothing = len(rows), torch.zeros((), dtype=torch.float64)
+    mean = sum((part.double().sum(0) for part in rows.split(PART)), nothing) / count
+    square = sum(((part.double() - mean).square().sum(0) for part in rows.split(PART)), nothing)
     return mean.float(), (square / (count - correction)).sqrt().float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -20,7 +21,7 @@ from hyperdb.data import pictures, sources
 from hyperdb.data.people import People, latent_moments, load_people
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json, save_json, save_tensors
+from hyperdb.runtime.files import hash_files, load_json, save_json, save_tensors
 from hyperdb.runtime.seed import derive, split_of
 from hyperdb.stages import render_heads
 
@@ -295,6 +296,9 @@ def test_renders_of_a_former_version_are_read(former: Path, rendered: Path) -> N
     assert people.captions == now.captions
     assert people.names == now.names
     assert all(torch.equal(people.labels[name], value) for name, value in now.labels.items())
+    config = {k: v for k, v in load_json(former / "index.json")["config"].items() if k not in ("out", "workers")}
+    text = hash_files([former / "shard-00000.safetensors"]) + json.dumps(config, sort_keys=True)
+    assert people.digest == hashlib.sha256(text.encode()).hexdigest()[:16]  # what was made from them states it
     with pytest.raises(UserError, match="renders of 32 px, and 64 px are needed"):
         load_people(former, size=64)
     with pytest.raises(UserError, match="people of the train split"):
