@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# what is kept of data from one test to the next, and by `datasets`; gone with the process that made it
+CACHE = tempfile.TemporaryDirectory(prefix="hyperdb-tests-")
+os.environ.setdefault("HYPERDB_CACHE", f"{CACHE.name}/hyperdb")
+os.environ.setdefault("HF_DATASETS_CACHE", f"{CACHE.name}/datasets")
 
 
 GOLDEN = Path(__file__).parent / "golden"

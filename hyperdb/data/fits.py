@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +18,47 @@ from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json, load_metadata, load_tensors, save_json, save_tensors
+from hyperdb.runtime.files import load_json, load_metadata, load_tensors, open_tensors, save_json, save_tensors
+from hyperdb.runtime.lazy import PART, Lazy, mean_std
 
 if TYPE_CHECKING:
     from hyperdb.data.people import People
     from hyperdb.diffusion.base import Base
 
 
+class Fits(Lazy):
+    """The tokens `[I, N, D]`, float32, of a store's shards, which stay on the disk."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        files = [open_tensors(path) for path in paths]
+        if not all({"tokens", "keys"} <= set(file.keys()) for file in files):
+            raise ValueError("no tokens or keys")
+        self._shards = [file.get_slice("tokens") for file in files]
+        shapes = [shard.get_shape() for shard in self._shards]
+        if not shapes or any(len(shape) != 3 or shape[1:] != shapes[0][1:] for shape in shapes):
+            raise ValueError("tokens of several shapes")
+        self._ends = list(accumulate(shape[0] for shape in shapes))
+        self.shape = (self._ends[-1], *shapes[0][1:])
+        self.keys = torch.cat([file.get_tensor("keys") for file in files])
+
+    def read(self, rows: list[int]) -> Tensor:
+        """Read these fits."""
+        found = torch.empty(len(rows), *self.shape[1:])
+        for k, row in enumerate(rows):
+            shard = bisect_right(self._ends, row)
+            found[k] = self._shards[shard][row - (self._ends[shard - 1] if shard else 0)]
+        return found
+
+
 @dataclass
 class FitStore:
-    """I fits: `tokens [I, N, D]`, whose they are, and the LiDB that they belong to.
+    """I fits: `tokens [I, N, D]`, read when they are asked for, whose they are, and the LiDB that they belong to.
 
     `by` is image or person, and `keys [I]` the images' or people's `People.keys`. `moment [N, D]` is the mean square of
     a person's gradient where the fits began (`hyperdb.tuning.start`), None if they began at LiDB's own start.
     """
 
-    tokens: Tensor
+    tokens: Tensor | Lazy
     keys: Tensor
     by: str
     lidb: LiDB
@@ -40,7 +68,10 @@ class FitStore:
     @property
     def digest(self) -> str:
         """16 hex digits over the numbers and whose they are."""
-        return hashlib.sha256(self.keys.numpy().tobytes() + self.tokens.numpy().tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(self.keys.numpy().tobytes())
+        for part in self.tokens.split(PART):
+            digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def rows_of(self, keys: Tensor) -> Tensor:
         """Return the row in the store of each of the `keys`, of the kind `by`; -1 where there is no fit."""
@@ -70,8 +101,9 @@ def shard_is_done(folder: Path, number: int, key: str) -> bool:
 
 def finish(folder: Path, shards: int, lidb: LiDB, provenance: dict[str, Any]) -> Path:
     """Write the index that makes a set of shards a store, with mean and deviation of the tokens."""
-    tokens = torch.cat([load_tensors(shard_path(folder, i))[0]["tokens"] for i in range(shards)]).float()
-    save_tensors(folder / "statistics.safetensors", {"mean": tokens.mean(0), "std": tokens.std(0, correction=0)})
+    tokens = Fits([shard_path(folder, i) for i in range(shards)])
+    mean, std = mean_std(tokens, correction=0)
+    save_tensors(folder / "statistics.safetensors", {"mean": mean, "std": std})
     return save_json(
         folder / "index.json",
         {
@@ -118,18 +150,20 @@ def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore
     lidb = LiDBConfig(**index["lidb"]).build(layout)
     if lidb.fingerprint != index["fingerprint"]:
         raise UserError(f"{folder} was made with other LiDB bases; run `hyperdb precompute` again")
-    parts = [load_tensors(shard_path(folder, i))[0] for i in range(index["shards"])]
-    if not all({"tokens", "keys"} <= part.keys() for part in parts):
-        raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again")
-    tokens = torch.cat([p["tokens"] for p in parts]).float()
-    if tokens.shape[1:] != lidb.mask.shape or not torch.isfinite(tokens).all():
+    try:
+        tokens = Fits([shard_path(folder, i) for i in range(index["shards"])])
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again") from error
+    if tokens.shape[1:] != lidb.mask.shape or not all(torch.isfinite(part).all() for part in tokens.split(PART)):
         raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again")
     moment = None
     if (begun := folder / "start.safetensors").is_file():
         moment = load_tensors(begun)[0].get("moment")
         if moment is None or moment.shape != lidb.mask.shape or not torch.isfinite(moment).all():
             raise UserError(f"{begun} is damaged; delete {folder} and run `hyperdb precompute` again")
-    return FitStore(tokens, torch.cat([p["keys"] for p in parts]), index["by"], lidb, index, moment)
+    return FitStore(tokens, tokens.keys, index["by"], lidb, index, moment)
 
 
 def store_key(**parts: Any) -> str:

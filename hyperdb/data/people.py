@@ -1,12 +1,13 @@
-"""A set of face images with captions and identities, from rendered shards or from an aligned folder."""
+"""A set of face images with captions and identities, wherever they come from."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from hyperdb.data.pictures import Pictures
+from hyperdb.data.sources import open_source
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.digest import digest_latents
+from hyperdb.runtime.cache import kept
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import hash_files, load_json, load_tensors, load_text, save_tensors
-from hyperdb.runtime.recipe import AROUND
-from hyperdb.runtime.seed import derive
+from hyperdb.runtime.lazy import PART
 
 ONE_POSE = 0.15  # radians by which yaw and pitch may differ
 
@@ -28,12 +30,13 @@ ONE_POSE = 0.15  # radians by which yaw and pitch may differ
 class People:
     """`n` images `[n, 3, H, W]` uint8; `identity [n]` numbers the person, 0 .. I-1 by first appearance.
 
+    The images are on the disk: `images[rows]` decodes some, and all of them are never in memory.
     `seed [n]` is the person's own number, the same whatever else is loaded: a render's seed, a hash of the name that a
     dataset gives the person. `labels` holds further columns `[n, ...]`, `names` the words behind label columns that
     are indices. `digest` names the whole data set, whichever people of it were loaded.
     """
 
-    images: Tensor
+    images: Pictures
     seed: Tensor
     captions: list[str]
     labels: dict[str, Tensor] = field(default_factory=dict)
@@ -81,17 +84,16 @@ class People:
     def keys(self, by: str, rows: Tensor) -> Tensor:
         """Return whose fit a picture's is, `[len(rows)]` int64: by `image` a hash of its pixels, by `person` the seed.
 
-        Either is the same whatever else is loaded.
+        Either is the same whatever else is loaded. The hashes are kept in the cache.
         """
         if by == "person":
             return self.seed[rows]
-        return torch.tensor(
-            [
-                int.from_bytes(hashlib.blake2b(self.images[row].numpy().data, digest_size=8).digest(), "big") >> 1
-                for row in rows.tolist()
-            ],
-            dtype=torch.long,
-        )
+        key = f"keys {self.images.key(rows)}"
+        return kept(None, "keys", key, len(rows), lambda: map(self._hashes, rows.split(PART)))
+
+    def _hashes(self, rows: Tensor) -> Tensor:
+        hashes = [hashlib.blake2b(image.numpy().data, digest_size=8).digest() for image in self.images[rows]]
+        return torch.tensor([int.from_bytes(value, "big") >> 1 for value in hashes], dtype=torch.long)
 
 
 def _numbered(seed: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
@@ -102,7 +104,7 @@ def _numbered(seed: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
 
 @dataclass
 class _Choice:
-    """Which pictures of a data set are wanted; decided before any is decoded. See `load_people`."""
+    """Which pictures of a data set are wanted; decided before any is looked at. See `load_people`."""
 
     first: int
     limit: int | None
@@ -130,123 +132,58 @@ def load_people(
     least: int = 0,
     photos: int | None = None,
 ) -> People:
-    """Read rendered shards (`hyperdb render_heads`) or an aligned folder (`hyperdb preprocess`).
+    """Find people in any place that `hyperdb.data.sources.open_source` knows; their pictures are decoded when used.
 
     `limit` keeps so many identities from number `first` on, of those with at least `least` photos; `photos` keeps of
     theirs the first so many photos and nothing else. `split` None takes people of any split; `size` is the side
-    wanted, None the side there is. Only what is kept is decoded, into one array. Raises `UserError` if the folder is
-    not complete, is damaged, or holds renders of another size or another split: training, validation and test never
-    share a person.
+    wanted, None the side there is. Raises `UserError` if the place is not complete, is damaged, holds no square
+    pictures of faces, or holds renders of another size or another split: training, validation and test never share a
+    person.
     """
-    path, choice = Path(path), _Choice(first, limit, least, photos)
-    try:
-        if (path / "index.json").is_file():
-            people = _rendered(path, choice, split, size)
-        elif (path / "manifest.jsonl").is_file():
-            people = _aligned(path, choice, split, size)
-        else:
-            raise UserError(
-                f"{path} holds no faces; make it with `hyperdb render_heads out={path}` or `hyperdb preprocess`"
-            )
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and make it again") from error
-    if len(people) == 0:
+    source = open_source(str(path))
+    _require(path, source.rendered, split, size)
+    mine = np.flatnonzero(np.ones(len(source.seed), dtype=np.bool_) if split is None else source.split == split)
+    rows = mine[_Choice(first, limit, least, photos).rows(source.seed[mine], source.photo[mine])]
+    if len(rows) == 0:
         of = f" of people with {least} photos" if least else ""
         of += f" from person {first} on" if first else ""
         raise UserError(f"{path} holds no images of the split {split!r}{of}")
-    return people
+    labels = {name: torch.from_numpy(value[rows]) for name, value in source.labels.items()}
+    captions = [source.captions[row] for row in rows.tolist()]
+    pictures = Pictures(source.reader, rows, size, source.digest)
+    return People(pictures, torch.from_numpy(source.seed[rows]), captions, labels, source.names, source.digest)
 
 
-def _rendered(path: Path, choice: _Choice, split: str | None, size: int | None) -> People:
-    shards, index = sorted(path.glob("shard-*.safetensors")), load_json(path / "index.json")
-    if size not in (None, there := index["config"]["size"]):
+def _require(path: str | Path, made: Mapping[str, Any], split: str | None, size: int | None) -> None:
+    """Raise `UserError` for a folder of renders that was made for something else; it can be made again."""
+    if size not in (None, there := made.get("size", size)):
         raise UserError(
             f"{path} holds renders of {there} px, and {size} px are needed here; "
             f"make some with `hyperdb render_heads size={size} out=FOLDER`"
         )
-    if split not in (None, here := index["config"]["split"]):
+    if split not in (None, here := made.get("split", split)):
         raise UserError(
             f"{path} holds people of the {here} split, and {split} people are needed here; "
             f"make some with `hyperdb render_heads split={split} out=FOLDER`"
         )
-    if len(shards) != index["shards"]:
-        found = f"{len(shards)} of {index['shards']} shards"
-        raise UserError(f"{path} has {found}; run the `hyperdb render_heads` that made it again")
-    columns: dict[str, list[Tensor]] = {}
-    captions: list[str] = []
-    names: dict[str, list[str]] = {}
-    for shard in shards:
-        tensors, metadata = load_tensors(shard, without="image")
-        captions += json.loads(metadata["captions"])
-        names = json.loads(metadata["columns"])
-        for name, value in tensors.items():
-            columns.setdefault(name, []).append(value)
-    merged = {name: torch.cat(values) for name, values in columns.items()}
-    photo = merged["style"] == names["style"].index("photo")
-    rows = torch.from_numpy(choice.rows(merged["seed"].numpy(), photo.numpy()))
-    images = torch.empty(len(rows), 3, there, there, dtype=torch.uint8)
-    begin = done = 0
-    for shard, seeds in zip(shards, columns["seed"], strict=True):
-        inside = rows[(rows >= begin) & (rows < begin + len(seeds))] - begin
-        if len(inside):
-            images[done : done + len(inside)] = load_tensors(shard)[0]["image"][inside].permute(0, 3, 1, 2)
-        begin, done = begin + len(seeds), done + len(inside)
-    chosen = {name: value[rows] for name, value in merged.items()}
-    whole = {k: v for k, v in index["config"].items() if k not in AROUND}
-    digest = hashlib.sha256(hash_files(shards[:1]).encode() + json.dumps(whole, sort_keys=True).encode())
-    words = [captions[i] for i in rows.tolist()]
-    return People(images, chosen.pop("seed"), words, chosen, names, digest.hexdigest()[:16])
-
-
-def _aligned(path: Path, choice: _Choice, split: str | None, size: int | None) -> People:
-    from PIL import Image
-
-    every = [json.loads(line) for line in load_text(path / "manifest.jsonl").splitlines()]
-    # of all splits, and of the pictures too, by their length: other crops can have the same manifest
-    lengths = [(path / r["file"]).stat().st_size for r in every]
-    digest = hashlib.sha256(f"{hash_files([path / 'manifest.jsonl'])} {lengths}".encode()).hexdigest()[:16]
-    records = [r for r in every if split in (None, r["split"])]
-    seed = np.array([derive(0, "person", r["identity"]) for r in records], dtype=np.int64)
-    rows = choice.rows(seed, np.ones(len(seed), dtype=np.bool_))
-    images = torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-    for k, row in enumerate(rows):
-        with Image.open(path / records[row]["file"]) as image:
-            rgb = image.convert("RGB")
-        if size is not None and rgb.size != (size, size):
-            rgb = rgb.resize((size, size), Image.Resampling.LANCZOS)
-        if k == 0:
-            images = torch.empty(len(rows), 3, rgb.height, rgb.width, dtype=torch.uint8)
-        images[k] = torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    return People(images, torch.from_numpy(seed[rows]), ["a photo of a face"] * len(rows), digest=digest)
 
 
 def latent_moments(
-    base: Base, people: People, folder: Path, rows: Tensor | None = None, mirrored: bool = False
+    base: Base, people: People, folder: Path | None = None, rows: Tensor | None = None, mirrored: bool = False
 ) -> Tensor:
     """Return the latents' mean and standard deviation `[n, 2, c, h, w]` float16, computed once for a VAE.
 
-    `rows [n]` are those of some pictures, None of all; `mirrored` turns each left to right first. They are kept in
-    `folder`, beside the images, under the hashes of encoder and pixels: every base around an autoencoder of the same
-    encoder and every stage shares them.
+    `rows [n]` are those of some pictures, None of all; `mirrored` turns each left to right first. They stay on the
+    disk, in the cache or in `folder`, under the digests of data and encoder: every base around an autoencoder of the
+    same encoder and every stage shares them, and only those that are looked at are read.
     """
     rows = torch.arange(len(people)) if rows is None else rows
-    pixels = hashlib.sha256()
-    for row in rows.tolist():
-        pixels.update(people.images[row].numpy().data)
-    key = f"{digest_latents(base.vae)} {pixels.hexdigest()[:16]}{' mirrored' if mirrored else ''}"
-    cache = folder / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:8]}.safetensors"
-    if cache.is_file():
-        tensors, metadata = load_tensors(cache)
-        if metadata.get("key") == key:
-            return tensors["moments"]
-    parts = rows.split(256)
-    bar = tqdm(parts, desc="encoding images", dynamic_ncols=True, disable=len(parts) < 4)
-    found = []
-    for part in bar:
-        images = people.images[part]
-        found.append(base.moments(images.flip(-1) if mirrored else images).half())
-    moments = torch.cat(found)
-    save_tensors(cache, {"moments": moments}, {"key": key})
-    return moments
+    images = people.images
+    key = f"{digest_latents(base.vae)} {images.key(rows)}{' mirrored' if mirrored else ''}"
+
+    def encoded() -> Iterator[Tensor]:
+        parts = rows.split(PART)
+        for part in tqdm(parts, desc="encoding images", dynamic_ncols=True, disable=len(parts) < 4):
+            yield base.moments(images[part].flip(-1) if mirrored else images[part]).half()
+
+    return kept(folder, "moments", key, len(rows), encoded)

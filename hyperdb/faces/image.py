@@ -41,7 +41,8 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} is empty; copy or download it again")
 
 
-def _check_size(name: str | Path, width: int, height: int) -> None:
+def check_size(name: str | Path, width: int, height: int) -> None:
+    """Raise `UserError` for a picture with a side below 32 or above 16,384 px, or more than 178 million pixels."""
     if min(width, height) < SMALLEST:
         raise UserError(
             f"{name} has {width}x{height} px; at least {SMALLEST} px a side are needed, use a larger picture"
@@ -57,7 +58,7 @@ def _check_size(name: str | Path, width: int, height: int) -> None:
 
 
 def _open_header(path: Path) -> Image.Image:
-    """Let Pillow read the header, HEIC included, whatever size it claims: `_check_size` judges that."""
+    """Let Pillow read the header, HEIC included, whatever size it claims: `check_size` judges that."""
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -107,7 +108,7 @@ def _float_tiff(path: Path) -> Image.Image | None:
         file.seek(tags.next)
         tags.load(file)
     try:
-        _check_size(path, tags[IMAGEWIDTH], tags[IMAGELENGTH])
+        check_size(path, tags[IMAGEWIDTH], tags[IMAGELENGTH])
     except (KeyError, TypeError):
         return None
     values = _deep_pixels(path)
@@ -263,7 +264,7 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     path = Path(path)
     _check_file(path)
     with _open(path) as image:
-        _check_size(path, *image.size)
+        check_size(path, *image.size)
         is_deep = _holds_deep_colours(image)
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) if is_deep and image.format == "TIFF" else None
         _decode(path, image)  # turns a TIFF upright itself
@@ -284,7 +285,7 @@ def as_image(picture: Any, name: str = "the picture") -> NDArray[np.uint8]:
     0..255. Raises `UserError` that says what is wrong with any other.
     """
     if isinstance(picture, Image.Image):
-        _check_size(name, *picture.size)
+        check_size(name, *picture.size)
         return _to_rgb(picture, name)
     try:
         values = np.asarray(picture)
@@ -296,7 +297,7 @@ def as_image(picture: Any, name: str = "the picture") -> NDArray[np.uint8]:
         channels_first = values.ndim == 3 and shape[0] in (1, 3, 4)
         advice = "move the channels to the end" if channels_first else "give several pictures as a list"
         raise UserError(f"{name} has the shape {shape}, expected [H, W, 3] or [H, W]: {advice}")
-    _check_size(name, shape[1], shape[0])
+    check_size(name, shape[1], shape[0])
     pixels = _to_8bit(values, name)
     if pixels.ndim == 3 and shape[2] == 3:
         return np.ascontiguousarray(pixels)
@@ -339,6 +340,11 @@ def save_png(
     with atomic(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG", pnginfo=info, compress_level=3)
     return Path(path)
+
+
+def ppm(pixels: NDArray[np.uint8]) -> bytes:
+    """Encode `[H, W, 3]` as a PPM picture: nothing is compressed, so reading it takes no longer than copying it."""
+    return b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
 def _shorten(text: str, font: Any, width: int) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hyperdb.adapters.lidb import LiDB
+from hyperdb.runtime.lazy import PART, Lazy, mean_std
 
 
 def _inner(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> Tensor:
@@ -41,25 +42,27 @@ def fisher(lidb: LiDB, predicted: Tensor, fitted: Tensor, scale: Tensor) -> Tens
     return ((predicted - fitted).square() / scale * lidb.mask).sum((-1, -2))
 
 
-def scales(lidb: LiDB, tokens: Tensor, kind: str, moment: Tensor | None = None) -> Tensor:
+def scales(lidb: LiDB, tokens: Tensor | Lazy, kind: str, moment: Tensor | None = None) -> Tensor:
     """Return what normalises each layer `[N]`, or with the loss `fisher` each number `[N, D]`.
 
     It is the fits' variance in the space of the loss called `kind`. With it, predicting everyone as the mean of the
     factors costs about 1. One fit has no variance: its size counts. `fisher` weights the numbers by `moment [N, D]`.
     """
-    mean = (tokens.mean(0, keepdim=True) if len(tokens) > 1 else torch.zeros_like(tokens)).expand_as(tokens)
-    if kind == "fisher":
-        assert moment is not None
-        weight = moment.to(tokens.device)
-        whole = ((tokens - mean).square() * weight * lidb.mask).sum((-1, -2)).mean()
-        return whole.clamp_min(1e-20) / weight.clamp_min(1e-20)
-    if kind == "plain":
-        spread = ((tokens - mean) * lidb.mask).square().sum(-1).mean(0)
-    else:
-        A, B = lidb.split(tokens)
-        A2, B2 = lidb.split(mean)
-        spread = (_inner(A, B, A, B) + _inner(A2, B2, A2, B2) - 2 * _inner(A, B, A2, B2)).mean(0)
-    return spread.clamp_min(1e-8)
+    mean = (mean_std(tokens)[0] if len(tokens) > 1 else torch.zeros_like(tokens[0]))[None].to(lidb.mask.device)
+    weight = moment.to(mean.device) if kind == "fisher" and moment is not None else None
+    spread = torch.zeros(())
+    for part in tokens.split(PART):
+        part = part.to(mean.device)
+        if weight is not None:
+            found = ((part - mean).square() * weight * lidb.mask).sum((-1, -2))  #  [K]
+        elif kind == "plain":
+            found = ((part - mean) * lidb.mask).square().sum(-1)  #                 [K, N]
+        else:
+            A, B = lidb.split(part)
+            A2, B2 = lidb.split(mean.expand_as(part))
+            found = _inner(A, B, A, B) + _inner(A2, B2, A2, B2) - 2 * _inner(A, B, A2, B2)
+        spread = spread.to(mean.device) + found.sum(0) / len(tokens)
+    return spread.clamp_min(1e-20) / weight.clamp_min(1e-20) if weight is not None else spread.clamp_min(1e-8)
 
 
 class WeightSpace:
@@ -69,11 +72,11 @@ class WeightSpace:
     `moment [N, D]`, the mean square of people's gradients.
     """
 
-    def __init__(self, lidb: LiDB, fits: Tensor, kind: str, moment: Tensor | None = None) -> None:
+    def __init__(self, lidb: LiDB, fits: Tensor | Lazy, kind: str, moment: Tensor | None = None) -> None:
         self.lidb, self.scale = lidb, scales(lidb, fits, kind, moment)
         self.distance = {"gauge_free": gauge_free, "plain": plain, "fisher": fisher}[kind]
 
-    def __call__(self, predicted: Tensor, fits: Tensor, rows: Tensor) -> Tensor:
+    def __call__(self, predicted: Tensor, fits: Tensor | Lazy, rows: Tensor) -> Tensor:
         """Return how far each of `predicted [I, N, D]` is from its fit, the row of `fits` that `rows [I]` says.
 
         Where there is none, a row is -1 and the prediction is left out: `[K]`.

@@ -18,6 +18,7 @@ from hyperdb.hypernet.decoder import IterativeDecoder
 from hyperdb.hypernet.encoder import Encoder
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, reading, save_tensors
+from hyperdb.runtime.lazy import PART, Lazy, mean_std
 
 KIND = "hyperdb-hypernet-1"
 
@@ -103,7 +104,7 @@ class Hypernet(nn.Module):
         decoder.summary, self.whiten = entry, self.whiten @ axes
         self.config = replace(self.config, summary=size)
 
-    def standardise(self, tokens: Tensor, moment: Tensor | None = None) -> None:
+    def standardise(self, tokens: Tensor | Lazy, moment: Tensor | None = None) -> None:
         """Take centre and spread from fits `[I, N, D]`; the spread never falls under a tenth of its layer's.
 
         A number that all fits share, such as those of an A that is everybody's, has a spread of 0: it is not predicted.
@@ -111,8 +112,9 @@ class Hypernet(nn.Module):
         root of the gradient's length there. Then a step along the gradient moves every layer about equally far, as a
         step of the fits does (`hyperdb.tuning.start`).
         """
-        std = tokens.std(0)
-        shared = (tokens == tokens[0]).all(0)
+        mean, std = mean_std(tokens)
+        first = tokens[0]
+        shared = torch.stack([(part == first).all(0) for part in tokens.split(PART)]).all(0)
         if moment is None:
             floor = 0.1 * std.square().mean(1, keepdim=True).sqrt() + 1e-4
             spread = torch.maximum(std, floor)
@@ -121,24 +123,29 @@ class Hypernet(nn.Module):
             length = (moment * moving).sum(1, keepdim=True).sqrt().clamp_min(1e-12)  # [N, 1]
             spread = length.pow(-0.5).expand_as(std)
             spread = spread * (std[moving].square().mean() / spread[moving].square().mean()).sqrt()
-        self.centre.copy_(tokens.mean(0).where(~shared, tokens[0]))
+        self.centre.copy_(mean.where(~shared, first))
         self.spread.copy_(spread.masked_fill(shared, 0.0))
 
     @torch.no_grad()
-    def standardise_features(self, images: Tensor) -> None:
+    def standardise_features(self, images: Tensor | Lazy) -> None:
         """Take the features' mean and standard deviation `[P, C]` and the principal components `[C, K]` of the first,
         the mean over the patches, from many faces `[I, 3, H, W]` uint8.
         """
-        features = torch.cat([self.encoder(part).float() for part in images.split(64)])  # [I, P, C]
-        self.feature_mean.copy_(features.mean(0))
-        if len(features) > 1:
-            std = features.std(0)
+        count, total, square = len(images), torch.zeros(()), torch.zeros(())
+        summaries = []  # of all features only these, for those of many patches are gigabytes
+        for part in images.split(64):
+            features = self.encoder(part).cpu().double()  #                             [64, P, C]
+            total, square = total + features.sum(0), square + features.square().sum(0)
+            summaries.append(features[:, 0])
+        self.feature_mean.copy_(total / count)
+        if count > 1:
+            std = ((square - total.square() / count).clamp_min(0) / (count - 1)).sqrt()
             self.feature_std.copy_(std.clamp_min(0.1 * std.mean() + 1e-6))
-            centred = (features[:, 0] - self.feature_mean[0]).double()
+            centred = torch.cat(summaries) - total[0] / count
             _, size, axes = torch.linalg.svd(centred, full_matrices=False)
             kept = min(self.whiten.shape[1], int((size > 1e-3 * size[0]).sum()))
             self.whiten.zero_()
-            self.whiten[:, :kept] = (axes[:kept].mT * (len(features) - 1) ** 0.5 / size[:kept]).float()
+            self.whiten[:, :kept] = (axes[:kept].mT * (count - 1) ** 0.5 / size[:kept]).float()
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images `[I, 3, H, W]` uint8 as standardised features `[I, P, C]` and their summary `[I, K]`."""

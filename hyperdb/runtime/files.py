@@ -165,7 +165,32 @@ def _sum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> st
     return f"{found:08x}"
 
 
-def _open(path: str | Path, framework: str = "pt") -> Any:
+def save_parts(
+    path: str | Path, name: str, parts: Iterable[torch.Tensor], rows: int, metadata: Mapping[str, str]
+) -> Path:
+    """Write a safetensors file of one tensor `[rows, ...]`, atomically, of parts `[k, ...]` that are never all there.
+
+    The file is eight bytes with the header's length, the header as JSON, and the numbers.
+    """
+    kinds = {"torch.float16": "F16", "torch.float32": "F32", "torch.int64": "I64", "torch.uint8": "U8"}
+    done = 0
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        for part in parts:
+            if done == 0:
+                shape = [rows, *part.shape[1:]]
+                size = rows * part[0].numel() * part.element_size()
+                entry = {"dtype": kinds[str(part.dtype)], "shape": shape, "data_offsets": [0, size]}
+                header = json.dumps({"__metadata__": dict(metadata), name: entry}).encode()
+                header += b" " * (-len(header) % 8)
+                file.write(len(header).to_bytes(8, "little") + header)
+            file.write(part.detach().cpu().contiguous().numpy().data)
+            done += len(part)
+        assert done == rows
+    return Path(path)
+
+
+def open_tensors(path: str | Path, framework: str = "pt") -> Any:
+    """Open a safetensors file, whose tensors are read one by one or in part. Raises `UserError` for any other file."""
     from safetensors import safe_open
 
     path = Path(path)
@@ -179,7 +204,7 @@ def _open(path: str | Path, framework: str = "pt") -> Any:
 
 def load_metadata(path: str | Path) -> dict[str, str]:
     """Read only the string metadata of a safetensors file; imports no torch."""
-    with reading(path), _open(path, "np") as file:
+    with reading(path), open_tensors(path, "np") as file:
         return _without_check(file.metadata())
 
 
@@ -189,13 +214,13 @@ def _without_check(metadata: Mapping[str, str] | None) -> dict[str, str]:
 
 def load_shapes(path: str | Path) -> dict[str, list[int]]:
     """Read only the names and shapes of a safetensors file's tensors."""
-    with reading(path), _open(path, "np") as file:
+    with reading(path), open_tensors(path, "np") as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def load_parts(path: str | Path, name: str, places: Iterable[tuple[int, ...]]) -> list[NDArray[Any]]:
     """Read of a safetensors file only some entries `tensor[place]` of the tensor `name`, as numpy arrays."""
-    with reading(path), _open(path, "np") as file:
+    with reading(path), open_tensors(path, "np") as file:
         whole = file.get_slice(name)
         return [whole[place] for place in places]
 
@@ -205,7 +230,7 @@ def load_tensors(path: str | Path, without: str | None = None) -> tuple[dict[str
 
     Raises `UserError` for a file that is no longer what was written, where it has a checksum and is read as a whole.
     """
-    with reading(path), _open(path) as file:
+    with reading(path), open_tensors(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118 (not a dict)
         metadata, written = _without_check(file.metadata()), (file.metadata() or {}).get(CHECK)
     if written is not None and without is None and written != _sum(tensors, metadata):

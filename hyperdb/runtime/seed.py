@@ -36,3 +36,9 @@ def numpy_rng(seed: int, *keys: int | str) -> np.random.Generator:
     import numpy as np
 
     return np.random.default_rng(derive(seed, *keys))
+
+
+def split_of(identity: str, seed: int = 0) -> str:
+    """Return train, validation or test (90 / 5 / 5 %), by a hash of the identity alone."""
+    share = derive(seed, "split", identity) % 100
+    return "train" if share < 90 else "validation" if share < 95 else "test"

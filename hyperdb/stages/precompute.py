@@ -127,9 +127,10 @@ def reference_rows(people: People, views: int, first: int = 0) -> list[list[int]
 
 
 def passes(config: Config, sketch: Sketch) -> None:
-    """Measure what encodes the photos and a batch of fits."""
+    """Count the people; measure what encodes the photos and a batch of fits."""
     from hyperdb.tuning.memory import rows
 
+    sketch.read(config.data, config.identities, config.split, first=config.first, photos=config.photos)
     with sketch.measure("encoding photos"):
         sketch.encode()
     with sketch.measure("fits"):
@@ -233,7 +234,7 @@ def run(config: Config) -> Path:
                 config.data, config.average_people, config.split, config.diffusion.size, first=config.first
             )
             shown = _photos(config, some)
-            moments = latent_moments(base, some, Path(config.data), shown.flatten()).unflatten(0, shown.shape)
+            moments = latent_moments(base, some, rows=shown.flatten()).unflatten(0, shown.shape)
             return moments, _predictions(model, base, some, shown) if model is not None else None
 
         begun, key = out / "start.safetensors", fits.store_key(**origin)

@@ -25,7 +25,7 @@ from hyperdb.runtime.files import load_text, save_lines
 from hyperdb.runtime.output import claim, release
 from hyperdb.runtime.paths import FilePath
 from hyperdb.runtime.recipe import recipe
-from hyperdb.runtime.seed import derive
+from hyperdb.runtime.seed import derive, split_of
 
 KINDS = ("folder", "celeba_hq", "sfhq")
 # Pictures, or files with pictures in them, that are not read; beside what `mimetypes` calls image or video.
@@ -235,12 +235,6 @@ def _identities(config: Config, pictures: list[Path]) -> dict[Path, str | None]:
     if config.kind == "sfhq":
         return {p: p.stem for p in pictures}
     return _folder_identities(config, pictures)
-
-
-def split_of(identity: str, seed: int = 0) -> str:
-    """Return train, validation or test (90 / 5 / 5 %), by a hash of the identity alone."""
-    share = derive(seed, "split", identity) % 100
-    return "train" if share < 90 else "validation" if share < 95 else "test"
 
 
 def _file_names(pictures: list[Path]) -> dict[Path, str]:

@@ -1,25 +1,31 @@
-"""Render procedural people with captions and labels into shards.
+"""Render procedural people with captions and labels into a folder of Hugging Face `datasets`.
 
     hyperdb render_heads split=train identities=6000 out=data/heads
 
-Writes `shard-00000.safetensors` ... and, at the end, `index.json` into `out`. Every picture is a
-function of (seed, identity), so neither the number of workers nor an interruption changes a pixel;
-running the command again renders only the shards that are missing.
+Writes `data-00000-of-00060.arrow` ... and, at the end, `dataset_info.json`, `state.json` and
+`index.json` into `out`, which `datasets.load_from_disk` reads. Every picture is a function of
+(seed, identity), so neither the number of workers nor an interruption changes a pixel; running the
+command again renders only the shards that are missing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.paths import FilePath
 from hyperdb.runtime.recipe import recipe
 
-WRITES = ("shard-*.safetensors", "index.json")
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Features
+
+WRITES = ("data-*.arrow", "dataset_info.json", "state.json", "index.json")
 KEPT = "finished shards are kept"
 
 
@@ -72,32 +78,41 @@ def _check(config: Config) -> None:
         )
 
 
-def _header(path: Path) -> dict[str, str] | None:
-    """Metadata of a shard; None when it is absent or unreadable."""
-    if not path.is_file():
-        return None
-    from safetensors import SafetensorError, safe_open
+def _header(path: Path) -> str | None:
+    """What a shard says it was made from; None when it is absent, unreadable or cut off."""
+    import pyarrow as pa
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
+        with pa.memory_map(str(path)) as file:
+            schema = pa.ipc.open_stream(file).read_all().schema  # of the pictures it looks at the places alone
+    except (OSError, pa.ArrowInvalid):
         return None
+    return (schema.metadata or {}).get(b"made_from", b"{}").decode()
+
+
+def _former(path: Path) -> str:
+    """What a shard of the former kind says it was made from."""
+    from hyperdb.runtime.errors import UserError
+    from hyperdb.runtime.files import load_metadata
+
+    try:
+        return load_metadata(path).get("made_from", "{}")
+    except UserError:
+        return "{}"
 
 
 def _refuse_other(folder: Path, made_from: dict[str, Any]) -> None:
     """Raise if anything in the folder was made from other settings."""
     from hyperdb.runtime.errors import UserError
 
-    for path in sorted(folder.glob("shard-*.safetensors")):
-        header = _header(path)
-        if header is None:
-            continue
-        other = json.loads(header.get("made_from", "{}"))
+    found = [_header(path) for path in sorted(folder.glob("data-*.arrow"))]
+    found += [_former(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+    for header in found:
+        other = json.loads(header or "{}")
         differences = [
             f"{key}={other.get(key)!r} there, {value!r} now"
             for key, value in made_from.items()
-            if other.get(key) != value
+            if header is not None and other.get(key) != value
         ]
         if differences:
             raise UserError(
@@ -118,6 +133,16 @@ def _columns() -> dict[str, list[str]]:
         "skin": list(heads.SKINS),
         "hair": list(heads.HAIRS),
     }
+
+
+def _features() -> Features:
+    """The columns of a folder: the picture, what it shows and who."""
+    from datasets import ClassLabel, Features, Image, List, Value
+
+    features = {"image": Image(), "caption": Value("string"), "seed": Value("int64")}
+    features |= {name: ClassLabel(names=words) for name, words in _columns().items()}
+    features |= {name: Value("float32") for name in ("age", "yaw", "pitch")}
+    return Features(features | {"coefficients": List(Value("float32"))})
 
 
 def _person_rows(config: Config, seed: int) -> list[tuple[dict[str, Any], str]]:
@@ -146,37 +171,36 @@ def _person_rows(config: Config, seed: int) -> list[tuple[dict[str, Any], str]]:
     return rows
 
 
-def _render_shard(task: tuple[Config, int, dict[str, Any]]) -> int:
+def _path(config: Config, number: int) -> Path:
+    """The file of a shard, called as `save_to_disk` would call it."""
+    return Path(config.out) / f"data-{number:05d}-of-{-(-config.identities // config.shard):05d}.arrow"
+
+
+def _render_shard(task: tuple[Config, int, pa.Schema]) -> int:
     """Write one shard; runs in a worker process."""
     import cv2
-    import numpy as np
-    from safetensors.numpy import save_file
+    import pyarrow as pa
 
     from hyperdb.heads import SPLITS
     from hyperdb.runtime.files import atomic
 
-    config, number, made_from = task
+    config, number, schema = task
     cv2.setNumThreads(1)
     start = number * config.shard
     stop = min(start + config.shard, config.identities)
-    rows: list[tuple[dict[str, Any], str]] = []
-    for i in range(start, stop):
-        rows += _person_rows(config, SPLITS[config.split][config.first + i])
-    types = {"image": np.uint8, "age": np.float32, "yaw": np.float32, "pitch": np.float32}
-    types["coefficients"] = np.float32
-    tensors = {
-        key: np.stack([np.asarray(row[key], types.get(key, np.int64)) for row, _ in rows])
-        for key in rows[0][0]
-    }
-    metadata = {
-        "captions": json.dumps([text for _, text in rows]),
-        "columns": json.dumps(_columns()),
-        "made_from": json.dumps(made_from),
-    }
-    path = Path(config.out) / f"shard-{number:05d}.safetensors"
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    with atomic(_path(config, number)) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
+        for i in range(start, stop):
+            rows = _person_rows(config, SPLITS[config.split][config.first + i])
+            writer.write_batch(pa.RecordBatch.from_pylist([_plain(*row) for row in rows], schema))
     return stop - start
+
+
+def _plain(row: dict[str, Any], caption: str) -> dict[str, Any]:
+    """A row as Arrow takes it: the picture as a PPM file, which is read as fast as it is copied."""
+    from hyperdb.faces.image import ppm
+
+    image = {"bytes": ppm(row["image"]), "path": None}
+    return {**row, "image": image, "caption": caption, "coefficients": row["coefficients"].tolist()}
 
 
 def _one_thread() -> None:
@@ -185,21 +209,48 @@ def _one_thread() -> None:
         os.environ[name] = "1"
 
 
+def _finish(config: Config, made_from: dict[str, Any], shards: int) -> None:
+    """Write what makes the shards a folder of `datasets`, and last of all the index."""
+    from hyperdb.runtime.files import save_json
+
+    folder = Path(config.out)
+    save_json(folder / "dataset_info.json", {"features": _features().to_dict()})
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": _path(config, number).name} for number in range(shards)],
+        "_fingerprint": hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16],
+        "_split": config.split,
+    }
+    state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
+    save_json(folder / "state.json", state)
+    index = {
+        "config": asdict(config),
+        "shards": shards,
+        "pictures": config.identities * config.views,
+        "heads_sha256": made_from["heads_sha256"],
+    }
+    save_json(folder / "index.json", index)
+
+
 def run(config: Config) -> Path:
     """Render what is missing and return the folder."""
     from tqdm import tqdm
 
-    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.output import claim
 
     _check(config)
     made_from = _made_from(config)
     _refuse_other(Path(config.out), made_from)
+    if any(Path(config.out).glob("shard-*.safetensors")):
+        if (Path(config.out) / "index.json").is_file():
+            return Path(config.out)
+        raise UserError(f"{config.out} holds unfinished renders of a former version; delete it or choose another out")
     folder = claim(config.out, WRITES, made_from)
     shards = -(-config.identities // config.shard)
-    paths = [folder / f"shard-{number:05d}.safetensors" for number in range(shards)]
-    missing = [number for number, path in enumerate(paths) if _header(path) is None]
-    tasks = [(config, number, made_from) for number in missing]
+    missing = [number for number in range(shards) if _header(_path(config, number)) is None]
+    schema = _features().arrow_schema
+    schema = schema.with_metadata({**schema.metadata, b"made_from": json.dumps(made_from).encode()})
+    tasks = [(config, number, schema) for number in missing]
     done = config.identities - sum(
         min(config.shard, config.identities - number * config.shard) for number in missing
     )
@@ -209,11 +260,5 @@ def run(config: Config) -> Path:
             with context.Pool(min(config.workers, len(tasks)), _one_thread) as pool:
                 for people in pool.imap_unordered(_render_shard, tasks):
                     bar.update(people)
-    index = {
-        "config": asdict(config),
-        "shards": shards,
-        "pictures": config.identities * config.views,
-        "heads_sha256": made_from["heads_sha256"],
-    }
-    save_json(folder / "index.json", index)
+    _finish(config, made_from, shards)
     return folder

@@ -122,7 +122,7 @@ def run(config: Config, track: Track) -> Path:
     people = load_people(config.data)
     # whole people are held out: those of the last `held_out` pictures
     first = people.identity[-config.held_out :][0]
-    seen, held = people.images[people.identity < first], people.images[people.identity >= first]
+    seen, held = (part.nonzero()[:, 0] for part in (people.identity < first, people.identity >= first))
     device = pick_device(config.device)
     if len(seen) == 0:
         raise UserError(f"{config.data} has no people beside the {len(held)} held-out pictures; render more")
@@ -158,7 +158,6 @@ def run(config: Config, track: Track) -> Path:
     encoder = None
     if config.feature_weight > 0:
         encoder = Encoder(config.encoder).to(device).requires_grad_(False).eval()
-    seen = seen.to(device)
 
     # --- train
     def backward(step: int) -> dict[str, Tensor]:
@@ -168,7 +167,7 @@ def run(config: Config, track: Track) -> Path:
         flipped = torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5
         corner = torch.randint(0, size - crop + 1, (config.batch, 2, 1), generator=g) + torch.arange(crop)
         at = (torch.arange(config.batch)[:, None, None], corner[:, 0, :, None], corner[:, 1, None, :])
-        x = seen[index.to(device)].float() / 127.5 - 1
+        x = people.images[seen[index]].to(device).float() / 127.5 - 1
         x = torch.where(flipped.to(device), x.flip(-1), x).movedim(1, 3)[at].movedim(3, 1)  #  [B, 3, crop, crop]
         with autocast(device, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
@@ -211,8 +210,9 @@ def run(config: Config, track: Track) -> Path:
     # --- measure, write
     vae.eval()
     with torch.no_grad():
-        means = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in seen[:2048].split(128)])
-        x = held.float() / 127.5 - 1
+        shown = (people.images[rows].to(device).float() / 127.5 - 1 for rows in seen[:2048].split(128))
+        means = torch.cat([vae.encode(p).latent_dist.mean for p in shown])
+        x = people.images[held].float() / 127.5 - 1
         parts = x.split(64)
         y = torch.cat([vae.decode(vae.encode(p.to(device)).latent_dist.mean).sample.clamp(-1, 1).cpu() for p in parts])
     if not config.decoder_only:

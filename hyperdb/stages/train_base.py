@@ -238,7 +238,7 @@ def run(config: Config, track: Track) -> Path:
         base.config.size = base.vae.config.sample_size
         base.schedule = noise_schedule()
     out = Path(config.out)
-    latents = latent_moments(base, people, Path(config.data))
+    latents = latent_moments(base, people)
     latents = latents.to(device)
     ids = base.tokenize(people.captions)
     empty = base.tokenize([""])

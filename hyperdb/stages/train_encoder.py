@@ -99,7 +99,7 @@ def run(config: Config, track: Track) -> Path:
     shapes = components(faces.flatten(1).float(), config.shape)
     seen, held = torch.cat(photos[: -config.held_out]), torch.cat(photos[-config.held_out :])
     device = pick_device(config.device)
-    portraits, shapes, pictures = portraits.to(device), shapes.to(device), people.images.to(device)
+    portraits, shapes = portraits.to(device), shapes.to(device)
 
     # --- model
     torch.manual_seed(derive(config.seed, "encoder weights"))  # the only way to seed timm's initialisation
@@ -118,7 +118,7 @@ def run(config: Config, track: Track) -> Path:
         g = generator(config.seed, "encoder", step)
         rows = seen[torch.randint(0, len(seen), (config.batch,), generator=g)]
         wanted = portraits[people.identity[rows]].unflatten(1, (3, config.portrait, -1))
-        images = pictures[rows.to(device)].float()
+        images = people.images[rows].to(device).float()
         # mirrored people are people too; white balance and a few pixels of shift say nothing of who it is
         flip = (torch.rand(len(rows), 1, 1, 1, generator=g) < 0.5).to(device)
         images, wanted = (torch.where(flip, x.flip(-1), x) for x in (images, wanted))
@@ -139,10 +139,10 @@ def run(config: Config, track: Track) -> Path:
     # --- measure on held-out people, write
     # the averaged weights need batch statistics of their own
     batches = seen[:STATISTICS_PHOTOS].split(config.batch)
-    update_bn([encoder.pixels(pictures[part]) for part in batches], encoder.net)
+    update_bn((encoder.pixels(people.images[part]) for part in batches), encoder.net)
     encoder.eval()
     with torch.no_grad():
-        parts = [told(pictures[part]) for part in held.split(64)]
+        parts = [told(people.images[part]) for part in held.split(64)]
     guess, shape = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     who, portraits, shapes = people.identity[held], portraits.cpu(), shapes.cpu()
     gallery = who.unique()

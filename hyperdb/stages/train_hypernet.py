@@ -165,13 +165,16 @@ class Config:
 
 
 def passes(config: Config, sketch: Sketch) -> None:
-    """Measure a step of the training, and a validation; count what the optimizer keeps of each network."""
+    """Count the people; measure a step and a validation; count what the optimizer keeps of each network."""
     from hyperdb.tuning.draw import together
     from hyperdb.tuning.memory import rows
 
     hypernet = sketch.add_hypernet(config.model, config.adapter.tokens(sketch.layout))
     hypernet.encoder.requires_grad_(config.encoder_rate > 0 and not config.model.encoder.frozen)
     people = config.batch
+    sketch.read(config.data, config.people, "train", latents=(1 + config.flips) * (config.alpha > 0))
+    if config.validation is not None:
+        sketch.read(config.validation, config.validation_people, "validation", least=2)
     with sketch.measure("encoding photos"):
         sketch.encode()
     with sketch.measure("training step"):
@@ -240,12 +243,13 @@ class Batches:
         import torch
 
         from hyperdb.data.people import latent_moments
+        from hyperdb.runtime.ahead import Ahead
 
         self.config, self.base, self.people, self.fit_rows, self.prior = config, base, people, fit_rows, prior
         # nothing is denoised without the diffusion loss: training on fits alone takes seconds to begin
         denoises = config.alpha > 0
-        self.latents = latent_moments(base, people, Path(config.data)) if denoises else None
-        self.turned = latent_moments(base, people, Path(config.data), mirrored=True) if config.flips else None
+        self.latents = latent_moments(base, people) if denoises else None
+        self.turned = latent_moments(base, people, mirrored=True) if config.flips else None
         self.photos = people.photos
         self.fitted_photos = [rows[fit_rows[rows] >= 0] for rows in self.photos]
         self.usable, self.fitted = (
@@ -262,6 +266,7 @@ class Batches:
         differ = set(self.prompts) != {config.diffusion.instance_prompt}
         self.ids = base.tokenize(self.prompts) if denoises and differ else None
         self.instance, self.nothing = base.tokenize([config.diffusion.instance_prompt]), base.tokenize([""])
+        self.ahead = Ahead(self.batch)
 
     def batch(self, step: int, process: int = 0, processes: int = 1) -> Batch:
         """Draw the batch of a 0-based step; of several processes each has every so many-th of its people."""
@@ -424,7 +429,7 @@ def backward(
     """
     from hyperdb.runtime.precision import attention
 
-    batch = batches.batch(step, accelerator.process_index, accelerator.num_processes)
+    batch = batches.ahead(step, accelerator.process_index, accelerator.num_processes)
     with objective.base.autocast(), attention(_fused(objective.config)):
         predicted = network(batch.images)  #                                        [I, N, D]
     tokens = predicted.detach().requires_grad_()
@@ -587,7 +592,7 @@ def run(config: Config, track: Track) -> Path:
         model = Hypernet(config.model, lidb, config.default_spread)
         if fits is not None and len(fits.tokens) > 1:
             model.standardise(fits.tokens, fits.moment)
-        model.to(base.device).standardise_features(people.images[photos[:FEATURE_PHOTOS]])
+        model.to(base.device).standardise_features(people.images.part(photos[:FEATURE_PHOTOS]))
     if config.encoder_rate == 0:
         model.encoder.requires_grad_(False)
     model = model.to(base.device).train()
@@ -600,7 +605,7 @@ def run(config: Config, track: Track) -> Path:
     network, optimizer = accelerator.prepare(model, optimizer)
     weight_space = None
     if fits is not None and config.beta > 0:
-        weight_space = WeightSpace(lidb, fits.tokens.to(base.device), config.weight_loss, fits.moment)
+        weight_space = WeightSpace(lidb, fits.tokens, config.weight_loss, fits.moment)
     objective = Objective(config, base, model, lidb, fits, weight_space)
     validation = _validation(config, base, lidb, layout, weight_space) if main else None
 

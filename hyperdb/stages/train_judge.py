@@ -53,6 +53,9 @@ class Config:
 @tracked
 def run(config: Config, track: Track) -> Path:
     """Write `out/judge.safetensors` or the folder `out/judge`, and `out/report.json` with the held-out figures."""
+    import tempfile
+
+    import numpy as np
     import torch
 
     from hyperdb.data.people import latent_moments, load_people
@@ -72,12 +75,13 @@ def run(config: Config, track: Track) -> Path:
     people = load_people(config.data, size=config.diffusion.size)
     if "style" not in people.labels or people.identities <= config.held_out:
         raise UserError(f"{config.data} must hold rendered people, more than held_out={config.held_out}")
-    moments = latent_moments(base, people, Path(config.data))
+    moments = latent_moments(base, people)
     seen = (people.identity < people.identities - config.held_out).nonzero()[:, 0]
     held = (people.identity >= people.identities - config.held_out).nonzero()[:, 0]
 
     side = min(SIDE, people.images.shape[-1])
-    through = torch.empty(len(people), 3, side, side, dtype=torch.uint8)
+    with tempfile.TemporaryFile() as file:  # which stays as long as it is mapped; there is one of every picture
+        through = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(len(people), 3, side, side)))
     known = torch.zeros(len(people), dtype=torch.bool)
 
     def rebuilt(rows: Tensor) -> Tensor:

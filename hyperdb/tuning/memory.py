@@ -1,17 +1,19 @@
 """What a command would load, where, and how much memory it would take: `dry_run=true`.
 
-Nothing is loaded or computed. The networks are built from their configurations as shapes. A stage names its passes
-beside its `run`, in `passes`. Each is run once on shapes, and the most bytes alive at once are counted. A graphics
-card's kernels keep about what the CPU's keep, which are the ones counted; what a library reserves beyond that is not
-(benchmarks/memory.py compares).
+Nothing is loaded or computed. Of data that is on this disk the pictures are counted, and none is decoded; it stays
+there, and a batch of it is in memory. The networks are built from their configurations as shapes. A stage names its
+passes beside its `run`, in `passes`. Each is run once on shapes, and the most bytes alive at once are counted. A
+graphics card's kernels keep about what the CPU's keep, which are the ones counted; what a library reserves beyond that
+is not (benchmarks/memory.py compares).
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +25,13 @@ from torch.utils._pytree import tree_leaves
 from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
+from hyperdb.data.people import load_people
+from hyperdb.data.sources import is_here
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
 from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
 from hyperdb.runtime.files import load_metadata
+from hyperdb.runtime.lazy import PART
 from hyperdb.tuning.personalizer import hypernet_folder
 from hyperdb.tuning.trainable import layout_of
 
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
 
 GIGABYTE = 2**30
 LIBRARIES = 0.8 * GIGABYTE  # a process that has imported everything; a CUDA context is about as large
+KNOWN = 2048  # bytes in memory of what is known of a picture: labels, caption, prompt, tokens
 TRAINED = 3 * 4  # bytes kept beside a trained number from step to step: two moments, average; float32
 
 
@@ -78,6 +84,20 @@ class Module:
 
 
 @dataclass
+class Data:
+    """People that are read: how many, the bytes in memory, and those of the latents that the cache holds of them.
+
+    Without `pictures` they are not on this disk and could not be counted.
+    """
+
+    place: str
+    pictures: int = 0
+    people: int = 0
+    bytes: int = 0
+    latents: int = 0
+
+
+@dataclass
 class Need:
     """Memory in bytes: what stays, and what each pass takes on top while it runs."""
 
@@ -85,11 +105,12 @@ class Need:
     dtype: str
     modules: list[Module]
     passes: dict[str, int]
+    data: list[Data] = field(default_factory=list)
 
     @property
     def total(self) -> int:
         """The most there is at once, libraries included."""
-        stays = sum(m.bytes + m.extra for m in self.modules)
+        stays = sum(m.bytes + m.extra for m in self.modules) + sum(d.bytes for d in self.data)
         return round(LIBRARIES + stays + max(self.passes.values(), default=0))
 
 
@@ -125,6 +146,7 @@ class Sketch:
         self.passes: dict[str, int] = {}
         self.training: dict[str, int] = {}  # bytes that training keeps beside a network's weights
         self.hypernet: Hypernet | None = None
+        self.data: list[Data] = []
 
     def add_hypernet(self, settings: HypernetConfig, lidb: LiDB) -> Hypernet:
         """Take a hypernetwork along, without its encoder's weights; return it."""
@@ -143,6 +165,17 @@ class Sketch:
         for name in names:
             trained = sum(p.numel() for p in self.modules[name].parameters() if p.requires_grad)
             self.training[name] = TRAINED * trained
+
+    def read(self, place: str, limit: int | None, split: str | None, latents: int = 0, **choice: Any) -> None:
+        """Count these people of a place (`load_people`), if it is on this disk, and so many latents of each picture."""
+        if not is_here(place):
+            self.data.append(Data(place))
+            return
+        size = self.base.config.size
+        people = load_people(place, limit, split, size, **choice)
+        held = len(people) * KNOWN + PART * 3 * size**2  # while they are encoded; a batch is no larger
+        kept = len(people) * latents * 2 * math.prod(self.base.latent_shape) * torch.float16.itemsize
+        self.data.append(Data(place, len(people), people.identities, held, kept))
 
     def autocast(self) -> Any:
         """Return the context of UNet, text encoder and hypernetwork: the device's rule, on the CPU's shapes."""
@@ -258,7 +291,7 @@ def need(passes: Callable[[Any, Sketch], None], config: Any, device: str) -> Nee
     emulated = precision.emulated(device, sketch.dtype)
     what = "CPU" if device == "cpu" else "device"
     dtype = f"fp32, this {what} has no bf16" if emulated else config.diffusion.dtype
-    return Need(device, dtype, modules, sketch.passes)
+    return Need(device, dtype, modules, sketch.passes, sketch.data)
 
 
 def text(stage: str, found: Need) -> str:
@@ -270,6 +303,11 @@ def text(stage: str, found: Need) -> str:
         lines += [f"{m.name:24}{m.parameters:15,}{m.bytes / GIGABYTE:9.2f} GB{trained}"]
     lines += ["", f"{'pass':24}{'on top of the weights':>27}"]
     lines += [f"{name:24}{size / GIGABYTE:24.2f} GB" for name, size in found.passes.items()]
+    if found.data:
+        lines += ["", f"{'data':24}{'pictures':>15}{'in memory':>12}{'latents on disk':>18}"]
+    for d in found.data:
+        counted = f"{d.pictures:15,}{d.bytes / GIGABYTE:9.2f} GB{d.latents / GIGABYTE:15.2f} GB, {d.people:,} people"
+        lines += [f"{d.place:24}{counted if d.pictures else '  not on this disk, not counted'}"]
     heap = "; the C library's heap can take a third more" if found.device == "cpu" else ""
     return "\n".join([*lines, "", f"expected: {found.total / GIGABYTE:.1f} GB, libraries included{heap}"])
 

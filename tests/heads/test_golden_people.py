@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hyperdb import heads
+from hyperdb.data.people import load_people
 from hyperdb.faces.image import grid, read_image, read_text, save_png
-from hyperdb.runtime.files import load_tensors
 from hyperdb.stages.render_heads import Config, run
 
 KEPT = Path(__file__).parent.parent / "golden" / f"people-{heads.ALGORITHM[:8]}.png"
@@ -23,14 +23,13 @@ def people(tmp_path_factory):
     """Return pictures `[36, 32, 32, 3]` of four people, and what is said of each."""
     folder = str(tmp_path_factory.mktemp("people"))
     config = Config(out=folder, identities=4, views=9, photo_views=2, size=32, workers=1)
-    tensors, text = load_tensors(run(config) / "shard-00000.safetensors")
-    names = json.loads(text["columns"])
-    coefficients = tensors["coefficients"].double()
-    said = {"caption": json.loads(text["captions"])}
-    said |= {key: [names[key][i] for i in tensors[key].tolist()] for key in WORDS}
-    said |= {key: tensors[key].tolist() for key in NUMBERS}
+    people = load_people(run(config))
+    coefficients = people.labels["coefficients"].double()
+    said = {"caption": people.captions}
+    said |= {key: [people.names[key][i] for i in people.labels[key].tolist()] for key in WORDS}
+    said |= {key: people.labels[key].tolist() for key in NUMBERS}
     said |= {"mean": coefficients.mean(1).tolist(), "spread": coefficients.std(1).tolist()}
-    return tensors["image"].numpy(), said
+    return people.images[:].permute(0, 2, 3, 1).numpy(), said
 
 
 @pytest.fixture

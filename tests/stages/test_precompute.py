@@ -124,7 +124,7 @@ def test_a_photo_is_taught_its_own_fit(base_words, aligned, stores, tmp_path, mo
 
 def test_a_photo_turned_round_is_taught_no_fit(base_words, aligned, stores, tmp_path, monkeypatch):
     more = ["flips=true", "fit_share=0.25", "prompt_dropout=0.5"]
-    known = load_people(aligned, size=32).images
+    known = load_people(aligned, size=32).images[:]
     turned = 0
     for images, fits in _taught(base_words, aligned, stores["image"], tmp_path, monkeypatch, *more):
         straight = [bool((image == known).flatten(1).all(1).any()) for image in images]
@@ -175,7 +175,7 @@ def test_fits_that_begin_at_the_average_share_its_A(base_words, aligned, tmp_pat
     layout = Layout.of(configuration.load("precompute", base_words).diffusion.load().targets())
     few = load_store(folder, layout)
     start, _ = load_tensors(folder / "start.safetensors")
-    A, B = few.lidb.split(few.tokens)
+    A, B = few.lidb.split(few.tokens[:])
     begun_A, begun_B = few.lidb.split(start["average"])
     assert torch.equal(A, begun_A.expand_as(A))
     assert begun_B.abs().max() > 0
@@ -186,7 +186,7 @@ def test_fits_that_begin_at_the_average_share_its_A(base_words, aligned, tmp_pat
     (folder / "index.json").unlink()
     (folder / "fits-00000.safetensors").unlink()
     again = load_store(_precompute(base_words, aligned, folder, *B_ALONE, "identities=4"), layout)
-    assert torch.equal(again.tokens[:2], few.tokens)
+    assert torch.equal(again.tokens[:2], few.tokens[:])
     assert torch.equal(again.moment, start["moment"])
     assert (start["moment"][few.lidb.mask] > 0).all()
 
@@ -261,9 +261,9 @@ def test_fits_that_begin_at_a_hypernetworks_predictions(base_words, aligned, tmp
     with torch.no_grad():
         each = [model(people.images[rows[torch.arange(2) % len(rows)]]).mean(0) for rows in people.photos]
     B = second.lidb.split(torch.stack(each))[1]
-    torch.testing.assert_close(second.lidb.split(second.tokens)[1], B, atol=2e-3, rtol=0)
+    torch.testing.assert_close(second.lidb.split(second.tokens[:])[1], B, atol=2e-3, rtol=0)
     # what all fits share is not predicted: A stays as it was in the fits that were learned from
-    A = second.lidb.split(second.tokens)[0]
+    A = second.lidb.split(second.tokens[:])[0]
     shared = second.lidb.split(load_store(store, layout).tokens[:1])[0]
     torch.testing.assert_close(A, shared.expand_as(A), atol=1e-3, rtol=0)
 
@@ -278,7 +278,7 @@ def test_a_linear_map_is_trained_alone_and_then_refined(base_words, aligned, tmp
     fits, alone = load_store(store, layout), Hypernet.load(first / "hypernet.safetensors")
     assert alone.config.iterations == 0
     assert alone.decoder.linear.abs().max() > 0
-    torch.testing.assert_close(alone.centre, fits.tokens.mean(0), atol=2e-3, rtol=0)
+    torch.testing.assert_close(alone.centre, fits.tokens[:].mean(0), atol=2e-3, rtol=0)
     assert all("weights" not in json.loads(line) for line in (first / "journal.jsonl").read_text().splitlines())
     images = load_people(aligned, size=32).images[:3]
     with torch.no_grad():

@@ -17,8 +17,8 @@ from hyperdb.report.plot import PLANES
 from hyperdb.report.table import comma_separated, latex, markdown
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = [str(ROOT / "experiments" / "embedded" / name) for name in ("linear/validation.json",
-                                                                     "base64/likeness/validation_seeds.json")]  # fmt: skip
+FOLDER = ROOT / "experiments" / "embedded"
+FILES = [str(FOLDER / "linear" / "validation.json"), str(FOLDER / "base64" / "likeness" / "validation_seeds.json")]
 TABLES = ["table.csv", "table.md", "table.tex"]
 PICTURES = [f"{name}.png" for name in PLANES if name != "prompt"]  # what these files have figures for
 

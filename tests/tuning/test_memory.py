@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,28 @@ def test_a_card_keeps_weights_in_bf16_and_a_trained_network_its_moments(weightle
     decoder = next(m for m in there.modules if m.name == "hypernetwork decoder")
     assert decoder.extra == TRAINED * decoder.parameters
     assert next(m for m in there.modules if m.name == "image encoder").extra == 0
-    stays = sum(m.bytes + m.extra for m in there.modules)
+    stays = sum(m.bytes + m.extra for m in there.modules) + sum(d.bytes for d in there.data)
     assert there.total == round(LIBRARIES + stays + max(there.passes.values()))
+
+
+def test_the_data_is_counted(
+    weightless: Path, rendered: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["model.encoder.size=32", f"data={rendered}", "people=3", "validation=data/none", "alpha=1", "flips=true"]
+    settings = configuration.load("train_hypernet", words(weightless, *told))
+    found = needed("train_hypernet", settings, "cpu")
+    data, validation = found.data
+    shape = Sketch(settings, "cpu").base.latent_shape
+    assert (data.pictures, data.people) == (9, 3)
+    assert data.latents == 9 * 2 * 2 * 2 * math.prod(shape)  # pictures, turned or not, mean and deviation, float16
+    assert validation.pictures == 0
+    without = needed("train_hypernet", configuration.load("train_hypernet", words(weightless, told[0])), "cpu")
+    assert found.total - without.total == data.bytes > 0
+    configuration.run("train_hypernet", words(weightless, "dry_run=true", *told))
+    said = capsys.readouterr().out
+    assert "data/none                 not on this disk, not counted" in said
+    assert "9     0.00 GB" in said
+    assert "3 people" in said
 
 
 def test_the_precision_told_is_the_one_used(weightless: Path, monkeypatch: pytest.MonkeyPatch) -> None:

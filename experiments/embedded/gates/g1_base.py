@@ -61,7 +61,7 @@ def main(folder: str | None = None) -> None:
     first, second = (people.images[torch.stack([r[k] for r in people.photos])] for k in (0, 1))
     reference = feature(second)
     truth = {name: people.labels[name] for name in ("style", "place")}
-    judged = judge(base.decode(base.moments(people.images)[:, 0]))
+    judged = judge(base.decode(base.moments(people.images[:])[:, 0]))
     result: dict[str, object] = {
         "judge_accuracy": {name: (judged[name] == truth[name]).float().mean().item() for name in truth},
         "renders": likeness(feature(first), reference),

@@ -90,7 +90,7 @@ def main(out: str = "g3.json", *words: str) -> None:
     # judged on photos 5 to 9, of which the first fits have seen none
     judge, unseen = SFace(), people.images[rows[:, 4:].flatten()].unflatten(0, (len(rows), 5))
     known = galleries(judge, unseen)
-    ways = {"average": store.tokens.mean(0, keepdim=True).expand_as(once), "fit": once}
+    ways = {"average": store.tokens[:].mean(0, keepdim=True).expand_as(once), "fit": once}
     if model.lidb.layout == layout:
         ways["prediction"] = predicted
     seeds, prompts = list(range(PICTURES)), [base.config.instance_prompt] * PICTURES

@@ -1,0 +1,35 @@
+"""What takes long to compute of some data and is the same for every run: kept in one folder, never beside the data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperdb.runtime.files import load_tensors, save_parts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def cache_folder() -> Path:
+    """Return `$HYPERDB_CACHE`, else the folder `hyperdb` of the user's cache. What is in it may be deleted."""
+    if named := os.environ.get("HYPERDB_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperdb"
+
+
+def kept(folder: Path | None, name: str, key: str, rows: int, make: Callable[[], Iterable[Tensor]]) -> Tensor:
+    """Return the tensor `[rows, ...]` whose parts `make` yields, made once for a `key`, which says what it depends on.
+
+    It stays on the disk, in `folder` or in the cache's own: only what is looked at is read into memory.
+    """
+    path = (folder or cache_folder()) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        tensors, metadata = load_tensors(path)
+        if metadata.get("key") == key and name in tensors:
+            return tensors[name]
+    save_parts(path, name, make(), rows, {"key": key})
+    return load_tensors(path)[0][name]
