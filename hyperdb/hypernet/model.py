@@ -157,10 +157,18 @@ class Hypernet(nn.Module):
         theta = self.decoder(*self.features(images))
         return (self.centre + self.spread * theta.float()) * self.mask
 
+    def used(self) -> dict[str, Tensor]:
+        """Return the weights that a prediction depends on: with 0 iterations, none of those that would refine it."""
+        refines = self.config.iterations > 0
+        return {
+            name: value for name, value in self.state_dict().items()
+            if refines or not name.startswith("decoder.") or name == "decoder.linear"
+        }  # fmt: skip
+
     def save(self, path: Path, metadata: dict[str, str]) -> Path:
-        """Write weights in fp16 with layout, LiDB settings and `metadata`; a frozen encoder is left out."""
+        """Write the weights used in fp16 with layout, LiDB settings and `metadata`; a frozen encoder is left out."""
         frozen = self.encoder.frozen
-        state = {k: v.half() for k, v in self.state_dict().items() if not (frozen and k.startswith("encoder."))}
+        state = {k: v.half() for k, v in self.used().items() if not (frozen and k.startswith("encoder."))}
         header = {
             "kind": KIND,
             "layout": self.lidb.layout.to_text(),
@@ -181,13 +189,14 @@ class Hypernet(nn.Module):
         lidb.template  # noqa: B018 (made once, before everything is made on that device)
         bare = replace(config, encoder=replace(encoder, weights=None, pretrained=False))
         with reading(path), torch.device("meta"):
-            own = cls(bare, lidb).state_dict()  # in no memory: a file can claim any size
+            empty = cls(bare, lidb)  # in no memory: a file can claim any size
+        own = empty.state_dict()
         for name, value in tensors.items():
             if name not in own or own[name].shape != value.shape:
                 raise UserError(f"{path}: unexpected tensor {name} {list(value.shape)}")
             if not torch.isfinite(value).all():
                 raise UserError(f"{path}: {name} has non-finite values")
-        missing = [k for k in own if k not in tensors and not (encoder.frozen and k.startswith("encoder."))]
+        missing = [k for k in empty.used() if k not in tensors and not (encoder.frozen and k.startswith("encoder."))]
         if missing:
             raise UserError(f"{path} lacks {missing[0]}")
         model = cls(config, lidb)

@@ -189,7 +189,7 @@ def _hypernet_digest(model: Personalizer) -> str | None:
     """Return 16 hex digits over the hypernetwork's weights, None without one."""
     if model.hypernet is None:
         return None
-    return _digest(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.state_dict().values()))
+    return _digest(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.used().values()))
 
 
 def _made_from(config: Config, model: Personalizer, people: People) -> dict[str, Any]:

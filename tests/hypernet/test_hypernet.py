@@ -245,6 +245,20 @@ def test_file_round_trip(model, tmp_path):
     assert torch.allclose(again(_images()), model.eval()(_images()), atol=2e-2)
 
 
+def test_what_refines_no_prediction_is_not_stored(lidb, tmp_path):
+    model = Hypernet(replace(CONFIG, linear=True, iterations=0, summary=4), lidb)
+    with torch.no_grad():
+        model.decoder.linear.normal_()
+    model.standardise_features(_images(20))
+    path = model.save(tmp_path / "h.safetensors", {})
+    assert [name for name in load_tensors(path)[0] if name.startswith("decoder.")] == ["decoder.linear"]
+    again = Hypernet.load(path)
+    assert torch.allclose(again(_images()), model.eval()(_images()), atol=2e-2)
+    again.refine(2)  # begins at what it was
+    assert torch.equal(again(_images()), Hypernet.load(path)(_images()))
+    assert "decoder.head.weight" in load_tensors(again.save(path, {}))[0]
+
+
 def test_a_frozen_encoder_is_not_stored(lidb, tmp_path):
     frozen = EncoderConfig(name="vit_tiny_patch16_224", size=32, patch=16, depth=1, frozen=True)
     model = Hypernet(HypernetConfig(width=32, heads=2, encoder=frozen), lidb)
