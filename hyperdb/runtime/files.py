@@ -161,7 +161,7 @@ def _sum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> st
     for name in sorted(tensors):
         x = tensors[name]
         found = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), found)
-        found = zlib.crc32(memoryview(x.reshape(-1).view(torch.uint8).numpy()), found)
+        found = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
 
 
