@@ -1,6 +1,6 @@
 """Runs that are killed, or meet a full or failing disk, and are started again end where an undisturbed one does.
 
-    python -m pytest -m slow tests/test_surviving.py --kills 100
+python -m pytest -m slow tests/test_surviving.py --kills 100
 """
 
 from __future__ import annotations

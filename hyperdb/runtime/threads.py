@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-SHORTEST = 0.2  # seconds that tell how busy a machine is; the system counts in hundredths
+SHORTEST = 0.1  # seconds that tell how busy a machine is; the system counts in hundredths
 WORK = ("user", "system", "irq", "softirq", "steal", "interrupt", "dpc")  # by the names of all systems
 USERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # who sets these has chosen
 
