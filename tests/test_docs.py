@@ -17,12 +17,9 @@ README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CON
 
 
 def test_the_table_is_the_results_files():
-    results = load_json(ROOT / "experiments" / "embedded" / "likeness" / "results.json")
-    rows, _, _ = markdown(results).partition("\n\n")
-    assert rows in README
-    assert markdown(results) in (ROOT / "hyperdb" / "embedded" / "MODEL_CARD.md").read_text()
-    for found in results["paired"].values():
-        assert f"{found['mean']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}]" in README
+    table = markdown(load_json(ROOT / "experiments" / "embedded" / "likeness" / "results.json"))
+    assert table in README
+    assert table in (ROOT / "hyperdb" / "embedded" / "MODEL_CARD.md").read_text()
 
 
 def test_the_tables_of_memory_are_the_results_files():
@@ -37,17 +34,13 @@ def test_the_tables_of_memory_are_the_results_files():
 
 
 def test_the_rows_of_the_study_of_guidance_are_its_results():
-    folder = ROOT / "experiments" / "embedded" / "guidance"
+    folder = ROOT / "experiments" / "embedded" / "base64" / "guidance"
     rows, text = load_json(folder / "results.json")["rows"], (folder / "README.md").read_text()
     figures = ("rank1", "rank1_styled", "style_accuracy", "copy_pose", "copy_background")
     named = {"40 of all, guidance 3": "ordinary guidance", "40 of 0-0.65, guidance 3 and 3": "the default**"}
     for name, label in named.items():
         rest = " | ".join(f"{rows[name][k]['mean']:.2f}" for k in figures)
         assert f"{label} | {rows[name]['cosine']['mean']:.3f} | {rest} |" in text
-    then, now = (rows[name] for name in named)
-    for key, digits in (("cosine", 3), ("rank1_styled", 2), ("copy_pose", 2)):
-        old, new = (f"{row[key]['mean']:.{digits}f}".lstrip("0") for row in (then, now))
-        assert f"{old}, now {new}" in " ".join(README.split())
 
 
 def test_the_table_of_adapters_is_their_yamls():

@@ -123,7 +123,7 @@ def vae(tiny_base):
 @pytest.mark.parametrize(
     ("name", "stage", "words"),
     [
-        ("train_autoencoder", "train_autoencoder", ["channels=[8,16]", "held_out=2", "rate=0.03"]),
+        ("train_autoencoder", "train_autoencoder", ["channels=[8,16]", "latent_channels=4", "held_out=2", "rate=0.03"]),
         ("train_autoencoder_decoder", "train_autoencoder",
          ["held_out=2", "rate=0.03", "init={vae}", "decoder_only=true", "crop=16", "adversarial_weight=30"]),
         ("train_base", "train_base", ["channels=[16,32]", "heads=[1,2]", "text_width=32", "text_layers=1",

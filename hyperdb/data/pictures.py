@@ -45,13 +45,13 @@ class Decoded(ABC):
         """Return what a message calls a picture."""
 
     @abstractmethod
-    def open(self, row: int) -> Image.Image:
+    def opened(self, row: int) -> Image.Image:
         """Let Pillow read the header."""
 
     def size(self, row: int) -> tuple[int, int]:
         """Return width and height, of the header."""
         try:
-            with self.open(row) as image:
+            with self.opened(row) as image:
                 width, height = image.size
         except Exception as error:  # a decoder may raise anything on foreign bytes
             raise UserError(f"{self.name(row)} is not a picture that can be read ({_first(error)})") from error
@@ -61,7 +61,7 @@ class Decoded(ABC):
     def pixels(self, row: int) -> NDArray[np.uint8]:
         """Decode a picture, upright and in sRGB."""
         try:
-            with self.open(row) as image:
+            with self.opened(row) as image:
                 return as_image(image, self.name(row))
         except UserError:
             raise
@@ -79,7 +79,7 @@ class Files(Decoded):
         """Return the file."""
         return str(self.paths[row])
 
-    def open(self, row: int) -> Image.Image:
+    def opened(self, row: int) -> Image.Image:
         """Open the file."""
         return Image.open(self.paths[row])
 
@@ -109,7 +109,7 @@ class Table(Decoded):
     def _bytes(self, row: int) -> pa.Buffer:
         return self.column[row].as_buffer()
 
-    def open(self, row: int) -> Image.Image:
+    def opened(self, row: int) -> Image.Image:
         """Open the bytes where they lie."""
         return Image.open(pa.BufferReader(self._bytes(row)))
 

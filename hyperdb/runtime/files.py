@@ -151,7 +151,22 @@ def save_tensors(
         text[CHECK] = _sum(ready, text)
     with atomic(path, first) as temporary:
         save_file(ready, temporary, metadata=text)
+        _sort(temporary)
     return Path(path)
+
+
+def _sort(path: Path) -> None:
+    """Bring a safetensors header's metadata, which are written in any order, into that of their names: same run, same
+    bytes.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) <= size:
+            file.seek(8)
+            file.write(ordered.ljust(size))
 
 
 def _sum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

@@ -27,7 +27,7 @@ def test_what_is_around_a_training_does_not_count():
 def test_what_counts(changed):
     one = config.load("train_hypernet")
     assert differences(recipe(one), recipe(dataclasses.replace(one, **changed))) == list(changed)
-    other = dataclasses.replace(one, diffusion=dataclasses.replace(one.diffusion, size=128))
+    other = dataclasses.replace(one, diffusion=dataclasses.replace(one.diffusion, size=256))
     assert differences(recipe(one), recipe(other)) == ["diffusion.size"]
 
 

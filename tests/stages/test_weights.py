@@ -22,7 +22,7 @@ def test_settings_out_of_range_are_refused(bad):
 
 
 def test_weights_draws_measures_and_saves_new_people(tmp_path, in_tmp):
-    words = ["size=64", "workers=1", "views=2", "photo_views=2"]
+    words = ["size=128", "workers=1", "views=2", "photo_views=2"]
     many = configuration.run("render_heads", [*words, "identities=10", f"out={tmp_path / 'many'}"])
     unseen = configuration.run(
         "render_heads", [*words, "identities=4", "split=validation", f"out={tmp_path / 'unseen'}"]
