@@ -134,12 +134,11 @@ def test_two_processes_train_as_one_and_go_on_for_each_other(tiny_base, rendered
     wanted = load_tensors(whole / "hypernet.safetensors")[0]
     for name in ("two", "one then two", "two then one"):
         weights = load_tensors(tmp_path / name / "hypernet.safetensors")[0]
-        for key, value in wanted.items():
-            differ = (weights[key].float() - value.float()).abs()
-            # where a gradient is zero but for rounding, AdamW's step has any sign
-            assert differ.max() <= 2 * STEPS * RATE, f"{name} {key}"
-            odd = int((differ > 2e-3 + 2e-3 * value.float().abs()).sum())
-            assert odd <= value.numel() // 1000, f"{name} {key}"
+        differ = torch.cat([(weights[key].float() - value.float()).abs().flatten() for key, value in wanted.items()])
+        size = torch.cat([value.float().abs().flatten() for value in wanted.values()])
+        # where a gradient is zero but for rounding, AdamW's step has any sign
+        assert differ.max() <= 2 * STEPS * RATE, name
+        assert (differ > 2e-3 + 2e-3 * size).float().mean() < 1e-3, name
         assert (tmp_path / name / "previews" / "step-000003.png").is_file()
 
 
