@@ -9,10 +9,17 @@ import pytest
 import yaml
 
 from hyperdb import config, options
+from hyperdb.report.table import markdown
 from hyperdb.runtime.files import load_json
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+
+
+def test_the_table_is_the_results_files():
+    table = markdown(load_json(ROOT / "experiments" / "embedded" / "likeness" / "results.json"))
+    assert table in README
+    assert table in (ROOT / "hyperdb" / "embedded" / "MODEL_CARD.md").read_text()
 
 
 def test_the_tables_of_memory_are_the_results_files():
