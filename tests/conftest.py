@@ -153,6 +153,15 @@ def tiny_judges(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def people(tmp_path_factory):
+    """Return a folder of 3 rendered people of the test split with 4 photos each, 32 px."""
+    from hyperdb.stages.render_heads import Config, run
+
+    out = str(tmp_path_factory.mktemp("test") / "heads")
+    return run(Config(out=out, identities=3, views=4, photo_views=4, size=32, workers=1, split="test"))
+
+
+@pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
     """Return a folder of 4 rendered people with 3 views each, in shards of 2 people, 32 px."""
     from hyperdb.stages.render_heads import Config, run

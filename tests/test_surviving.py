@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 
 from hyperdb import cli
-from hyperdb import config as configuration
 from hyperdb.data.fits import shard_path
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import TEMPORARY, atomic, load_tensors, save_json, save_tensors, whole
@@ -64,13 +63,6 @@ def start():
         return process
 
     return begin
-
-
-@pytest.fixture(scope="module")
-def people(tmp_path_factory):
-    out = tmp_path_factory.mktemp("test") / "heads"
-    words = ["identities=3", "views=4", "photo_views=4", "size=32", "workers=1", "split=test"]
-    return configuration.run("render_heads", [*words, f"out={out}"])
 
 
 @pytest.fixture(scope="module")

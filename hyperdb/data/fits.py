@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -19,7 +18,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_metadata, load_tensors, open_tensors, save_json, save_tensors
-from hyperdb.runtime.lazy import PART, Lazy, mean_std
+from hyperdb.runtime.lazy import PART, Lazy, mean_std, part_of
 
 if TYPE_CHECKING:
     from hyperdb.data.people import People
@@ -45,8 +44,8 @@ class Fits(Lazy):
         """Read these fits."""
         found = torch.empty(len(rows), *self.shape[1:])
         for k, row in enumerate(rows):
-            shard = bisect_right(self._ends, row)
-            found[k] = self._shards[shard][row - (self._ends[shard - 1] if shard else 0)]
+            shard, inside = part_of(self._ends, row)
+            found[k] = self._shards[shard][inside]
         return found
 
 
@@ -152,9 +151,9 @@ def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore
         raise UserError(f"{folder} was made with other LiDB bases; run `hyperdb precompute` again")
     try:
         tokens = Fits([shard_path(folder, i) for i in range(index["shards"])])
+    except UserError:
+        raise
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again") from error
     if tokens.shape[1:] != lidb.mask.shape or not all(torch.isfinite(part).all() for part in tokens.split(PART)):
         raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again")

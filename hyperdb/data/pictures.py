@@ -6,6 +6,7 @@ import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from hyperdb.faces.image import as_image, check_size
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, first_line
 from hyperdb.runtime.files import open_tensors
-from hyperdb.runtime.lazy import Lazy
+from hyperdb.runtime.lazy import Lazy, part_of
 
 PLAIN = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")  # the header of `hyperdb.faces.image.ppm`
 
@@ -54,7 +55,7 @@ class Decoded(ABC):
             with self.opened(row) as image:
                 width, height = image.size
         except Exception as error:  # a decoder may raise anything on foreign bytes
-            raise UserError(f"{self.name(row)} is not a picture that can be read ({_first(error)})") from error
+            raise UserError(f"{self.name(row)} is not a picture that can be read ({first_line(error)})") from error
         check_size(self.name(row), width, height)
         return width, height
 
@@ -66,7 +67,7 @@ class Decoded(ABC):
         except UserError:
             raise
         except Exception as error:  # OSError, SyntaxError, zlib.error ... by format
-            raise UserError(f"{self.name(row)} is truncated or damaged ({_first(error)})") from error
+            raise UserError(f"{self.name(row)} is truncated or damaged ({first_line(error)})") from error
 
 
 class Files(Decoded):
@@ -158,16 +159,12 @@ class Shards:
         if any(len(shape) != 4 or shape[1:] != shapes[0][1:] for shape in shapes):
             raise ValueError(f"pictures of the shapes {shapes[0]} ... {shapes[-1]}")
         self.height, self.width = shapes[0][1:3]
-        self.ends = np.cumsum([shape[0] for shape in shapes])
+        self.ends = list(accumulate(shape[0] for shape in shapes))
 
     def name(self, row: int) -> str:
         """Return the shard and the row in it."""
-        shard, inside = self._where(row)
+        shard, inside = part_of(self.ends, row)
         return f"{self.paths[shard]}: picture {inside}"
-
-    def _where(self, row: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self.ends, row, side="right"))
-        return shard, row - int(self.ends[shard - 1] if shard else 0)
 
     def size(self, row: int) -> tuple[int, int]:
         """Return width and height."""
@@ -175,7 +172,7 @@ class Shards:
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
         """Read a picture."""
-        shard, inside = self._where(row)
+        shard, inside = part_of(self.ends, row)
         found: NDArray[np.uint8] = self.slices[shard][inside]
         return found
 
@@ -218,8 +215,3 @@ class Pictures(Lazy):
                 pixels = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
             into[k] = np.asarray(pixels).transpose(2, 0, 1)
         return found
-
-
-def _first(error: Exception) -> str:
-    """Return the first line of an error, or its kind."""
-    return (str(error) or type(error).__name__).splitlines()[0]

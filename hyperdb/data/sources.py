@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hyperdb import heads
 from hyperdb.data.pictures import Files, Reader, Shards, Table
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, first_line
 from hyperdb.runtime.files import hash_files, load_json, load_tensors, load_text
 from hyperdb.runtime.output import RECORD
 from hyperdb.runtime.paths import expand
@@ -358,7 +358,7 @@ def open_source(place: str) -> Source:
 
 def _told(place: str, error: Exception) -> str:
     """Say in one line why something cannot be read."""
-    why = (str(error) or type(error).__name__).splitlines()[0]
+    why = first_line(error)
     if not place.startswith("hub:"):
         return f"{place} is damaged ({why}); delete it and make it again"
     if "script" in why.lower():

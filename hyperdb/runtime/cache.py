@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hyperdb.runtime.files import load_tensors, save_parts
+from hyperdb.runtime.files import load_made, load_tensors, save_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,8 @@ def kept(folder: Path | None, name: str, key: str, rows: int, make: Callable[[],
     It stays on the disk, in `folder` or in the cache's own: only what is looked at is read into memory.
     """
     path = (folder or cache_folder()) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        tensors, metadata = load_tensors(path)
+    if (made := load_made(path)) is not None:
+        tensors, metadata = made
         if metadata.get("key") == key and name in tensors:
             return tensors[name]
     save_parts(path, name, make(), rows, {"key": key})

@@ -15,3 +15,8 @@ class WriteError(UserError):
 
 class NonFiniteError(UserError, FloatingPointError):
     """A loss, a latent or a picture became NaN, infinite or too large; the message says which and what to lower."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error of a library says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

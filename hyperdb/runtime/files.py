@@ -253,17 +253,24 @@ def load_tensors(path: str | Path, without: str | None = None) -> tuple[dict[str
     return tensors, metadata
 
 
-def whole(path: Path) -> bool:
-    """Whether a safetensors file is there and undamaged; one that is not is said, and removed, to be made again."""
+def load_made(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Read what a run can make again, as `load_tensors` does; None if it is not there.
+
+    A damaged file is said, and removed, to be made again.
+    """
     if not path.is_file():
-        return False
+        return None
     try:
-        load_tensors(path)
+        return load_tensors(path)
     except UserError as error:
         print(f"{str(error).removesuffix('; delete it')}: it is made again")
         path.unlink()
-        return False
-    return True
+        return None
+
+
+def whole(path: Path) -> bool:
+    """Whether a safetensors file is there and undamaged; see `load_made`."""
+    return load_made(path) is not None
 
 
 def hash_files(paths: list[Path] | Path) -> str:

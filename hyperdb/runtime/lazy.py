@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PART = 64  # rows in memory at once where all are gone through
+
+
+def part_of(ends: Sequence[int], row: int) -> tuple[int, int]:
+    """Return in which of several parts a row lies, and where in it; `ends` are the rows up to each part's end."""
+    part = bisect_right(ends, row)
+    return part, row - (ends[part - 1] if part else 0)
 
 
 class Lazy(ABC):

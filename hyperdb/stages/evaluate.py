@@ -265,10 +265,12 @@ class Pictures:
         named = re.compile(rf"{row}-{seed}-\d+of(\d+)\.safetensors")
         return {path: int(found[1]) for path in self.folder.glob("*") if (found := named.fullmatch(path.name))}
 
-    def _has(self, path: Path, row: str) -> bool:
-        from hyperdb.runtime.files import load_metadata, whole
+    def _there(self, path: Path, row: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Return what a file holds, None if it is not there or of another recipe."""
+        from hyperdb.runtime.files import load_made
 
-        return whole(path) and load_metadata(path).get("made_from") == self.made_from[row]
+        made = load_made(path)
+        return made if made is not None and made[1].get("made_from") == self.made_from[row] else None
 
     def _save(self, path: Path, row: str, images: Tensor, cost: dict[str, float]) -> None:
         from hyperdb.runtime.files import save_tensors
@@ -278,10 +280,8 @@ class Pictures:
 
     def _load(self, path: Path, row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         """Return what a file holds of some people, which is drawn if it is not there."""
-        from hyperdb.runtime.files import load_tensors
-
-        if self._has(path, row):
-            tensors, metadata = load_tensors(path)
+        if (there := self._there(path, row)) is not None:
+            tensors, metadata = there
             self.kept(row, len(tensors["images"]))
             return tensors["images"], {name: float(metadata[name]) for name in ("seconds", "bytes")}
         images, cost = self.draw(row, seed, some)
@@ -291,7 +291,7 @@ class Pictures:
     def make(self, row: str, seed: int, some: slice, number: int, of: int) -> None:
         """Draw the share `number` of a row, unless it is there or the whole row is."""
         whole, part = self._path(row, seed), self.folder / f"{row}-{seed}-{number}of{of}.safetensors"
-        if self._has(whole, row) or self._has(part, row):
+        if self._there(whole, row) or self._there(part, row):
             self.kept(row, some.stop - some.start)
         elif some.start < some.stop:
             self._save(part, row, *self.draw(row, seed, some))
@@ -301,7 +301,7 @@ class Pictures:
         import torch
 
         path, parts = self._path(row, seed), self._parts(row, seed)
-        if self._has(path, row) or not parts:
+        if not parts or self._there(path, row):
             return self._load(path, row, seed, slice(0, self.people[row]))
         ((of, _),) = Counter(parts.values()).most_common(1)
         found = [

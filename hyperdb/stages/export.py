@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, first_line
 from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _push(config: Config, files: dict[str, Path], card: str) -> None:
         operations = [CommitOperationAdd(name, what) for name, what in contents.items()]
         done = api.create_commit(to, operations, commit_message=f"{config.name}, written by hyperdb {__version__}")
     except (OSError, ValueError, httpx.HTTPError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise UserError(f"push_to_hub={to} was not uploaded ({why}); the files stay in {config.out}") from error
     print(f"uploaded: {done.commit_url}")
 

@@ -197,11 +197,11 @@ def _known(people: People, size: int, path: Path, workers: int) -> tuple[Tensor,
     import torch
     from tqdm import tqdm
 
-    from hyperdb.runtime.files import load_tensors, save_tensors, whole
+    from hyperdb.runtime.files import load_made, save_tensors
 
     key = f"{people.digest} {size}"
-    if whole(path):
-        tensors, metadata = load_tensors(path)
+    if (there := load_made(path)) is not None:
+        tensors, metadata = there
         if metadata.get("key") == key and "faces" in tensors:
             return tensors["portraits"], tensors["faces"]
     seeds = [int(people.seed[rows[0]]) for rows in people.rows]

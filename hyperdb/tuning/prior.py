@@ -58,7 +58,7 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
 
     from hyperdb.diffusion.loss import predict, stratified_timesteps
     from hyperdb.diffusion.sample import sample, start_noise
-    from hyperdb.runtime.files import load_tensors, save_tensors, whole
+    from hyperdb.runtime.files import load_made, load_tensors, save_tensors
     from hyperdb.runtime.seed import generator
 
     how = base.config
@@ -72,8 +72,9 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
     t = stratified_timesteps(config.images, config.levels, base.schedule.config.num_train_timesteps, g).mT  # [S, M]
     noise = torch.randn((*t.shape, *base.latent_shape), generator=g)
     for path in filter(None, (shipped, cache)):
-        if whole(path) if path == cache else path.is_file():  # what is shipped is not ours to remove
-            tensors, metadata = load_tensors(path)
+        read = load_made if path == cache else load_tensors  # what is shipped is not ours to remove
+        if path.is_file() and (made := read(path)) is not None:
+            tensors, metadata = made
             if metadata.get("key") == key:
                 break
     else:

@@ -91,11 +91,11 @@ def load_start(
     """
     from tqdm import tqdm
 
-    from hyperdb.runtime.files import load_tensors, save_tensors, whole
+    from hyperdb.runtime.files import load_made, load_tensors, save_tensors
     from hyperdb.tuning.fit import fit as fitted
 
-    if whole(path):
-        tensors, metadata = load_tensors(path)
+    if (made := load_made(path)) is not None:
+        tensors, metadata = made
         if metadata.get("key") == key:
             return Start(tensors["average"], tensors["moment"])
         path.unlink(missing_ok=True)

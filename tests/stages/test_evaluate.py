@@ -35,13 +35,6 @@ PEOPLE = 3
 
 
 @pytest.fixture(scope="module")
-def people(tmp_path_factory):
-    out = tmp_path_factory.mktemp("test") / "heads"
-    words = ["identities=3", "views=4", "photo_views=4", "size=32", "workers=1", "split=test"]
-    return config.run("render_heads", [*words, f"out={out}"])
-
-
-@pytest.fixture(scope="module")
 def words(tiny_base, people):
     found = [f"diffusion.path={tiny_base}", *TINY, "hypernet=null", f"data={people}", f"people={PEOPLE}", "views=2"]
     return [*found, "images=2", "batch=2", *(f"methods.{row}.finetune.{word}" for row in KINDS for word in FIT)]
