@@ -200,11 +200,31 @@ def test_both_is_the_sum(case: Case) -> None:
         site.parameter.copy_(frozen)
 
 
-def _gradients(case: Case, remember: bool) -> dict[str, torch.Tensor | None]:
-    params = {k: v.requires_grad_() for k, v in case.trained(2).items()}
+@pytest.mark.parametrize("remember", [True, False])
+def test_training_merged_is_training_hooked(case: Case, remember: bool) -> None:
+    before = dict(case.model.named_parameters())
+    tolerance = max(TOLERANCE[case.dtype], 1e-4)  # some adapters compute in float32, whatever the model does
+    hooked = _gradients(case, remember=True, identities=1)
+    for name, gradient in _gradients(case, remember, identities=1, merged=True).items():
+        torch.testing.assert_close(gradient, hooked[name], rtol=tolerance, atol=tolerance)
+    after = dict(case.model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_several_identities_are_never_merged(case: Case) -> None:
+    with pytest.raises(UserError, match="2 identities"), Injection(case.sites).merged(case.changes(2)):
+        pass
+
+
+def _gradients(
+    case: Case, remember: bool, identities: int = 2, merged: bool = False
+) -> dict[str, torch.Tensor | None]:
+    params = {k: v.requires_grad_() for k, v in case.trained(identities).items()}
     injection, x = Injection(case.sites), ids(4)
     x[:, 0] = 3  # the word that a token adapter changes
-    with injection.using(case.adapter.changes(params)):
+    changes = case.adapter.changes(params)
+    with injection.merged(changes) if merged else injection.using(changes):
         y = case.model(x) if remember else checkpoint(case.model, x, use_reentrant=False)
         y.square().sum().backward()
     injection.remove()

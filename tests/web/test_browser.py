@@ -18,6 +18,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="the browser is d
 WAIT = 120_000  # milliseconds: another program may have the processor
 
 pytestmark = pytest.mark.slow
+playwright.expect.set_options(timeout=WAIT)
 
 
 @pytest.fixture(scope="module")
