@@ -107,8 +107,11 @@ def test_each_shard_is_a_task_of_ray(words, tmp_path):
     done = hyperdb(tmp_path, "precompute", "--ray", *words, "out=store")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "store" / "index.json").read_text())["fits"] == 4
-    said = done.stdout + done.stderr
-    assert "4 fits of" in said
+    assert "4 fits of" in done.stdout + done.stderr
+
+
+def test_shards_that_fail_are_told_by_their_numbers(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hyperdb[ray]'")
     lost = hyperdb(tmp_path, "preprocess", "--ray", "source=nowhere", "num_shards=2", "out=faces")
     assert lost.returncode == 2
     error = lost.stderr.splitlines()[-1]
