@@ -78,8 +78,8 @@ def told(command: list[str]) -> float:
     return seconds
 
 
-def main(arguments: list[str]) -> None:
-    """Fit, find the script's steps, take turns, print, write."""
+def main(arguments: list[str]) -> dict[str, Any]:
+    """Fit, find the script's steps, take turns, print, write; return what is written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", type=Path)
     parser.add_argument("--people", type=int, default=8)
@@ -199,8 +199,10 @@ def main(arguments: list[str]) -> None:
         )
     device = torch.cuda.get_device_name() if base.device.type == "cuda" else "cpu"
     result |= {"device": device, "cores": os.cpu_count(), "cpu_has_bf16": cpu_has_bf16(), "base": base.digest}
+    result |= provenance()
     if not given.quick:
-        save_json(Path(__file__).with_suffix(".json"), result | provenance())
+        save_json(Path(__file__).with_suffix(".json"), result)
+    return result
 
 
 if __name__ == "__main__":
