@@ -31,6 +31,7 @@ usage: hyperdb STAGE [key=value ...]      run a stage
        hyperdb STAGE --help               its settings, their values, the experiments
        hyperdb STAGE [...] --cfg job      print the composed settings, run nothing
        hyperdb STAGE -m seed=0,1          one run for each value, each with a folder of its own below out
+       hyperdb STAGE --ray num_shards=64  every shard a task of a Ray cluster
        hyperdb --version
 
 Text is taken as it is written: prompt='a [V] face, on the beach'. A list is written [a,b], an entry with commas in
@@ -163,12 +164,18 @@ def dispatch(argv: Sequence[str]) -> None:
         print(stage_help(stage))
         return
     words, show = _take_cfg(words)
-    many = {"-m", "--multirun"} & set(words)
-    words = [word for word in words if word not in many]
+    many, shards = {"-m", "--multirun"} & set(words), {"--ray"} & set(words)
+    words = [word for word in words if word not in many | shards]
     if show:
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(config.compose(stage, words)), end="")
+    elif many and shards:
+        raise UserError("-m and --ray both divide the work; choose one of them")
+    elif shards:
+        from hyperdb import cluster
+
+        cluster.run(stage, words)
     elif many:
         config.sweep(stage, words)
     else:

@@ -29,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden/ from what the code does now")
     parser.addoption("--examples", type=int, default=2000, help="files of a kind in test_hostile.py's slow tests")
     parser.addoption("--kills", type=int, default=3, help="how often test_surviving.py kills each stage")
+    parser.addoption("--people", type=int, default=40, help="personalised in 2 iterations by test_long_running.py")
+    parser.addoption("--whole-people", type=int, default=12, help="personalised in all iterations there")
 
 
 @pytest.fixture

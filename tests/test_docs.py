@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,16 @@ def test_the_table_of_sizes_is_the_benchmarks():
         sizes = (found["bytes"][base][precision] for base in ("other", "embedded"))
         cells = [size[file] for size in sizes for file in ("lidb", "adapter")]
         assert f"| {precision} | {' | '.join(f'{size:,}' for size in cells)} | " in text
+
+
+def test_the_arithmetic_of_scale_is_what_its_script_prints():
+    script = ROOT / "benchmarks" / "scale.py"
+    known = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=known, check=True, timeout=500)
+    line, costs, growth = done.stdout.strip().split("\n\n")
+    text = (ROOT / "docs" / "scale.md").read_text()
+    assert f"\n\n{line}.\n\n{costs}\n\n" in text
+    assert f"\n\n{growth}\n\n" in text
 
 
 def test_the_diffs_shown_are_in_the_tree():

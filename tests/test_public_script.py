@@ -22,7 +22,8 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json
 from hyperdb.tuning.fit import FitConfig
 
-FILE = Path(__file__).parents[1] / "experiments" / "tables" / "public_script.py"
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "experiments" / "tables" / "public_script.py"
 PUBLIC = os.environ.get("PUBLIC_SCRIPT")  # where a copy of the script itself is
 OPTIONS = (
     "pretrained_model_name_or_path", "instance_data_dir", "output_dir", "instance_prompt", "resolution", "seed", "rank",
@@ -59,12 +60,16 @@ save_file(made, args.output_dir + "/pytorch_lora_weights.safetensors")
 SETTINGS = FitConfig(steps=7, levels=1, rate=0.002, seed=5)
 
 
-@pytest.fixture(scope="module")
-def module():
-    spec = importlib.util.spec_from_file_location("public_script", FILE)
+def load(file):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
+
+
+@pytest.fixture(scope="module")
+def module():
+    return load(FILE)
 
 
 @pytest.fixture
@@ -212,6 +217,43 @@ def test_the_tables_are_the_results_file():
             for x in (one[name] for one in found["paired"].values())
         )
         assert f"| {name.replace('-', ' - ')} | {c} | {changed} |" in text
+
+
+def test_people_an_hour_are_those_of_three_ways_in_turns(stand_in, tiny_base, tmp_path, monkeypatch):
+    """Of `hyperdb` in this process, of the script in one for each person."""
+    fits = load(ROOT / "benchmarks" / "fits.py")
+    people = ["identities=2", "views=5", "photo_views=5", "size=32", "workers=1", "split=validation"]
+    data = config.run("render_heads", [*people, f"out={tmp_path / 'heads'}"])
+    asked, told = [], fits.told
+
+    def here(command):
+        if command[1:3] != ["-m", "hyperdb"]:
+            return told(command)
+        asked.append(command[4:])
+        config.run(command[3], command[4:])
+        return 2.0 if "fit.steps=2" in command[-2:] else 1.0
+
+    monkeypatch.setattr(fits, "told", here)
+    monkeypatch.setattr(fits, "save_json", None)  # a quick one is no result
+    words = [
+        f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "adapter.a=12",
+        "adapter.b=8", f"data={data}", "split=validation", "start=template", "fit.trained=all", "fit.optimizer=adamw",
+        "fit.levels=1", "fit.views=1", "fit.rate=0.1",
+    ]  # fmt: skip
+    found = fits.main(["--quick", "--script", str(stand_in), *words])
+    rows = found["rows"]
+    assert list(rows) == ["precompute", "precompute, batch=1", "script"]
+    assert [[w for w in one if w.startswith(("batch", "fit.steps"))][-2:] for one in asked] == [
+        [f"batch={batch}", f"fit.steps={steps}"] for batch in (2, 1) for steps in (2, 1)
+    ] * 2
+    for row in ("precompute", "precompute, batch=1"):  # two people in 2 seconds, of which both steps are 2
+        assert (rows[row]["people_an_hour"], rows[row]["people_an_hour_without_start"]) == (3600, 3600)
+        assert rows[row]["cosine"] == pytest.approx(rows["precompute"]["cosine"], abs=0.02)
+    calls = [json.loads(line)[0] for line in Path(f"{stand_in}.calls").read_text().splitlines()]
+    steps = [int(word.partition("=")[2]) for words in calls for word in words if word.startswith("--max_train_steps")]
+    assert steps == [2, 2, *[3, 3] * (rows["script"]["steps"] == 3), *[rows["script"]["steps"]] * 2, 1, 1]
+    assert rows["script"]["as_like"] == (rows["script"]["cosine"] >= rows["precompute"]["cosine"] - 0.005)
+    assert len(found["seconds"]["script"]["whole"]) == found["people"] - 1 == 1
 
 
 @pytest.mark.slow

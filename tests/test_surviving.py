@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from PIL import Image
 
 from hyperdb import cli
 from hyperdb.data.fits import shard_path
+from hyperdb.runtime.cache import kept
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import TEMPORARY, atomic, load_tensors, save_json, save_tensors, whole
 from hyperdb.runtime.journal import Journal, read
@@ -222,6 +224,39 @@ def test_a_full_disk_and_one_that_is_read_only(disk, capsys):
     frozen = disk("ro")
     assert cli.main([*words, f"out={frozen / 'out'}"]) == 2
     assert "Read-only file system" in capsys.readouterr().err
+
+
+def _fill(path: Path) -> None:
+    """Take all the room that a disk has left."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+
+
+def test_a_journal_on_a_disk_that_fills_goes_on_when_there_is_room(disk):
+    small = disk("size=64k")
+
+    def run() -> None:
+        with Journal(small / "journal.jsonl", 1000, every=1) as journal:
+            journal.step(1, 1.0)  # the file has a block of the disk, in which there is room for more
+            _fill(small / "filler")
+            for step in range(2, 1001):
+                journal.step(step, 1.0)
+
+    with pytest.raises(UserError, match=r"^cannot write .*journal\.jsonl: No space left on device$"):
+        run()
+    (small / "filler").unlink()
+    there = [record["step"] for record in read(small / "journal.jsonl")]
+    assert 2 <= len(there) < 1000
+    with Journal(small / "journal.jsonl", len(there) + 1, there[-2], every=1) as journal:
+        for again in (there[-1], there[-1] + 1):
+            journal.step(again, 1.0)
+    assert [record["step"] for record in read(small / "journal.jsonl")] == list(range(1, len(there) + 2))
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_have_another(disk):
+    with pytest.raises(UserError, match=r"^cannot write .*: Read-only file system; HYPERDB_CACHE=FOLDER names another"):
+        kept(disk("ro"), "moments", "key", 2, lambda: [torch.zeros(2, 3)])
 
 
 # --- what is damaged ---------------------------------------------------------------------------------

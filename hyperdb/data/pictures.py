@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hyperdb.faces.image import as_image, check_size
+from hyperdb.faces.image import as_image, check_size, image_size, read_image
 from hyperdb.runtime.errors import UserError, first_line
 from hyperdb.runtime.files import open_tensors
 from hyperdb.runtime.lazy import Lazy, part_of
@@ -38,40 +37,8 @@ class Reader(Protocol):
         """Decode a picture, `[H, W, 3]`. Raises `UserError` for a damaged one."""
 
 
-class Decoded(ABC):
-    """Pictures in a format that Pillow reads; whoever derives says how one is opened."""
-
-    @abstractmethod
-    def name(self, row: int) -> str:
-        """Return what a message calls a picture."""
-
-    @abstractmethod
-    def opened(self, row: int) -> Image.Image:
-        """Let Pillow read the header."""
-
-    def size(self, row: int) -> tuple[int, int]:
-        """Return width and height, of the header."""
-        try:
-            with self.opened(row) as image:
-                width, height = image.size
-        except Exception as error:  # a decoder may raise anything on foreign bytes
-            raise UserError(f"{self.name(row)} is not a picture that can be read ({first_line(error)})") from error
-        check_size(self.name(row), width, height)
-        return width, height
-
-    def pixels(self, row: int) -> NDArray[np.uint8]:
-        """Decode a picture, upright and in sRGB."""
-        try:
-            with self.opened(row) as image:
-                return as_image(image, self.name(row))
-        except UserError:
-            raise
-        except Exception as error:  # OSError, SyntaxError, zlib.error ... by format
-            raise UserError(f"{self.name(row)} is truncated or damaged ({first_line(error)})") from error
-
-
-class Files(Decoded):
-    """Pictures in files of their own."""
+class Files:
+    """Pictures in files of their own, in any format and depth that a photo to personalise may have."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -80,12 +47,16 @@ class Files(Decoded):
         """Return the file."""
         return str(self.paths[row])
 
-    def opened(self, row: int) -> Image.Image:
-        """Open the file."""
-        return Image.open(self.paths[row])
+    def size(self, row: int) -> tuple[int, int]:
+        """Return width and height, of the header."""
+        return image_size(self.paths[row])
+
+    def pixels(self, row: int) -> NDArray[np.uint8]:
+        """Decode a picture, upright and in sRGB."""
+        return read_image(self.paths[row])
 
 
-class Table(Decoded):
+class Table:
     """Pictures in a column of Arrow tables: encoded bytes, alone or in `datasets`' structure of bytes and path.
 
     The tables stay on the disk, mapped into memory by whoever opened them. Paths in a table are not followed.
@@ -110,10 +81,6 @@ class Table(Decoded):
     def _bytes(self, row: int) -> pa.Buffer:
         return self.column[row].as_buffer()
 
-    def opened(self, row: int) -> Image.Image:
-        """Open the bytes where they lie."""
-        return Image.open(pa.BufferReader(self._bytes(row)))
-
     def _plain(self, content: pa.Buffer) -> tuple[int, int, int] | None:
         """Return the length of the header, width and height of a PPM picture; None for any other."""
         found = PLAIN.match(content[: min(32, content.size)].to_pybytes())
@@ -124,17 +91,32 @@ class Table(Decoded):
 
     def size(self, row: int) -> tuple[int, int]:
         """Return width and height, of the header."""
-        found = self._plain(self._bytes(row))
-        return super().size(row) if found is None else found[1:]
-
-    def pixels(self, row: int) -> NDArray[np.uint8]:
-        """Decode a picture; a PPM one is only looked at."""
         content = self._bytes(row)
         found = self._plain(content)
-        if found is None:
-            return super().pixels(row)
-        start, width, height = found
-        return np.frombuffer(content, np.uint8, offset=start).reshape(height, width, 3)
+        if found is not None:
+            return found[1:]
+        try:
+            with Image.open(pa.BufferReader(content)) as image:
+                width, height = image.size
+        except Exception as error:  # a decoder may raise anything on foreign bytes
+            raise UserError(f"{self.name(row)} is not a picture that can be read ({first_line(error)})") from error
+        check_size(self.name(row), width, height)
+        return width, height
+
+    def pixels(self, row: int) -> NDArray[np.uint8]:
+        """Decode a picture, upright and in sRGB; a PPM one is only looked at."""
+        content = self._bytes(row)
+        found = self._plain(content)
+        if found is not None:
+            start, width, height = found
+            return np.frombuffer(content, np.uint8, offset=start).reshape(height, width, 3)
+        try:
+            with Image.open(pa.BufferReader(content)) as image:
+                return as_image(image, self.name(row))
+        except UserError:
+            raise
+        except Exception as error:  # OSError, SyntaxError, zlib.error ... by format
+            raise UserError(f"{self.name(row)} is truncated or damaged ({first_line(error)})") from error
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the length of every picture in bytes, without reading any."""

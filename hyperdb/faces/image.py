@@ -253,6 +253,15 @@ def _holds_deep_colours(image: Any) -> bool:
     return image.format == "PNG" and image.mode in ("RGB", "RGBA") and image.tile[0].args == f"{image.mode};16B"
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return width and height of a picture that `read_image` reads, as its header says; raises what that would."""
+    path = Path(path)
+    _check_file(path)
+    with _open(path) as image:
+        check_size(path, *image.size)
+        return image.size
+
+
 def read_image(path: str | Path) -> NDArray[np.uint8]:
     """Read a picture as sRGB [H, W, 3], upright (EXIF), over white where it is transparent.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperdb.runtime.errors import WriteError
 from hyperdb.runtime.files import load_made, load_tensors, save_parts
 
 if TYPE_CHECKING:
@@ -31,5 +32,8 @@ def kept(folder: Path | None, name: str, key: str, rows: int, make: Callable[[],
         tensors, metadata = made
         if metadata.get("key") == key and name in tensors:
             return tensors[name]
-    save_parts(path, name, make(), rows, {"key": key})
+    try:
+        save_parts(path, name, make(), rows, {"key": key})
+    except WriteError as error:
+        raise WriteError(f"{error}; HYPERDB_CACHE=FOLDER names another place for what is kept") from error
     return load_tensors(path)[0][name]

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hyperdb.runtime.errors import NonFiniteError
-from hyperdb.runtime.files import save_text
+from hyperdb.runtime.files import save_text, writing
 
 
 class Journal:
@@ -60,13 +60,15 @@ class Journal:
     def record(self, step: int, **values: Any) -> None:
         """Append one record."""
         seconds = round(time.monotonic() - self._began, 1)
-        self._file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
-        self._file.flush()
+        with writing(self._file.name):
+            self._file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file and the bar."""
         self._bar.close()
-        self._file.close()
+        with writing(self._file.name):  # what a full disk did not take is tried again
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self

@@ -5,7 +5,8 @@
 
 Writes `faces/*.png`, `manifest.jsonl` (file, source, identity, split, box, score) and
 `rejected.jsonl` (source, reason) into `out`: every picture below `source`, or within `limit`, is in one of the two.
-Running it again keeps the faces that are there.
+Running it again keeps the faces that are there. With `num_shards` a job crops every so many-th picture, its `shard`;
+when all are done, the same command without `shard` writes the two lists.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hyperdb.runtime.output import claim, release
 from hyperdb.runtime.paths import FilePath
 from hyperdb.runtime.recipe import recipe
 from hyperdb.runtime.seed import derive, split_of
+from hyperdb.runtime.share import Share
 
 KINDS = ("folder", "celeba_hq", "sfhq")
 # Pictures, or files with pictures in them, that are not read; beside what `mimetypes` calls image or video.
@@ -38,7 +40,7 @@ MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"
 
 
 @dataclass
-class Config:
+class Config(Share):
     """What to read, where to write, and how to crop.
 
     `crop` is the framing (1.0 = FFHQ, 0.8 = the embedded base), `size` the side in pixels,
@@ -55,6 +57,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in KINDS:
             raise UserError(f"kind={self.kind} is unknown; choose one of {', '.join(KINDS)}")
         if not 32 <= self.size <= 4096:
@@ -297,7 +300,7 @@ def _summary(records: list[dict[str, Any]], rejected: list[dict[str, str]], seve
 
 
 def run(config: Config) -> Path:
-    """Crop every picture and return the path of the manifest.
+    """Crop every picture and return the path of the manifest, or of `out` after a shard of them.
 
     Raises `UserError` when the source or identity file is unusable or no picture has a face.
     """
@@ -315,7 +318,8 @@ def run(config: Config) -> Path:
     records: list[dict[str, Any]] = []
     rejected = [{"source": p.as_posix(), "reason": reason} for p, reason in sorted(left_out.items())]
     several = 0
-    for picture in tqdm(pictures, desc="preprocess", unit="picture", dynamic_ncols=True):
+    number, of = config.share()
+    for picture in tqdm(pictures[number::of], desc="preprocess", unit="picture", dynamic_ncols=True):
         identity = identities[picture]
         try:
             if identity is None:
@@ -338,6 +342,9 @@ def run(config: Config) -> Path:
                 **({"notices": face["notices"]} if face["notices"] else {}),
             }
         )
+    if of > 1:
+        print(f"{len(records)} faces of shard {number} of {of} are in {out}; after all shards run it without shard")
+        return out
     if not records:
         release(out)
         first = rejected[len(left_out)]["reason"]

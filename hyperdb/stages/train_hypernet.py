@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -498,6 +499,16 @@ def _optimizer(config: Config, model: Hypernet) -> torch.optim.Optimizer:
     return Muon(vectors, config.rate, stacks, config.matrix_rate or 0.0, linear, config.linear_rate or 0.0)
 
 
+def _check_whole() -> None:
+    """Raise `UserError` if `accelerate launch` was told to divide a network among processes."""
+    for word in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{word}") == "true":
+            raise UserError(
+                f"this configuration of accelerate asks for {word}, but every process keeps a whole hypernetwork here "
+                "(docs/cluster.md says why that is enough); use one of conf/accelerate"
+            )
+
+
 def _processes(config: Config, base: Base) -> Accelerator:
     """Bring the processes of `accelerate launch` together; one is alone. Raises `UserError` if they cannot share."""
     from datetime import timedelta
@@ -516,11 +527,6 @@ def _processes(config: Config, base: Base) -> Accelerator:
         ],
     )
     count = accelerator.num_processes
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise UserError(
-            f"this configuration of accelerate asks for {accelerator.distributed_type.value}, but every process keeps "
-            "a whole hypernetwork here; use one of conf/accelerate"
-        )
     if config.batch % count:
         raise UserError(f"batch={config.batch} people cannot be divided among {count} processes; take a multiple")
     if count > 1 and accelerator.device != base.device and base.device.type != "cpu":
@@ -550,6 +556,7 @@ def run(config: Config, track: Track) -> Path:
     from hyperdb.tuning.validation import verdict
 
     # --- base, people, fits
+    _check_whole()
     base = config.diffusion.load()
     accelerator = _processes(config, base)
     main = accelerator.is_main_process

@@ -8,8 +8,10 @@ import pickle
 import shutil
 from pathlib import Path
 
+import cv2
 import datasets
 import numpy as np
+import pillow_heif
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,6 +22,7 @@ from hyperdb import config as configuration
 from hyperdb.data import pictures, sources
 from hyperdb.data.people import People, latent_moments, load_people
 from hyperdb.diffusion import DiffusionConfig
+from hyperdb.faces.image import read_image
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files, load_json, save_json, save_tensors
 from hyperdb.runtime.seed import derive, split_of
@@ -112,7 +115,7 @@ def test_a_folder_that_preprocess_has_not_finished_is_nobody(folder: Path) -> No
     [
         (Image.new("RGB", (40, 60)), "has 40x60 px and is no square crop of a face; cut the faces out with"),
         (Image.new("RGB", (8, 8)), "at least 32 px"),
-        (b"no picture at all", "is not a picture that can be read"),
+        (b"no picture at all", "is not an image .or badly damaged.; use PNG or JPEG"),
     ],
 )
 def test_pictures_that_are_no_faces(folder: Path, image: Image.Image | bytes, said: str) -> None:
@@ -128,6 +131,21 @@ def test_a_picture_that_is_cut_off_is_named(folder: Path) -> None:
     people = load_people(folder, split=None)
     with pytest.raises(UserError, match=r"ada/1\.png is truncated or damaged"):
         people.images[[0]]
+
+
+@pytest.mark.parametrize("suffix", ["heic", "tiff", "16.png"])
+def test_files_are_read_as_a_photo_to_personalise_is(folder: Path, images: list[Image.Image], suffix: str) -> None:
+    """A phone's format, float colours, and colours of 16 bits, of which Pillow alone keeps the upper byte."""
+    path = folder / "ada" / f"2.{suffix}"
+    if suffix == "heic":
+        pillow_heif.from_pillow(images[0]).save(path)
+    else:
+        deep = np.asarray(images[0])[..., ::-1] / np.float32(255)
+        cv2.imwrite(str(path), deep if suffix == "tiff" else (deep * 64_000).astype(np.uint16))
+    people = load_people(folder, limit=1, split=None)
+    wanted = torch.from_numpy(read_image(path)).permute(2, 0, 1)
+    assert torch.equal(people.images[:][1], wanted)
+    assert wanted.float().std() > 30
 
 
 def test_pictures_of_several_sizes_need_one_that_is_asked_for(folder: Path, images: list[Image.Image]) -> None:

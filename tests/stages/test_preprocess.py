@@ -77,6 +77,21 @@ def test_resume_keeps_what_is_there(tmp_path, photo):
     assert kept.stat().st_mtime_ns == times[kept]
 
 
+def test_shards_crop_what_the_whole_lists(tmp_path, photo, monkeypatch, capsys):
+    config = make(tmp_path, photo, ["a.png", "b.png", "c.png"])
+    (tmp_path / "in" / "d.png").write_bytes(b"no picture")
+    whole = run(Config(**config | {"out": str(tmp_path / "whole")}))
+    out = tmp_path / "out"
+    for shard, faces in ((1, {"b.png"}), (0, {"a.png", "b.png", "c.png"})):
+        assert run(Config(**config, shard=shard, num_shards=2)) == out
+        assert {p.name for p in (out / "faces").iterdir()} == faces
+        assert not list(out.glob("*.jsonl"))
+    assert "2 faces of shard 0 of 2 are in" in capsys.readouterr().out
+    monkeypatch.setattr("hyperdb.faces.align.crop", None)  # every face is there
+    assert run(Config(**config)).read_bytes() == whole.read_bytes()
+    assert (out / "rejected.jsonl").read_bytes() == (tmp_path / "whole" / "rejected.jsonl").read_bytes()
+
+
 def test_files_that_are_somebodys_are_kept(tmp_path, photo):
     config = make(tmp_path, photo, ["a.png"])
     own = tmp_path / "out" / "faces" / "a.png"

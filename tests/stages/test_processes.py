@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperdb import config
+from hyperdb import cli, config
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors
 from hyperdb.runtime.journal import Journal
@@ -142,15 +142,35 @@ def test_two_processes_train_as_one_and_go_on_for_each_other(tiny_base, rendered
         assert (tmp_path / name / "previews" / "step-000003.png").is_file()
 
 
+def refused(kind, out, capsys):
+    assert cli.main(["train_hypernet", "diffusion.path=nowhere", f"out={out}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hyperdb: error: this configuration of accelerate asks for {kind}, but every process keeps")
+    assert not out.exists()
+
+
+def test_a_hypernetwork_in_parts_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    """FSDP of what accelerate itself makes of a file that asks for it, the others of the word that it would set."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    told = ["compute_environment: LOCAL_MACHINE", "distributed_type: FSDP", "num_processes: 8", "mixed_precision: 'no'"]
+    (tmp_path / "fsdp2.yaml").write_text("\n".join([*told, "fsdp_config: {fsdp_version: 2}"]))
+    asked = ["--config_file", str(tmp_path / "fsdp2.yaml"), "-m", "hyperdb", "train_hypernet"]
+    args = launch._validate_launch_command(launch.launch_command_parser().parse_args(asked))[0]
+    made = prepare_multi_gpu_env(args)
+    assert made["FSDP_VERSION"] == "2"
+    with monkeypatch.context() as launched:
+        launched.setattr(os, "environ", {**os.environ, **made})
+        refused("FSDP", tmp_path / "out", capsys)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refused("DEEPSPEED", tmp_path / "out", capsys)
+
+
 def test_what_processes_cannot_divide_is_refused(tiny_base, rendered, tmp_path, monkeypatch):
     from accelerate import Accelerator
-    from accelerate.utils import DistributedType
 
     words = [f"diffusion.path={tiny_base}", *WORDS, *HYPER, f"data={rendered}", "weights=null", "validation=null"]
-    with monkeypatch.context() as sharded:
-        sharded.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-        with pytest.raises(UserError, match="accelerate asks for FSDP"):
-            config.run("train_hypernet", [*words, f"out={tmp_path / 'out'}"])
     monkeypatch.setattr(Accelerator, "num_processes", 3)
     with pytest.raises(UserError, match="batch=4 people cannot be divided among 3 processes"):
         config.run("train_hypernet", [*words, f"out={tmp_path / 'out'}"])
