@@ -60,16 +60,20 @@ class Hypernet(nn.Module):
         self.config, self.lidb = config, lidb
         self.encoder = Encoder(config.encoder)
         tokens, width = lidb.mask.shape
-        self.decoder = IterativeDecoder(
-            tokens, width, self.encoder.dim, config.summary, config.width, config.heads, config.layers,
-            config.iterations, config.head == "shared", config.linear,
-        )  # fmt: skip
+        self.decoder = self._new_decoder()
         self.register_buffer("mask", lidb.mask.clone(), persistent=False)
         self.register_buffer("centre", lidb.template.clone())
         self.register_buffer("spread", torch.full((tokens, width), default_spread))
         self.register_buffer("feature_mean", torch.zeros(self.encoder.tokens, self.encoder.dim))
         self.register_buffer("feature_std", torch.ones(self.encoder.tokens, self.encoder.dim))
         self.register_buffer("whiten", torch.eye(self.encoder.dim, config.summary))
+
+    def _new_decoder(self) -> IterativeDecoder:
+        config, (tokens, width) = self.config, self.lidb.mask.shape
+        return IterativeDecoder(
+            tokens, width, self.encoder.dim, config.summary, config.width, config.heads, config.layers,
+            config.iterations, config.head == "shared", config.linear,
+        )  # fmt: skip
 
     def require(self, lidb: LiDB, what: str) -> None:
         """Raise `UserError` naming `what` unless this predicts the numbers of `lidb`: the same layers and settings."""
@@ -81,6 +85,17 @@ class Hypernet(nn.Module):
         """Refine the prediction so many times from now on."""
         self.config = replace(self.config, iterations=iterations)
         self.decoder.iterations = iterations
+
+    def begin_refining(self, config: HypernetConfig) -> None:
+        """Put a new decoder of the width, heads, layers, iterations and head of `config` on the linear map.
+
+        It begins by adding nothing to the map's predictions.
+        """
+        linear = self.decoder.linear
+        names = ("width", "heads", "layers", "iterations", "head")
+        self.config = replace(self.config, **{name: getattr(config, name) for name in names})
+        self.decoder = self._new_decoder().to(self.centre.device)
+        self.decoder.linear = linear
 
     @torch.no_grad()
     def cut(self, size: int) -> None:

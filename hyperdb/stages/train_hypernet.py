@@ -76,7 +76,8 @@ class Config:
     the share of pictures that are denoised under the empty prompt. Classifier-free guidance later subtracts what the
     network predicts there with the same adapter in place.
 
-    With `init` the training goes on from a hypernetwork. A smaller `model.summary` than it has keeps the directions in
+    With `init` the training goes on from a hypernetwork. On a linear map alone (0 iterations) the decoder that `model`
+    describes begins. A smaller `model.summary` than it has keeps the directions in
     which its linear map moves the predictions most.
 
     Several processes of `accelerate launch` divide the people of each step, and one alone validates, draws and writes.
@@ -592,7 +593,7 @@ def run(config: Config, track: Track) -> Path:
         model = Hypernet.load(resolve(config.init))
         model.require(lidb, config.init)
         if model.config.iterations == 0:
-            model.refine(config.model.iterations)
+            model.begin_refining(config.model)
         if config.model.summary < model.config.summary:
             model.cut(config.model.summary)
     else:

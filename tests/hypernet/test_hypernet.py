@@ -254,9 +254,10 @@ def test_what_refines_no_prediction_is_not_stored(lidb, tmp_path):
     assert [name for name in load_tensors(path)[0] if name.startswith("decoder.")] == ["decoder.linear"]
     again = Hypernet.load(path)
     assert torch.allclose(again(_images()), model.eval()(_images()), atol=2e-2)
-    again.refine(2)  # begins at what it was
+    again.begin_refining(replace(CONFIG, width=16, iterations=2))  # begins at what it was
     assert torch.equal(again(_images()), Hypernet.load(path)(_images()))
-    assert "decoder.head.weight" in load_tensors(again.save(path, {}))[0]
+    assert load_tensors(again.save(path, {}))[0]["decoder.head.weight"].shape[1] == 16
+    assert Hypernet.load(path).config == replace(again.config, encoder=Hypernet.load(path).config.encoder)
 
 
 def test_a_frozen_encoder_is_not_stored(lidb, tmp_path):
