@@ -94,11 +94,11 @@ def test_a_prediction_moves_to_the_next_version(tiny_base, versions, person, tmp
         torch.testing.assert_close(delta(*factors[name])[0], new, rtol=1e-3, atol=1e-3)
         assert min(row["inputs"], row["outputs"]) > 0.8
         assert row["kept"] == pytest.approx(float(new.square().sum() / delta(down, up).square().sum()), abs=1e-3)
+    words = [f"diffusion.path={versions['further']}", "diffusion.size=32", "diffusion.rare_token=zwx", "steps=2"]
     drawn = [
-        config.run("generate", [f"diffusion.path={versions['further']}", "diffusion.size=32", "steps=2", "num_images=1",
-                                f"strength={strength}", f"adapter={out}", f"out={tmp_path / str(strength)}"])
-        for strength in (0, 1)
-    ]  # fmt: skip
+        config.run("generate", [*words, "num_images=1", f"strength={x}", f"adapter={out}", f"out={tmp_path / str(x)}"])
+        for x in (0, 1)
+    ]
     assert (read_image(drawn[0] / "00000.png") != read_image(drawn[1] / "00000.png")).any()
 
 
