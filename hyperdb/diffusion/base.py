@@ -273,8 +273,9 @@ class Base:
         digest = digest_base(unet, text_encoder, vae, tokenizer, schedule)
         # diffusers' own `to` warns of the layers to be kept in float32, of which there are none
         unet, text_encoder = (nn.Module.to(part, device, dtype) for part in (unet, text_encoder))
-        for part in (unet, text_encoder) if config.quantise is not None else ():
-            quantise(part, config.quantise)
+        if config.quantise is not None:
+            quantise(unet, config.quantise)
+            quantise(text_encoder, config.quantise)
         return cls(config, unet, text_encoder, vae.to(device), tokenizer, schedule, digest)
 
     @classmethod
