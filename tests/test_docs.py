@@ -9,11 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from hyperdb import config, options
+from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.site import Site
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.base import Base
+from hyperdb.diffusion.targets import find_set
 from hyperdb.report.table import markdown
 from hyperdb.runtime.files import load_json
+from hyperdb.tuning.trainable import numbers
 
 ROOT = Path(__file__).parent.parent
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
@@ -53,6 +62,28 @@ def test_the_table_of_adapters_is_their_yamls():
             assert f"| {recipe['steps']} | {recipe['rate']:.1e} |".replace("e-0", "e-") in line
 
 
+def test_the_numbers_of_each_adapter_are_those_that_it_trains():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    clip = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    with torch.device("meta"):
+        sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768), CLIPTextModel(CLIPTextConfig(**clip))
+    small = Base.sketch(DiffusionConfig())
+    for path in sorted((ROOT / "conf" / "adapters").glob("*.yaml")):
+        settings = config.load("personalize", ["image=x.png", f"adapter={path.stem}"]).adapter.bound([0], [0])
+        cells = []
+        for parts in ((small.unet, small.text_encoder), sd15):
+            sites = {name: Site(name, module) for name, module in find_set(settings.where(), *parts).items()}
+            layout = Layout.listing({name: site for name, site in sites.items() if site.kind in settings.kinds})
+            cells.append(numbers(settings.build(layout)))
+        assert f"| `{path.stem}` | {cells[0]:,} | {cells[1]:,} | {4 * cells[1]:,} |" in text
+
+
+def test_every_method_is_described():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    named = {path.stem for group in ("adapters", "methods") for path in (ROOT / "conf" / group).glob("*.yaml")}
+    assert {name for name in named if f"**`{name}`**" not in text} == set()
+
+
 def test_the_table_of_sizes_is_the_benchmarks():
     text = (ROOT / "docs" / "formats.md").read_text()
     found = load_json(ROOT / "benchmarks" / "adapter_sizes.json")
@@ -84,7 +115,8 @@ def test_the_diffs_shown_are_in_the_tree():
             assert line.startswith("@@") or line[1:] in there, f"{head}: {line}"
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("cluster", "formats", "imports", "stable_diffusion", "web"))]
+NAMES = ("cluster", "formats", "imports", "methods", "stable_diffusion", "web")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -13,12 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperdb.adapters import (
     KINDS,
+    A1111Config,
     AdapterConfig,
     DoRAConfig,
     FouRAConfig,
     FullConfig,
     LiDBConfig,
     LoRAConfig,
+    LoRAXConfig,
     SVDiffConfig,
     TokenConfig,
 )
@@ -34,6 +36,9 @@ CONFIGS: dict[str, AdapterConfig] = {
     "lidb-wider-than-layers": LiDBConfig(),
     "lora": LoRAConfig(rank=3),
     "full": FullConfig(),
+    "lorax": LoRAXConfig(rank=3),
+    "lorax-wider-than-layers": LoRAXConfig(),
+    "a1111": A1111Config(bias=False),  # of those that can be merged
     "svdiff": SVDiffConfig(),
     "dora": DoRAConfig(rank=2),
     "foura": FouRAConfig(rank=3),

@@ -6,21 +6,25 @@ file, its line in `KINDS` and its yaml in conf/adapters (CONTRIBUTING.md shows o
 
 from __future__ import annotations
 
+from hyperdb.adapters.a1111 import A1111Config
 from hyperdb.adapters.base import AdapterConfig
 from hyperdb.adapters.dora import DoRAConfig
 from hyperdb.adapters.foura import FouRAConfig
 from hyperdb.adapters.full import FullConfig
 from hyperdb.adapters.lidb import LiDBConfig
 from hyperdb.adapters.lora import LoRAConfig
+from hyperdb.adapters.lorax import LoRAXConfig
 from hyperdb.adapters.svdiff import SVDiffConfig
 from hyperdb.adapters.token import TokenConfig
 
 KINDS: dict[str, type[AdapterConfig]] = {
+    "a1111": A1111Config,
     "dora": DoRAConfig,
     "foura": FouRAConfig,
     "full": FullConfig,
     "lidb": LiDBConfig,
     "lora": LoRAConfig,
+    "lorax": LoRAXConfig,
     "svdiff": SVDiffConfig,
     "token": TokenConfig,
 }
@@ -34,6 +38,6 @@ def kind_of(settings: AdapterConfig) -> str:
 
 
 __all__ = [
-    "KINDS", "AdapterConfig", "DoRAConfig", "FouRAConfig", "FullConfig", "LiDBConfig", "LoRAConfig", "SVDiffConfig",
-    "TokenConfig", "kind_of",
+    "KINDS", "A1111Config", "AdapterConfig", "DoRAConfig", "FouRAConfig", "FullConfig", "LiDBConfig", "LoRAConfig",
+    "LoRAXConfig", "SVDiffConfig", "TokenConfig", "kind_of",
 ]  # fmt: skip

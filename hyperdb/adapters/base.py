@@ -115,7 +115,7 @@ class LowRank(NamedTuple):
 
     def settled(self, site: Site) -> LowRank:
         """Return the factors in the dtype of the weight."""
-        return LowRank(*(x.detach().to(site.parameter) for x in self))
+        return LowRank(*(x.detach().to(*site.home) for x in self))
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return `up @ down` in the dtype of `weight`."""

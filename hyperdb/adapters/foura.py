@@ -95,7 +95,7 @@ class Gated:
 
     def settled(self, site: Site) -> Gated:
         """Return it in the dtype of the weight."""
-        return Gated(*(t.detach().to(site.parameter) for t in self))
+        return Gated(*(t.detach().to(*site.home) for t in self))
 
 
 class FouRA(LoRA):

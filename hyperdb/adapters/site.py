@@ -33,11 +33,18 @@ class Site:
         """The frozen parameter itself, as the module holds it."""
         return getattr(self.module, "bias" if self.kind == "bias" else "weight")
 
+    @property
+    def home(self) -> tuple[Any, Any]:
+        """Device and dtype of the frozen parameter, the dtype that it had if it is stored in fewer bits."""
+        return self.parameter.device, self.parameter.dtype
+
     def weight(self) -> Tensor:
         """Return the frozen parameter in float32 or wider; one that is stored in fewer bits is dequantised."""
         import torch
 
-        found = self.parameter.detach().dequantize()
+        found = self.parameter.detach()
+        # nf4's `dequantize` is another function
+        found = found.get_original_weight() if hasattr(found, "get_original_weight") else found.dequantize()
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
     @cached_property

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hyperdb.diffusion import STABLE_DIFFUSION, DiffusionConfig
 from hyperdb.diffusion.digest import digest_base
+from hyperdb.diffusion.quantise import quantise, require
 from hyperdb.diffusion.targets import find_set, find_targets
 from hyperdb.runtime.errors import NonFiniteError, UserError
 from hyperdb.runtime.files import load_shapes
@@ -240,6 +241,8 @@ class Base:
         device = pick_device(config.device)
         if config.dtype == "fp16" and device.type == "cpu":
             raise UserError("diffusion.dtype=fp16 on a CPU is 17 times slower than bf16; use diffusion.dtype=bf16")
+        if config.quantise is not None:
+            require(config.quantise)
         source, folder = _find(config)
         # frozen weights rest in the compute dtype on a GPU; on a CPU autocast keeps small ones in float32
         dtype = resting(device, DTYPES[config.dtype])
@@ -270,6 +273,9 @@ class Base:
         digest = digest_base(unet, text_encoder, vae, tokenizer, schedule)
         # diffusers' own `to` warns of the layers to be kept in float32, of which there are none
         unet, text_encoder = (nn.Module.to(part, device, dtype) for part in (unet, text_encoder))
+        if config.quantise is not None:
+            quantise(unet, config.quantise)
+            quantise(text_encoder, config.quantise)
         return cls(config, unet, text_encoder, vae.to(device), tokenizer, schedule, digest)
 
     @classmethod

@@ -18,19 +18,32 @@ from transformers.models.clip.modeling_clip import CLIPAttention
 
 from hyperdb.runtime.errors import UserError
 
+_KEPT = "hyperdb_signs"  # an attribute of layers whose weights are stored otherwise now
+
+
+def _signs(module: nn.Linear) -> bytes:
+    if (kept := module.__dict__.get(_KEPT)) is not None:
+        return bytes(kept)
+    return np.packbits(torch.signbit(module.weight[:8].detach()).cpu().numpy()).tobytes()
+
+
+def keep_signs(module: nn.Linear) -> None:
+    """Have `base_hash` know a layer by its present weights, whatever becomes of them."""
+    module.__dict__[_KEPT] = _signs(module)
+
 
 def base_hash(modules: Mapping[str, nn.Linear]) -> str:
     """Return 16 hex digits that tell a base from its fine-tuned descendants, "" for meta weights.
 
     Taken over the signs in the first rows of every weight: the same whether loaded in float32, float16 or
-    bfloat16 (rounding keeps signs), while the slightest fine-tuning flips some of the many weights near zero.
+    bfloat16 (rounding keeps signs), while the slightest fine-tuning flips some of the many weights near zero. Of a
+    quantised base it is that from before.
     """
     digest = hashlib.sha256()
     for module in modules.values():
         if module.weight.is_meta:
             return ""
-        signs = torch.signbit(module.weight[:8].detach()).cpu().numpy()
-        digest.update(np.packbits(signs).tobytes())
+        digest.update(_signs(module))
     return digest.hexdigest()[:16]
 
 
@@ -91,7 +104,7 @@ def find_sites(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]
     return {name: module for name, module in found.items() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
-SETS = ("attention", "cross_kv", "unet", "everything", "token")
+SETS = ("attention", "cross_kv", "kv", "unet", "everything", "token")
 TOKENS = "text_encoder.embeddings.token_embedding"
 
 
@@ -112,15 +125,17 @@ def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, 
     """Return a set of places, in the order of the modules. Raises `UserError` for a name that is none of `SETS`.
 
     attention: the paper's layers (`find_targets`); cross_kv: keys and values of the UNet's attention to the text
-    (Custom Diffusion); unet: every weight and bias of the UNet (DreamBooth); everything: the text encoder's as well;
-    token: the embedding of the words (Textual Inversion).
+    (Custom Diffusion); kv: those of its attention to itself as well (A1111's hypernetworks); unet: every weight and
+    bias of the UNet (DreamBooth); everything: the text encoder's as well; token: the embedding of the words (Textual
+    Inversion).
     """
     if which == "attention":
         return dict(find_targets(unet, text_encoder))
-    if which == "cross_kv":
-        crossing = [f"unet.{path}" for path, m in _modules(unet) if isinstance(m, Attention) and m.is_cross_attention]
+    if which in ("cross_kv", "kv"):
+        attentions = [(f"unet.{path}", m) for path, m in _modules(unet) if isinstance(m, Attention)]
+        paths = [path for path, m in attentions if m.is_cross_attention or which == "kv"]
         targets = find_targets(unet, text_encoder)
-        return {f"{path}.{side}": targets[f"{path}.{side}"] for path in crossing for side in ("to_k", "to_v")}
+        return {f"{path}.{side}": targets[f"{path}.{side}"] for path in paths for side in ("to_k", "to_v")}
     if which == "unet":
         return dict(_places("unet", unet))
     if which == "everything":

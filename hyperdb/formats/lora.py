@@ -196,7 +196,10 @@ _HEADS = {  # how files begin that only pass for safetensors
     b"{": "a message in JSON: the download failed, perhaps for want of a login",
     b"": "empty",
 }
-_SAFE = "hyperdb opens safetensors alone, for a pickle can run any code; ask for the file as .safetensors or convert it"
+_SAFE = (
+    "hyperdb opens safetensors alone, for a pickle can run any code; ask for the file as .safetensors or convert it, a "
+    "hypernetwork of A1111 with the lines in docs/imports.md"
+)
 
 _ONLY = "hyperdb imports those of Stable Diffusion 1.x and 2.x"
 

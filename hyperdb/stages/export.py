@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hyperdb.formats.native import Part, Personalization
 
-FORMATS = ("kohya", "diffusers", "peft", "native", "textual_inversion")
+FORMATS = ("kohya", "diffusers", "peft", "native", "textual_inversion", "a1111")
 PICTURES = "pictures.png"  # of `hyperdb personalize`, beside the adapter
 PEFT_FILES = ("model.safetensors", "config.json")
 DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
@@ -35,6 +35,7 @@ class Config:
     `format` decides who can read the file. `kohya` is the one that ComfyUI, Forge and A1111 read, and diffusers too.
     `diffusers` is for `pipe.load_lora_weights`, and `peft` for `PeftModel.from_pretrained`, with one folder for the
     UNet and one for the text encoder. `textual_inversion` writes a word vector for `pipe.load_textual_inversion`.
+    `a1111` writes a hypernetwork of A1111, as safetensors.
     `native` is hyperdb's own format, to keep the adapter in fewer bytes. `docs/formats.md` says which adapters each
     can hold.
 
@@ -47,7 +48,7 @@ class Config:
     """
 
     adapter: FilePath = "???"  # a file of `hyperdb personalize`, or its folder
-    format: str = "kohya"  # kohya, diffusers, peft, textual_inversion or native
+    format: str = "kohya"  # kohya, diffusers, peft, textual_inversion, a1111 or native
     strength: float = 1.0  # 1 is the person as trained, 0 the base
     dtype: str = "fp16"  # fp32 or fp16; with format=native also int8
     name: str = "default"  # of the file, without .safetensors, and the title in the model card
@@ -91,7 +92,7 @@ def run(config: Config) -> Path:
     import torch
 
     from hyperdb.adapters.base import LowRank, scale
-    from hyperdb.formats import embedding, lora
+    from hyperdb.formats import a1111, embedding, lora
     from hyperdb.formats.native import Personalization, find_adapter
     from hyperdb.runtime.files import hash_files, save_text
     from hyperdb.runtime.output import claim, is_free
@@ -131,6 +132,8 @@ def run(config: Config) -> Path:
             }
         if config.format == "textual_inversion":
             embedding.write(written, config.name, _vector(person, config.strength), metadata, dtype)
+        elif config.format == "a1111":
+            a1111.write(written, _only(person, "a1111", config.strength), metadata, dtype)
         elif (turned := _turned(person, config.strength)) is not None:
             factors = {name: LowRank(*change.tensors[:2]) for name, change in turned.items()}
             magnitudes = {name: change.tensors[2][0] for name, change in turned.items()}
@@ -224,6 +227,7 @@ def _card(config: Config, person: Personalization, words: str, pictures: bool = 
     use = {
         "peft": 'PeftModel.from_pretrained(pipe.unet, "unet")  # and the same for pipe.text_encoder',
         "textual_inversion": f'pipe.load_textual_inversion("{config.name}.safetensors")',
+        "a1111": f'# docs/imports.md of hyperdb turns {config.name}.safetensors into the file that A1111 loads',
         "native": 'Personalization.load("FILE").apply(pipe)  # hyperdb.formats.native',
     }.get(config.format, f'pipe.load_lora_weights("{config.name}.safetensors")')
     return f"""---

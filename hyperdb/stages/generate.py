@@ -192,6 +192,7 @@ def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidan
         "subject_guidance": guidance.subject,
         "size": base.config.size,
         "dtype": base.config.dtype,
+        **({} if base.config.quantise is None else {"quantise": base.config.quantise}),
         "software": f"hyperdb {__version__}",
         "synthetic": True,
     }

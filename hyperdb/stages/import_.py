@@ -1,8 +1,8 @@
-"""Read a LoRA of another tool as an adapter of ours; docs/imports.md says which.
+"""Read a LoRA or a hypernetwork of another tool as an adapter of ours; docs/imports.md says which.
 
     hyperdb import path=ada.safetensors name=ada
 
-The layers that it adapts beyond the paper's are kept too.
+The layers that a LoRA adapts beyond the paper's are kept too.
 """
 
 from __future__ import annotations
@@ -43,39 +43,46 @@ def split_words(phrase: str, class_word: str) -> tuple[str, str]:
 
 
 def run(config: Config) -> Path:
-    """Write `out/adapter.safetensors`, whose relaxed factors are the LoRA, and return `out`."""
+    """Write `out/adapter.safetensors` and return `out`: a LoRA is its relaxed factors, a hypernetwork its only part."""
     from hyperdb.adapters.base import rank_of
     from hyperdb.adapters.layout import Layout
     from hyperdb.diffusion.base import Base
     from hyperdb.diffusion.targets import base_hash, find_sites
-    from hyperdb.formats import lora
+    from hyperdb.formats import a1111, lora
     from hyperdb.formats.native import Personalization
-    from hyperdb.runtime.files import hash_files
+    from hyperdb.runtime.files import hash_files, load_metadata
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.recipe import recipe
 
     source = Path(config.path).expanduser()
-    given = lora.read(source)  # what is wrong with the file is said before the base is loaded
+    # what is wrong with the file is said before the base is loaded
+    given = None if a1111.is_hypernetwork(source) else lora.read(source)
     settings = config.diffusion
     base = Base.load(settings)
     layout = Layout.of(base.targets())
-    relaxed = given.factors(find_sites(base.unet, base.text_encoder), settings.path)
-    empty = LiDBConfig()
-    tokens = empty.build(layout).init(1)["tokens"][0]
-    stated = given.metadata.get("modelspec.trigger_phrase", "")
+    empty, relaxed, parts, tokens = LiDBConfig(), {}, [], None
+    if given is None:
+        parts = [a1111.read(source, base.places("kv"), settings.path)]
+    else:
+        relaxed = given.factors(find_sites(base.unet, base.text_encoder), settings.path)
+        tokens = empty.build(layout).init(1)["tokens"][0]
+    metadata = load_metadata(source) if given is None else given.metadata
+    stated = metadata.get("modelspec.trigger_phrase", "")
     usable = len(stated) <= 200 and PLACEHOLDER not in stated and " ".join(stated.split()).isprintable()
     phrase = config.words or (stated if usable else "")
     rare, noun = (
         split_words(phrase, settings.class_word) if phrase.strip() else (settings.rare_token, settings.class_word)
     )
-    made_for = given.metadata.get("hyperdb.base") or base_hash(base.targets())
-    person = Personalization(layout, tokens, empty, made_for, rare, noun, relaxed)
+    made_for = metadata.get("hyperdb.base") or base_hash(base.targets())
+    person = Personalization(layout, tokens, empty, made_for, rare, noun, relaxed, parts=parts)
     content = hash_files(source if source.is_dir() else [source])
     out = claim(config.out, WRITES, {**recipe(config), "path": content, "base": base.digest})
     path = person.save(out / "adapter.safetensors")
     beyond = len(relaxed.keys() - set(layout.names))
     besides = f" and {beyond} other layers" if beyond else ""
-    print(f"rank {rank_of(relaxed)}, {len(relaxed) - beyond} of {len(layout)} layers{besides}: {path}")
+    what = f"rank {rank_of(relaxed)}" if relaxed else "a hypernetwork of A1111"
+    adapted = len(relaxed) - beyond + sum(len(part.layout) for part in parts)
+    print(f"{what}, {adapted} of {len(layout)} layers{besides}: {path}")
     if not phrase.strip():
         print("the file states no trigger phrase: write its words in the prompt, or import it again with words='...'")
     print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")

@@ -14,7 +14,7 @@ from hyperdb.runtime.files import load_json, load_tensors, save_tensors
 
 WAYS = {
     "dreambooth": "full", "lora": "lora", "textual_inversion": "token", "svdiff": "svdiff", "dora": "dora",
-    "foura": "foura",
+    "foura": "foura", "a1111": "a1111", "lorax": "lorax",
 }  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 
@@ -224,6 +224,8 @@ def test_diffusers_loads_a_word_vector(personalised, pipeline, tmp_path):
         ("dora", ["format=kohya"], "format=diffusers or format=peft"),
         ("dora", ["format=diffusers", "strength=0.5"], "strength=0.5 cannot be baked"),
         ("lora", ["format=textual_inversion"], "is not one adapter of kind token alone"),
+        ("lora", ["format=a1111"], "is not one adapter of kind a1111 alone"),
+        ("a1111", ["format=a1111", "strength=0.5"], "strength=0.5 cannot be baked"),
         ("svdiff", ["format=native", "strength=0.5"], "strength=0.5 cannot be baked"),
         ("svdiff", ["format=native", "dtype=int8"], "int8 is a format of LiDB's numbers"),
     ],

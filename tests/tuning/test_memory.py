@@ -148,7 +148,9 @@ def test_a_dry_run_names_what_is_missing(tmp_path: Path) -> None:
         configuration.run("generate", settings)
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "foura", "svdiff", "dreambooth", "textual_inversion"])
+@pytest.mark.parametrize(
+    "adapter", ["lora", "dora", "foura", "svdiff", "dreambooth", "textual_inversion", "a1111", "lorax"]
+)
 def test_a_dry_run_knows_every_adapter(weightless: Path, adapter: str) -> None:
     settings = configuration.load("personalize", [*words(weightless), "image=none", f"adapter={adapter}"])
     found = needed("personalize", settings, "cpu").passes["fast fine-tuning"]

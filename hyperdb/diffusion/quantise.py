@@ -1,0 +1,42 @@
+"""A base in fewer bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): the weights of its linear layers, by torchao.
+
+Adapters are trained on top as on any base: `hyperdb.adapters.site.Site.weight` lends them the weight that is computed
+with. What the base is called, its digest and its hash, is that of the weights before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+from torch import nn
+
+from hyperdb.diffusion.targets import keep_signs
+from hyperdb.runtime.errors import UserError
+
+BLOCK, SCALES = 64, 256  # of nf4: numbers that share a scale, and scales that share one
+
+
+def require(kind: str) -> None:
+    """Raise `UserError` if torchao is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(f"diffusion.quantise={kind} needs torchao: pip install 'hyperdb[quantise]'")
+
+
+def quantise(model: nn.Module, kind: str) -> None:
+    """Put the weights of a model's linear layers into int8, a scale a row, or nf4, a scale for 64 numbers.
+
+    Biases and all else stay. So does, with nf4, a weight whose numbers are no multiple of 64.
+    """
+    require(kind)
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_, to_nf4
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            keep_signs(module)
+            blocks, rest = divmod(module.weight.numel(), BLOCK)
+            if kind == "int8":
+                quantize_(module, Int8WeightOnlyConfig())
+            elif not rest:
+                weight = to_nf4(module.weight.detach(), BLOCK, math.gcd(blocks, SCALES))
+                module.weight = nn.Parameter(weight, requires_grad=False)

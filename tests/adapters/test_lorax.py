@@ -1,0 +1,44 @@
+"""The algebra of a transfer between bases, against the dense computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hyperdb.adapters.base import LowRank, delta
+from hyperdb.adapters.lorax import alike, energy, projected
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 2, 2)])
+@pytest.mark.parametrize("rank", [1, 3, 20])
+def test_a_change_is_projected_on_both_sides_and_cut_to_a_rank(shape, rank):
+    pair = LowRank(noise(1, 5, *shape), noise(1, 7, 5, seed=1))
+    u, _, vt = torch.linalg.svd(noise(7, *shape, seed=2).flatten(1), full_matrices=False)
+    u, vt = u[:, :4], vt[:4]
+    whole = u @ u.mT @ delta(*pair)[0].flatten(1) @ vt.mT @ vt
+    a, s, b = torch.linalg.svd(whole)
+    nearest = a[:, :rank] * s[:rank] @ b[: len(s)][:rank]
+    found = projected(pair, u, vt, rank)
+    assert found.down.shape[1] <= rank
+    assert found.down.shape[2:] == shape
+    torch.testing.assert_close(delta(*found)[0].flatten(1), nearest)
+    assert energy(found) == pytest.approx(float(s[:rank].square().sum()))
+    assert energy(pair) == pytest.approx(float(delta(*pair).square().sum()))
+
+
+def test_a_change_of_higher_rank_than_its_layer_is_projected_too():
+    pair = LowRank(noise(1, 30, 4), noise(1, 6, 30, seed=1))
+    u, _, vt = torch.linalg.svd(noise(6, 4, seed=2), full_matrices=False)
+    torch.testing.assert_close(delta(*projected(pair, u, vt, 30))[0], u @ u.mT @ delta(*pair)[0])
+
+
+def test_subspaces_are_alike_whatever_their_basis():
+    a, _ = torch.linalg.qr(noise(12, 12))
+    turn, _ = torch.linalg.qr(noise(4, 4, seed=1))
+    assert alike(a[:, :4], a[:, :4] @ turn) == pytest.approx(1)
+    assert alike(a[:, :4], a[:, 4:8]) == pytest.approx(0, abs=1e-9)
+    assert alike(a[:, :4], a[:, 2:6]) == pytest.approx(0.5)

@@ -1,0 +1,149 @@
+"""An adapter on another version of its base: what of it fits there, what is said of the rest."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hyperdb import config
+from hyperdb.adapters import A1111Config, DoRAConfig, LiDBConfig, LoRAXConfig, SVDiffConfig
+from hyperdb.adapters.base import delta
+from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.site import Site
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.targets import base_hash
+from hyperdb.faces.image import read_image
+from hyperdb.formats.native import Part, Personalization
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_json
+
+OTHER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+KINDS = {
+    "lorax": LoRAXConfig(rank=5), "svdiff": SVDiffConfig(sites="attention"), "dora": DoRAConfig(rank=2),
+    "a1111": A1111Config(bias=False),
+}  # fmt: skip
+
+
+def load(path):
+    return DiffusionConfig(path=str(path), size=32, dtype="fp32", device="cpu").load()
+
+
+@pytest.fixture(scope="module")
+def versions(tiny_base, tmp_path_factory):
+    """Return the folders of a base trained a little further, one layer of which is new, and of an unrelated one."""
+    from hyperdb.stages.train_base import save_base
+
+    folder = tmp_path_factory.mktemp("versions")
+    for name, share in (("further", 0.01), ("unrelated", 1.0)):
+        base, g = load(tiny_base), torch.Generator().manual_seed(0)
+        for module in base.targets().values():
+            spread = module.weight.std()
+            module.weight.mul_(1 - share).add_(share * spread * torch.randn(module.weight.shape, generator=g))
+        if name == "further":
+            base.targets()[OTHER].weight.normal_(generator=g)
+        save_base(base, folder / name)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def person(tiny_base):
+    """Return a prediction with relaxed factors."""
+    base, g = load(tiny_base), torch.Generator().manual_seed(1)
+    layout, settings = Layout.of(base.targets()), LiDBConfig(12, 8)
+    tokens = torch.randn(settings.build(layout).mask.shape, generator=g)
+    relaxed = {
+        x.name: (torch.randn(1, 2, x.in_, generator=g), torch.randn(1, x.out, 2, generator=g)) for x in layout.layers
+    }
+    return Personalization(layout, tokens, settings, base_hash(base.targets()), "zwx", "face", relaxed)
+
+
+def transfer(tiny_base, person, to, tmp_path, *words):
+    file = person.save(tmp_path / "old.safetensors")
+    settings = [f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.dtype=fp32", "diffusion.device=cpu"]
+    out = f"out={tmp_path / 'out'}"
+    return config.run("transfer", [*settings, f"adapter={file}", f"to={to}", out, *words])
+
+
+def wanted(dense, weight, subspace):
+    u, _, vt = torch.linalg.svd(weight, full_matrices=False)
+    u, vt = u[:, :subspace], vt[:subspace]
+    return u @ u.mT @ dense @ vt.mT @ vt
+
+
+def test_a_prediction_moves_to_the_next_version(tiny_base, versions, person, tmp_path, capsys):
+    out = transfer(tiny_base, person, versions["further"], tmp_path, "subspace=6", "rank=8")
+    told, said = load_json(out / "transfer.json"), capsys.readouterr().out
+    assert told["skipped"] == {OTHER: "other singular vectors"}
+    assert f"left out (other singular vectors): {OTHER}" in said
+    moved, base = Personalization.load(out / "adapter.safetensors"), load(versions["further"])
+    assert (moved.rare_token, moved.class_word, moved.base) == ("zwx", "face", base_hash(base.targets()))
+    factors = moved.factors()
+    assert OTHER not in moved.relaxed
+    table = (out / "transfer.md").read_text()
+    for name, (down, up) in person.factors().items():
+        row = told["layers"][name]
+        assert f"| `{name}` |" in table
+        if name == OTHER:
+            assert min(row["inputs"], row["outputs"]) < 0.8
+            continue
+        new = wanted(delta(down, up)[0], base.targets()[name].weight, 6)
+        torch.testing.assert_close(delta(*factors[name])[0], new, rtol=1e-3, atol=1e-3)
+        assert min(row["inputs"], row["outputs"]) > 0.8
+        assert row["kept"] == pytest.approx(float(new.square().sum() / delta(down, up).square().sum()), abs=1e-3)
+    words = [f"diffusion.path={versions['further']}", "diffusion.size=32", "diffusion.rare_token=zwx", "steps=2"]
+    drawn = [
+        config.run("generate", [*words, "num_images=1", f"strength={x}", f"adapter={out}", f"out={tmp_path / str(x)}"])
+        for x in (0, 1)
+    ]
+    assert (read_image(drawn[0] / "00000.png") != read_image(drawn[1] / "00000.png")).any()
+
+
+def test_an_unrelated_base_gets_nothing_unless_asked(tiny_base, versions, person, tmp_path):
+    with pytest.raises(UserError, match=r"nothing of .* can be moved .*other singular vectors, similarity 0\.\d\d"):
+        transfer(tiny_base, person, versions["unrelated"], tmp_path)
+    assert not Path(tmp_path / "out").exists()
+    told = load_json(transfer(tiny_base, person, versions["unrelated"], tmp_path, "least=0") / "transfer.json")
+    rows = told["layers"].values()
+    assert told["skipped"] == {}
+    assert 0.3 < sum(row["inputs"] for row in rows) / len(rows) < 0.7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_can_be_merged_becomes_a_lora_of_its_own_base(tiny_base, person, tmp_path, kind):
+    base, g = load(tiny_base), torch.Generator().manual_seed(2)
+    settings = KINDS[kind]
+    sites = {name: Site(name, module) for name, module in base.places(settings.where()).items()}
+    layout = Layout.listing(sites)
+    start = settings.build(layout).init(1, sites)
+    params = {name: x + 0.3 * torch.randn(x.shape, generator=g) for name, x in start.items()}
+    own = replace(person, tokens=None, relaxed={}, parts=[Part(settings, layout, params)])
+    out = transfer(tiny_base, own, tiny_base, tmp_path, "rank=64")
+    factors = Personalization.load(out / "adapter.safetensors").factors()
+    for name, change in own.changes().items():
+        weight = sites[name].weight()
+        new = wanted(change.dense(weight)[0], weight, None)
+        torch.testing.assert_close(delta(*factors[name])[0], new, rtol=1e-3, atol=1e-3)
+    config.run("export", [f"adapter={out}", f"out={tmp_path / 'kohya'}"])  # other tools read it now
+
+
+def test_what_cannot_be_merged_or_is_of_another_base_is_refused(tiny_base, versions, person, tmp_path):
+    base = load(tiny_base)
+    layout = Layout.listing({n: Site(n, m) for n, m in base.places("kv").items()})
+    settings = A1111Config(activation="relu")
+    part = Part(settings, layout, settings.build(layout).init(1))
+    for other, message in (
+        (replace(person, tokens=None, relaxed={}, parts=[part]), "with biases or an activation is no matrix"),
+        (replace(person, base="0123"), "was made for base 0123, and .* name its own with diffusion=NAME"),
+    ):
+        with pytest.raises(UserError, match=message):
+            transfer(tiny_base, other, versions["further"], tmp_path)
+    with pytest.raises(UserError, match="no base model at"):
+        transfer(tiny_base, person, "./nowhere", tmp_path)
+    for word in ("least=2", "rank=0", "subspace=0"):
+        with pytest.raises(UserError, match=re.escape(word.partition("=")[0])):
+            transfer(tiny_base, person, tiny_base, tmp_path, word)
+    assert not (tmp_path / "out").exists()
