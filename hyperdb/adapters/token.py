@@ -1,4 +1,4 @@
-"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): one word vector, and nothing else of the network."""
+"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): the vectors of one word, and nothing else of the network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hyperdb.adapters.base import AdapterConfig, Changes, DenseChange, Frozen, whole_number
+from hyperdb.adapters.base import AdapterConfig, Changes, DenseChange, Frozen, NotMergeableError, whole_number
 from hyperdb.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,21 +15,26 @@ if TYPE_CHECKING:
     from hyperdb.adapters.layout import Layout
     from hyperdb.adapters.site import Site
 
+MOST = 64  # vectors of a word: a prompt of CLIP has room for 75 tokens
+
 
 @dataclass
 class TokenConfig(AdapterConfig):
-    """The vector of the rare token, begun at the class word's.
+    """The vectors of the rare token, each begun at the class word's.
 
     `row` and `start` are these two words' rows of the embedding; null: those of the base's `rare_token` and
-    `class_word`.
+    `class_word`. More than one of the `vectors` is prompt tuning: in a prompt, which stays as it is, the rare token then
+    takes as many places.
     """
 
     row: int | None = None
     start: int | None = None
+    vectors: int = 1
     sites: str = "token"
     kinds = ("embedding",)
 
     def __post_init__(self) -> None:
+        whole_number("vectors", self.vectors, 1, MOST)
         for name in ("row", "start"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), 0, 999_998)
@@ -47,25 +52,45 @@ class TokenConfig(AdapterConfig):
         """Return the adapter over `layout`."""
         if self.row is None or self.start is None or len(layout) != 1 or len(layout.layers[0].shape) != 2:
             raise UserError("a word vector needs its row, the row it begins at, and one embedding")
-        return Token(layout, self.row, self.start)
+        return Token(layout, self.row, self.start, self.vectors)
 
 
 class Row(DenseChange):
-    """A vector `[I, C]` in place of one row of an embedding; the first tensor, `[1]`, is the row's number."""
+    """Vectors `[I, C]` or `[I, k, C]` in place of one row of an embedding; the first tensor, `[1]`, is its number.
+
+    Where the word stands, its k vectors stand one after the other. What follows moves back by k - 1 places, and what
+    finds no place is cut off before the last token, as a tokenizer cuts. Two such changes of k > 1 do not add up.
+    """
 
     def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
-        """Return the difference where the word stands, zero elsewhere: ids `[R, I, S, L]`, y `[R, I, S, L, C]`."""
+        """Return the difference to the words as they stand: ids `[R, I, S, L]`, y `[R, I, S, L, C]`."""
         row, vector = self.tensors
-        hit = (x == row.to(x)).unsqueeze(-1)
-        return (vector.to(y)[:, None, None] - y) * hit
+        hit = x == row.to(x)
+        if vector.ndim == 2:
+            return (vector.to(y)[:, None, None] - y) * hit.unsqueeze(-1)
+        import torch
+
+        count, length = vector.shape[1], x.shape[-1]
+        width = 1 + (count - 1) * hit.long()
+        end = width.cumsum(-1)
+        place = torch.arange(length, device=x.device).expand_as(end).contiguous()
+        source = torch.searchsorted(end, place, right=True)  #       [R, I, S, L], the token that comes to a place
+        source[..., -1] = length - 1
+        which = (place - (end - width).gather(-1, source)).clamp(0, count - 1)  #   of its k vectors
+        moved = y.gather(-2, source.unsqueeze(-1).expand_as(y))
+        people = torch.arange(len(vector), device=x.device).view(-1, 1, 1)
+        put = vector.to(y)[people, which]  #                          [R, I, S, L, C]
+        return torch.where(hit.gather(-1, source).unsqueeze(-1), put, moved) - y
 
     def settled(self, site: Site) -> Row:
         """Return it on the site's device."""
         return Row(*(x.detach().to(site.parameter.device) for x in self))
 
     def dense(self, weight: Tensor) -> Tensor:
-        """Return `[I, V, C]`, zero in every other row."""
+        """Return `[I, V, C]`, zero in every other row. Raises `NotMergeableError` for several vectors."""
         row, vector = self.tensors
+        if vector.ndim > 2:
+            raise NotMergeableError(f"a word of {vector.shape[1]} vectors takes as many places: no weight does that")
         change = weight.new_zeros(len(vector), *weight.shape)
         change[:, int(row)] = vector.to(weight) - weight[int(row)]
         return change
@@ -73,31 +98,33 @@ class Row(DenseChange):
     def check(self, site: Site) -> None:
         """Raise `UserError` if the embedding has no such row, or another width."""
         row, vector = self.tensors
-        if site.kind != "embedding" or int(row) >= site.shape[0] or vector.shape[1:] != site.shape[1:]:
+        fits = vector.ndim in (2, 3) and vector.shape[-1:] == site.shape[1:]
+        if site.kind != "embedding" or int(row) >= site.shape[0] or not fits:
             raise UserError(
                 f"{site.name} {list(site.shape)} takes no vector of {list(vector.shape[1:])} in row {int(row)}"
             )
 
 
 class Token(Frozen):
-    """One row of an embedding; every other row stays as it is, bit for bit."""
+    """One row of an embedding, or several in its place; every other row stays as it is, bit for bit."""
 
-    def __init__(self, layout: Layout, row: int, start: int) -> None:
+    def __init__(self, layout: Layout, row: int, start: int, vectors: int = 1) -> None:
         super().__init__(layout)
-        self.row, self.start = row, start
+        self.row, self.start, self.vectors = row, start, vectors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the vector's."""
-        return {"vector": self.layout.layers[0].shape[1:]}
+        """Return that of one vector, `(C,)`, or of several, `(k, C)`."""
+        width = self.layout.layers[0].shape[1:]
+        return {"vector": width if self.vectors == 1 else (self.vectors, *width)}
 
     def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
-        """Return `{vector: [I, C]}`, the class word's: the person begins as anybody."""
+        """Return `{vector: [I, C] or [I, k, C]}`, each vector the class word's: the person begins as anybody."""
         assert sites is not None, "a word vector begins at a row of the embedding"
         vector = sites[self.layout.names[0]].weight()[self.start]
-        return {"vector": vector.repeat(identities, 1).to(self.device)}
+        return {name: vector.expand(identities, *shape).clone().to(self.device) for name, shape in self.shapes().items()}
 
     # argmin_v E |eps(z_t, c(v)) - eps|^2
     def changes(self, params: dict[str, Tensor]) -> Changes:
-        """Return the vector in its row."""
+        """Return the vectors in their row."""
         vector = params["vector"]
         return {self.layout.names[0]: Row(vector.new_tensor([self.row]).long(), vector)}

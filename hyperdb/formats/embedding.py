@@ -1,4 +1,4 @@
-"""A word vector as other tools load it: diffusers' `load_textual_inversion`, A1111, ComfyUI."""
+"""The vectors of a word as other tools load it: diffusers' `load_textual_inversion`, A1111, ComfyUI."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def word(name: str) -> str:
 
 
 def write(path: Path, name: str, vector: Tensor, metadata: Mapping[str, str], dtype: torch.dtype) -> Path:
-    """Write one vector `[C]` under its word. Raises `UserError` for numbers beyond `dtype`."""
-    ready = vector[None].to(dtype)  #                                                  [1, C]
+    """Write one vector `[C]` or several `[k, C]` under their word. Raises `UserError` for numbers beyond `dtype`."""
+    ready = vector.reshape(-1, vector.shape[-1]).to(dtype)  #                          [k, C]
     if not ready.isfinite().all():
         raise UserError(f"the vector has numbers too large for {dtype}; export in fp32")
     return save_tensors(path, {word(name): ready}, {**metadata, "format": "pt"}, check=False)

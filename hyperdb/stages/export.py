@@ -203,7 +203,7 @@ def _turned(person: Personalization, strength: float) -> dict[str, Any] | None:
 
 
 def _vector(person: Personalization, strength: float) -> Tensor:
-    """Return the word vector `[C]` of a person of Textual Inversion."""
+    """Return the word vector `[C]`, or the several `[k, C]`, of a person of Textual Inversion."""
     return _only(person, "token", strength).params["vector"][0]
 
 

@@ -207,8 +207,10 @@ def test_diffusers_and_peft_load_a_dora(personalised, pipeline, tmp_path):
     assert torch.allclose(pipeline(prompt, as_peft), ours, atol=1e-4)
 
 
-def test_diffusers_loads_a_word_vector(personalised, pipeline, tmp_path):
-    file = personalised("textual_inversion", "finetune.rate=1.0") / "adapter.safetensors"
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_diffusers_loads_the_vectors_of_a_word(vectors, personalised, pipeline, tmp_path):
+    more = [f"adapter.vectors={vectors}", "finetune.rate=1.0"]
+    file = personalised("textual_inversion", *more) / "adapter.safetensors"
     plain, ours = pipeline("a sks face"), pipeline("a sks face", Personalization.load(file).apply)
     assert (plain - ours).abs().max() > 1e-3
     words = [f"adapter={file}", "format=textual_inversion", "name=ada", "dtype=fp32", f"out={tmp_path / 'a'}"]
