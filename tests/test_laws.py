@@ -15,6 +15,7 @@ from hyperdb.adapters import (
     KINDS,
     A1111Config,
     AdapterConfig,
+    CustomConfig,
     DoRAConfig,
     FouRAConfig,
     FullConfig,
@@ -42,6 +43,7 @@ CONFIGS: dict[str, AdapterConfig] = {
     "svdiff": SVDiffConfig(),
     "dora": DoRAConfig(rank=2),
     "foura": FouRAConfig(rank=3),
+    "custom": CustomConfig(row=3, start=3),
     "token": TokenConfig(row=3, start=3),  # begun at another word it would be that word
 }
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-1}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from hyperdb.adapters.a1111 import A1111Config
 from hyperdb.adapters.base import AdapterConfig
+from hyperdb.adapters.custom import CustomConfig
 from hyperdb.adapters.dora import DoRAConfig
 from hyperdb.adapters.foura import FouRAConfig
 from hyperdb.adapters.full import FullConfig
@@ -19,6 +20,7 @@ from hyperdb.adapters.token import TokenConfig
 
 KINDS: dict[str, type[AdapterConfig]] = {
     "a1111": A1111Config,
+    "custom": CustomConfig,
     "dora": DoRAConfig,
     "foura": FouRAConfig,
     "full": FullConfig,
@@ -38,6 +40,6 @@ def kind_of(settings: AdapterConfig) -> str:
 
 
 __all__ = [
-    "KINDS", "A1111Config", "AdapterConfig", "DoRAConfig", "FouRAConfig", "FullConfig", "LiDBConfig", "LoRAConfig",
-    "LoRAXConfig", "SVDiffConfig", "TokenConfig", "kind_of",
+    "KINDS", "A1111Config", "AdapterConfig", "CustomConfig", "DoRAConfig", "FouRAConfig", "FullConfig", "LiDBConfig",
+    "LoRAConfig", "LoRAXConfig", "SVDiffConfig", "TokenConfig", "kind_of",
 ]  # fmt: skip

@@ -104,7 +104,7 @@ def find_sites(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]
     return {name: module for name, module in found.items() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
-SETS = ("attention", "cross_kv", "kv", "unet", "everything", "token")
+SETS = ("attention", "cross_kv", "kv", "unet", "everything", "token", "custom")
 TOKENS = "text_encoder.embeddings.token_embedding"
 
 
@@ -125,7 +125,7 @@ def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, 
     """Return a set of places, in the order of the modules. Raises `UserError` for a name that is none of `SETS`.
 
     attention: the paper's layers (`find_targets`); cross_kv: keys and values of the UNet's attention to the text
-    (Custom Diffusion); kv: those of its attention to itself as well (A1111's hypernetworks); unet: every weight and
+    (Custom Diffusion); custom: the same after the embedding of the words; kv: those of its attention to itself as well (A1111's hypernetworks); unet: every weight and
     bias of the UNet (DreamBooth); everything: the text encoder's as well; token: the embedding of the words (Textual
     Inversion).
     """
@@ -142,4 +142,6 @@ def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, 
         return dict([*_places("unet", unet), *_places("text_encoder", text_encoder)])
     if which == "token":
         return {name: m for name, m in _places("text_encoder", text_encoder) if name == TOKENS}
+    if which == "custom":
+        return {name: m for part in ("token", "cross_kv") for name, m in find_set(part, unet, text_encoder).items()}
     raise UserError(f"sites={which!r}: expected one of {', '.join(SETS)}")

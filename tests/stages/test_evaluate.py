@@ -27,7 +27,7 @@ from hyperdb.tuning.personalizer import Personalizer
 
 KINDS = {
     "dreambooth": "full", "lora": "lora", "dora": "dora", "foura": "foura", "svdiff": "svdiff",
-    "textual_inversion": "token", "a1111": "a1111", "lorax": "lorax",
+    "textual_inversion": "token", "custom_diffusion": "custom", "a1111": "a1111", "lorax": "lorax",
 }  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 FIT = ["steps=3", "rate=0.05", "levels=2"]
