@@ -40,6 +40,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "personalize": ("hyperdb.stages.personalize", "one photo -> a small adapter that knows this face"),
     "generate": ("hyperdb.stages.generate", "an adapter and a prompt -> images"),
     "edit": ("hyperdb.stages.edit", "shift a person's attributes, mix people -> an adapter"),
+    "merge": ("hyperdb.stages.merge", "several people of Custom Diffusion -> one adapter"),
     "transfer": ("hyperdb.stages.transfer", "an adapter -> one for another version of its base"),
     "export": ("hyperdb.stages.export", "an adapter -> a LoRA file for ComfyUI, A1111, diffusers, PEFT"),
     "import": ("hyperdb.stages.import_", "a LoRA file of those tools -> an adapter"),

@@ -1,0 +1,163 @@
+"""Put several people of Custom Diffusion into one adapter, without training (Kumari et al. 2023, arXiv 2212.04488).
+
+    hyperdb personalize adapter=custom_diffusion image=ada.jpg name=ada
+    hyperdb personalize adapter=custom_diffusion image=bob.jpg name=bob diffusion.rare_token=WORD
+    hyperdb merge adapter=[runs/personalize/ada,runs/personalize/bob] name=both
+
+Each person keeps the word that it was trained with. The keys and values of the attention to the text become those that
+each person's own adapter makes of the person's words, and stay what the base makes of other captions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
+from hyperdb.tuning.prior import PriorConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hyperdb.adapters.base import Changes
+    from hyperdb.diffusion.base import Base
+    from hyperdb.formats.native import Part, Personalization
+
+WRITES = ("adapter.safetensors",)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Which people are merged, on which base, and which captions stay as they are.
+
+    The captions are `prior.prompts`, the class prompts that a training with class pictures keeps too; no pictures are
+    drawn. The paper takes 1,000 captions of LAION. What no caption says is not kept, so that more of them are better.
+    """
+
+    adapter: list[FilePath] = "???"  # type: ignore[assignment]
+    """files of `hyperdb personalize adapter=custom_diffusion`, or their folders, each with a rare token of its own"""
+    diffusion: DiffusionConfig
+    prior: PriorConfig
+    name: str = "default"  # of the run, the last part of `out`
+    out: FilePath = "runs/merge/default"  # folder that is written
+
+    def __post_init__(self) -> None:
+        if len(self.adapter) < 2:
+            raise UserError(f"adapter={self.adapter}: name two adapters or more as [A,B]")
+
+
+def _parts(people: list[Personalization]) -> list[Part]:
+    """Return each person's only part. Raises `UserError` for people who do not fit together."""
+    found: dict[int, Part] = {}
+    for person in people:
+        kinds = [part.kind for part in person.parts]
+        if kinds != ["custom"] or person.tokens is not None or person.relaxed:
+            raise UserError(f"{person.source} is not one adapter of kind custom alone: it cannot be merged")
+        (part,) = person.parts
+        if (count := part.config.vectors) != 1:  # type: ignore[attr-defined]
+            raise UserError(f"{person.source} has a word of {count} vectors: only words of one can be merged")
+        people[0].parts[0].layout.require(part.layout, person.source)
+        if (row := part.config.row) in found:  # type: ignore[attr-defined]
+            raise UserError(
+                f"{person.source} has the rare token {person.rare_token!r}, as another of these people: personalise one "
+                "of them again with diffusion.rare_token=WORD, a word that is one token and that no prompt needs"
+            )
+        found[row] = part
+    return list(found.values())
+
+
+def encoded(base: Base, prompts: list[str], word: Changes | None = None) -> tuple[Tensor, Tensor]:
+    """Return the token ids `[B, L]` of prompts and what the text encoder makes of them, `[B, L, C]`, float32."""
+    import torch
+
+    from hyperdb.adapters.inject import Injection
+
+    injection = Injection(base.sites(word or ()))
+    ids = base.tokenize(prompts)
+    try:
+        with torch.no_grad(), base.autocast(), injection.using(word or {}):
+            return ids, base.text_encoder(ids)[0].float()
+    finally:
+        injection.remove()
+
+
+def _captions(base: Base, prompts: list[str]) -> Tensor:
+    """Return the features `[c, C]` of all tokens of captions, up to the first that ends one."""
+    ids, features = encoded(base, prompts)
+    ended = (ids == base.tokenizer.eos_token_id).long().cumsum(1)
+    return features[(ended - (ids == base.tokenizer.eos_token_id).long()) == 0]
+
+
+def _words(base: Base, person: Personalization, word: Changes, row: int) -> Tensor:
+    """Return the features `[s, C]` of a person's words in the instance prompt: the rare token and the class word."""
+    ids, features = encoded(base, [f"a {person.rare_token} {person.class_word}"], word)
+    first = int((ids[0] == row).nonzero()[0])
+    noun = base.tokenizer(person.class_word, add_special_tokens=False).input_ids
+    return features[0, first : first + 1 + len(noun)]
+
+
+def run(config: Config) -> Path:
+    """Write `out/adapter.safetensors`, in which every person's rare token calls that person, and return `out`."""
+    import torch
+
+    from hyperdb.adapters import CustomConfig, TokenConfig
+    from hyperdb.adapters.base import moved
+    from hyperdb.adapters.custom import merge
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.adapters.site import Site
+    from hyperdb.diffusion.base import Base
+    from hyperdb.diffusion.targets import base_hash
+    from hyperdb.formats.native import Part, Personalization, find_adapter
+    from hyperdb.runtime.files import hash_files
+    from hyperdb.runtime.output import claim
+    from hyperdb.runtime.recipe import recipe
+
+    files = [find_adapter(path) for path in config.adapter]
+    people = [Personalization.load(file) for file in files]
+    parts = _parts(people)
+    base = Base.load(config.diffusion)
+    targets = base.targets()
+    for person in people:
+        Layout.of(targets).require(person.layout, person.source)
+        if person.base not in ("", here := base_hash(targets)):
+            raise UserError(
+                f"{person.source} was made for base {person.base}, and {config.diffusion.path} is {here}; name its own "
+                "with diffusion=NAME or diffusion.path=FOLDER"
+            )
+
+    # --- what each word is, and what is made of it
+    embedding, *layers = parts[0].layout.names
+    changes = [moved(part.changes(), base.device) for part in parts]
+    words = [
+        _words(base, person, {embedding: change[embedding]}, part.config.row)  # type: ignore[attr-defined]
+        for person, part, change in zip(people, parts, changes, strict=True)
+    ]
+    captions = _captions(base, config.prior.prompts)
+    params = {"vector": parts[0].params["vector"]}
+    modules = base.sites(layers)
+    for name in layers:
+        weight = Site(name, modules[name]).weight()
+        values = [c @ (weight + change[name].dense(weight)[0]).T for c, change in zip(words, changes, strict=True)]
+        merged = merge(weight, captions, torch.cat(words), torch.cat(values))
+        params[name] = (merged - weight)[None].cpu()
+
+    # --- the first person's adapter with the merged layers, beside the other people's words
+    first = people[0]
+    assert isinstance(parts[0].config, CustomConfig)
+    together = [Part(CustomConfig(**asdict(parts[0].config)), parts[0].layout, params)]
+    for part in parts[1:]:
+        assert isinstance(part.config, CustomConfig)
+        settings = TokenConfig(part.config.row, part.config.start)
+        together.append(Part(settings, Layout(part.layout.layers[:1]), {"vector": part.params["vector"]}))
+    made_from = {**recipe(config), "adapter": [hash_files([file]) for file in files], "base": base.digest}
+    out = claim(config.out, WRITES, made_from)
+    Personalization(
+        first.layout, None, base=first.base, rare_token=first.rare_token, class_word=first.class_word, parts=together
+    ).save(out / "adapter.safetensors")
+    calls = [f"{person.rare_token} {person.class_word}" for person in people]
+    print(f"adapter in {out / 'adapter.safetensors'}; the words that call the people: {', '.join(map(repr, calls))}")
+    print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a {' and a '.join(calls)}'")
+    return out
