@@ -35,6 +35,10 @@ class Config:
 
     The captions are `prior.prompts`, the class prompts that a training with class pictures keeps too; no pictures are
     drawn. The paper takes 1,000 captions of LAION. What no caption says is not kept, so that more of them are better.
+
+    The more alike the people's words are, the further the weights have to move, and the command says how far. Words
+    begin at the class word and move little at the usual rate; the paper begins each at another rare word, which
+    `adapter.start=ROW` of `hyperdb personalize` does.
     """
 
     adapter: list[FilePath] = "???"  # type: ignore[assignment]
@@ -138,11 +142,14 @@ def run(config: Config) -> Path:
     captions = _captions(base, config.prior.prompts)
     params = {"vector": parts[0].params["vector"]}
     modules = base.sites(layers)
+    moves = torch.zeros(1 + len(people), dtype=torch.float64)  # squared: of the merged layers, and of each person's
     for name in layers:
         weight = Site(name, modules[name]).weight()
-        values = [c @ (weight + change[name].dense(weight)[0]).T for c, change in zip(words, changes, strict=True)]
-        merged = merge(weight, captions, torch.cat(words), torch.cat(values))
-        params[name] = (merged - weight)[None].cpu()
+        own = [change[name].dense(weight)[0] for change in changes]
+        values = [c @ (weight + one).T for c, one in zip(words, own, strict=True)]
+        found = merge(weight, captions, torch.cat(words), torch.cat(values)) - weight
+        moves += torch.stack([x.double().square().sum().cpu() for x in (found, *own)])
+        params[name] = found[None].cpu()
 
     # --- the first person's adapter with the merged layers, beside the other people's words
     first = people[0]
@@ -159,5 +166,7 @@ def run(config: Config) -> Path:
     ).save(out / "adapter.safetensors")
     calls = [f"{person.rare_token} {person.class_word}" for person in people]
     print(f"adapter in {out / 'adapter.safetensors'}; the words that call the people: {', '.join(map(repr, calls))}")
+    together_moved, *alone = moves.sqrt().tolist()
+    print(f"the layers move {together_moved / max(max(alone), 1e-12):.2g} times as far as the furthest person's own")
     print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a {' and a '.join(calls)}'")
     return out

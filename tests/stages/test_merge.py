@@ -1,0 +1,92 @@
+"""`hyperdb merge`: two people of Custom Diffusion in one adapter, each under a word of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hyperdb import config
+from hyperdb.adapters import CustomConfig, LoRAConfig
+from hyperdb.adapters.inject import Injection
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.targets import base_hash
+from hyperdb.formats.native import Part, Personalization
+from hyperdb.runtime.errors import UserError
+from hyperdb.tuning.trainable import trainable
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu").load()
+
+
+@pytest.fixture
+def make(base, tmp_path):
+    """Return a function that writes a person of random numbers under a word."""
+
+    def person(word: str, settings, seed: int = 0):
+        from hyperdb.adapters.layout import Layout
+
+        base.config = replace(base.config, rare_token=word)
+        bound, adapter = trainable(base, settings)
+        g = torch.Generator().manual_seed(seed)
+        start = adapter.init(1, Injection(base.sites(adapter.layout.names)).sites)
+        params = {k: v + 0.1 * torch.randn(v.shape, generator=g) for k, v in start.items()}
+        targets, noun = base.targets(), base.config.class_word
+        made = Personalization(
+            Layout.of(targets), None, base=base_hash(targets), rare_token=word, class_word=noun,
+            parts=[Part(bound, adapter.layout, params)],
+        )  # fmt: skip
+        return made.save(tmp_path / f"{word}{seed}.safetensors")
+
+    return person
+
+
+def merged(tiny_base, tmp_path, *files):
+    words = [f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.dtype=fp32", "diffusion.device=cpu"]
+    return config.run("merge", [f"adapter=[{','.join(map(str, files))}]", f"out={tmp_path / 'both'}", *words])
+
+
+def test_each_word_has_its_own_keys_and_values_and_captions_keep_theirs(make, base, tiny_base, tmp_path, capsys):
+    files = make("sks", CustomConfig()), make("photo", CustomConfig(), seed=1)
+    both = Personalization.load(merged(tiny_base, tmp_path, *files) / "adapter.safetensors")
+    assert "'sks face', 'photo face'" in capsys.readouterr().out
+    assert [part.kind for part in both.parts] == ["custom", "token"]
+    layer = next(name for name in both.parts[0].layout.names if name.endswith("to_k"))
+    module = base.targets()[layer]
+
+    def keys(prompt: str, person: Personalization | None = None) -> torch.Tensor:
+        ids = base.tokenize([prompt])
+        handle = person.apply(base) if person is not None else None
+        found = module(base.text_encoder(ids)[0])[0]
+        if handle is not None:
+            handle.remove()
+        return found[1 : (ids[0] == base.tokenizer.eos_token_id).nonzero()[0]]
+
+    with torch.no_grad():
+        for file in files:
+            own = Personalization.load(file)
+            prompt = f"a {own.rare_token} {own.class_word}"
+            plain, alone, together = (keys(prompt, person)[1:] for person in (None, own, both))
+            torch.testing.assert_close(together, alone, rtol=1e-2, atol=1e-3)
+            assert (alone - plain).abs().max() > 1e-2
+        caption = "a cartoon of a face"
+        assert (keys(caption, both) - keys(caption)).norm() < 0.1 * keys(caption).norm()
+
+
+@pytest.mark.parametrize(
+    ("word", "settings", "message"),
+    [
+        ("sks", CustomConfig(), "has the rare token 'sks', as another"),
+        ("photo", CustomConfig(vectors=2), "a word of 2 vectors"),
+        ("photo", LoRAConfig(), "not one adapter of kind custom alone"),
+    ],
+)
+def test_people_who_do_not_fit_together_are_refused(make, tiny_base, tmp_path, word, settings, message):
+    first = make("sks", CustomConfig())
+    with pytest.raises(UserError, match=message):
+        merged(tiny_base, tmp_path, first, make(word, settings, seed=1))
+    with pytest.raises(UserError, match="two adapters or more"):
+        merged(tiny_base, tmp_path, first)
