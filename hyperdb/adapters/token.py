@@ -23,8 +23,8 @@ class TokenConfig(AdapterConfig):
     """The vectors of the rare token, each begun at the class word's.
 
     `row` and `start` are these two words' rows of the embedding; null: those of the base's `rare_token` and
-    `class_word`. More than one of the `vectors` is prompt tuning: in a prompt, which stays as it is, the rare token then
-    takes as many places.
+    `class_word`. More than one of the `vectors` is prompt tuning: in a prompt, which is written as before, the rare token
+    then takes as many places.
     """
 
     row: int | None = None
@@ -121,7 +121,7 @@ class Token(Frozen):
         """Return `{vector: [I, C] or [I, k, C]}`, each vector the class word's: the person begins as anybody."""
         assert sites is not None, "a word vector begins at a row of the embedding"
         vector = sites[self.layout.names[0]].weight()[self.start]
-        return {name: vector.expand(identities, *shape).clone().to(self.device) for name, shape in self.shapes().items()}
+        return {"vector": vector.expand(identities, *self.shapes()["vector"]).clone().to(self.device)}
 
     # argmin_v E |eps(z_t, c(v)) - eps|^2
     def changes(self, params: dict[str, Tensor]) -> Changes:

@@ -125,9 +125,9 @@ def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, 
     """Return a set of places, in the order of the modules. Raises `UserError` for a name that is none of `SETS`.
 
     attention: the paper's layers (`find_targets`); cross_kv: keys and values of the UNet's attention to the text
-    (Custom Diffusion); custom: the same after the embedding of the words; kv: those of its attention to itself as well (A1111's hypernetworks); unet: every weight and
-    bias of the UNet (DreamBooth); everything: the text encoder's as well; token: the embedding of the words (Textual
-    Inversion).
+    (Custom Diffusion, without its word); kv: those of its attention to itself as well (A1111's hypernetworks); unet:
+    every weight and bias of the UNet (DreamBooth); everything: the text encoder's as well; token: the embedding of the
+    words (Textual Inversion); custom: this embedding, then cross_kv.
     """
     if which == "attention":
         return dict(find_targets(unet, text_encoder))

@@ -66,8 +66,8 @@ def _parts(people: list[Personalization]) -> list[Part]:
         people[0].parts[0].layout.require(part.layout, person.source)
         if (row := part.config.row) in found:  # type: ignore[attr-defined]
             raise UserError(
-                f"{person.source} has the rare token {person.rare_token!r}, as another of these people: personalise one "
-                "of them again with diffusion.rare_token=WORD, a word that is one token and that no prompt needs"
+                f"{person.source} has the rare token {person.rare_token!r}, as another of these people: personalise "
+                "one of them again with diffusion.rare_token=WORD, a word that is one token and that no prompt needs"
             )
         found[row] = part
     return list(found.values())

@@ -131,6 +131,7 @@ def test_a_word_of_several_vectors_takes_as_many_places(identities: int) -> None
         torch.testing.assert_close(without, w[ids[1]])
         torch.testing.assert_close(twice, torch.stack([*v, *v[:2], w[6]]))  # cut off, the end stays
     found.sum().backward()
-    assert vector.grad is not None and vector.grad.flatten(1).any(dim=1).all()
+    assert vector.grad is not None
+    assert vector.grad.flatten(1).any(dim=1).all()
     with pytest.raises(NotMergeableError, match="3 vectors"):
         adapter.changes({"vector": vector})["words"].dense(w)

@@ -149,7 +149,8 @@ def test_a_dry_run_names_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "adapter", ["lora", "dora", "foura", "svdiff", "dreambooth", "textual_inversion", "a1111", "lorax", "custom_diffusion"]
+    "adapter",
+    ["lora", "dora", "foura", "svdiff", "dreambooth", "textual_inversion", "a1111", "lorax", "custom_diffusion"],
 )
 def test_a_dry_run_knows_every_adapter(weightless: Path, adapter: str) -> None:
     settings = configuration.load("personalize", [*words(weightless), "image=none", f"adapter={adapter}"])
