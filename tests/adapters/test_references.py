@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hyperdb.adapters import DoRAConfig, LoRAConfig, SVDiffConfig, TokenConfig
-from hyperdb.adapters.base import NotMergeableError
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
@@ -112,26 +111,3 @@ def test_a_word_vector_begins_at_the_class_word() -> None:
     assert torch.equal(found[[0, 1, 3, 4, 5, 6]], embedding.weight[[0, 1, 3, 4, 5, 6]])
     with pytest.raises(UserError, match="rare_token is 2 tokens"):
         TokenConfig().bound(rare=[2, 3], noun=[5])
-
-
-@pytest.mark.parametrize("identities", [1, 2])
-def test_a_word_of_several_vectors_takes_as_many_places(identities: int) -> None:
-    embedding = nn.Embedding(7, 4).requires_grad_(False)
-    site = Site("words", embedding)
-    adapter = TokenConfig(vectors=3).bound(rare=[2], noun=[5]).build(Layout.listing({"words": site}))
-    start = adapter.init(identities, {"words": site})["vector"]
-    assert torch.equal(start, embedding.weight[5].expand(identities, 3, 4))
-    vector = torch.randn(identities, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    ids = torch.tensor([[1, 2, 3, 6, 6, 6], [1, 3, 4, 6, 6, 6], [2, 2, 3, 4, 4, 6]])
-    with Injection({"words": site}).using(adapter.changes({"vector": vector})):
-        found = embedding(ids.repeat(identities, 1)).unflatten(0, (identities, 3))
-    w = embedding.weight
-    for v, (middle, without, twice) in zip(vector, found, strict=True):
-        torch.testing.assert_close(middle, torch.stack([w[1], *v, w[3], w[6]]))
-        torch.testing.assert_close(without, w[ids[1]])
-        torch.testing.assert_close(twice, torch.stack([*v, *v[:2], w[6]]))  # cut off, the end stays
-    found.sum().backward()
-    assert vector.grad is not None
-    assert vector.grad.flatten(1).any(dim=1).all()
-    with pytest.raises(NotMergeableError, match="3 vectors"):
-        adapter.changes({"vector": vector})["words"].dense(w)

@@ -50,9 +50,9 @@ def merged(tiny_base, tmp_path, *files):
 
 
 def test_each_word_has_its_own_keys_and_values_and_captions_keep_theirs(make, base, tiny_base, tmp_path, capsys):
-    files = make("sks", CustomConfig()), make("photo", CustomConfig(), seed=1)
+    files = make("sks", CustomConfig()), make("zwx", CustomConfig(), seed=1)
     both = Personalization.load(merged(tiny_base, tmp_path, *files) / "adapter.safetensors")
-    assert "'sks face', 'photo face'" in capsys.readouterr().out
+    assert "'sks face', 'zwx face'" in capsys.readouterr().out
     assert [part.kind for part in both.parts] == ["custom", "token"]
     layer = next(name for name in both.parts[0].layout.names if name.endswith("to_k"))
     module = base.targets()[layer]
@@ -72,16 +72,16 @@ def test_each_word_has_its_own_keys_and_values_and_captions_keep_theirs(make, ba
             plain, alone, together = (keys(prompt, person)[1:] for person in (None, own, both))
             torch.testing.assert_close(together, alone, rtol=1e-2, atol=1e-3)
             assert (alone - plain).abs().max() > 1e-2
-        caption = "a cartoon of a face"
-        assert (keys(caption, both) - keys(caption)).norm() < 0.1 * keys(caption).norm()
+        caption = "a pencil sketch of a"
+        assert (keys(caption, both) - keys(caption)).norm() < 0.2 * (keys(caption, own) - keys(caption)).norm()
 
 
 @pytest.mark.parametrize(
     ("word", "settings", "message"),
     [
         ("sks", CustomConfig(), "has the rare token 'sks', as another"),
-        ("photo", CustomConfig(vectors=2), "a word of 2 vectors"),
-        ("photo", LoRAConfig(), "not one adapter of kind custom alone"),
+        ("zwx", CustomConfig(vectors=2), "a word of 2 vectors"),
+        ("zwx", LoRAConfig(), "not one adapter of kind custom alone"),
     ],
 )
 def test_people_who_do_not_fit_together_are_refused(make, tiny_base, tmp_path, word, settings, message):
