@@ -1,11 +1,12 @@
 """Put several people of Custom Diffusion into one adapter, without training (Kumari et al. 2023, arXiv 2212.04488).
 
     hyperdb personalize adapter=custom_diffusion image=ada.jpg name=ada
-    hyperdb personalize adapter=custom_diffusion image=bob.jpg name=bob diffusion.rare_token=WORD
+    hyperdb personalize adapter=custom_diffusion image=bob.jpg name=bob diffusion.rare_token=q
     hyperdb merge adapter=[runs/personalize/ada,runs/personalize/bob] name=both
 
-Each person keeps the word that it was trained with. The keys and values of the attention to the text become those that
-each person's own adapter makes of the person's words, and stay what the base makes of other captions.
+Each person keeps the word that it was trained with; `q` is one token of the embedded base, and in none of its captions.
+The keys and values of the attention to the text become those that each person's own adapter makes of the person's
+words, and stay what the base makes of other captions.
 """
 
 from __future__ import annotations
