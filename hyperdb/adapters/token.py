@@ -23,8 +23,8 @@ class TokenConfig(AdapterConfig):
     """The vectors of the rare token, each begun at the class word's.
 
     `row` and `start` are these two words' rows of the embedding; null: those of the base's `rare_token` and
-    `class_word`. More than one of the `vectors` is prompt tuning: in a prompt, which is written as before, the rare token
-    then takes as many places.
+    `class_word`. More than one of the `vectors` is prompt tuning: in a prompt, which is written as before, the rare
+    token then takes as many places.
     """
 
     row: int | None = None
