@@ -73,7 +73,7 @@ def test_each_word_has_its_own_keys_and_values_and_captions_keep_theirs(make, ba
             torch.testing.assert_close(together, alone, rtol=1e-2, atol=1e-3)
             assert (alone - plain).abs().max() > 1e-2
         caption = "a pencil sketch of a"
-        assert (keys(caption, both) - keys(caption)).norm() < 0.2 * (keys(caption, own) - keys(caption)).norm()
+        assert (keys(caption, both) - keys(caption)).norm() < 0.5 * (keys(caption, own) - keys(caption)).norm()
 
 
 @pytest.mark.parametrize(
