@@ -49,10 +49,6 @@ class Config:
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/merge/default"  # folder that is written
 
-    def __post_init__(self) -> None:
-        if len(self.adapter) < 2:
-            raise UserError(f"adapter={self.adapter}: name two adapters or more as [A,B]")
-
 
 def _parts(people: list[Personalization]) -> list[Part]:
     """Return each person's only part. Raises `UserError` for people who do not fit together."""
@@ -120,6 +116,8 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.recipe import recipe
 
+    if len(config.adapter) < 2:
+        raise UserError(f"adapter={config.adapter}: name two adapters or more as [A,B]")
     files = [find_adapter(path) for path in config.adapter]
     people = [Personalization.load(file) for file in files]
     parts = _parts(people)
