@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hyperdb.adapters.base import AdapterConfig, Changes, DenseChange, Frozen, NotMergeableError, whole_number
 from hyperdb.runtime.errors import UserError
@@ -12,6 +12,7 @@ from hyperdb.runtime.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hyperdb.adapters.base import Adapter
     from hyperdb.adapters.layout import Layout
     from hyperdb.adapters.site import Site
 
@@ -31,7 +32,7 @@ class TokenConfig(AdapterConfig):
     start: int | None = None
     vectors: int = 1
     sites: str = "token"
-    kinds = ("embedding",)
+    kinds: ClassVar[tuple[str, ...]] = ("embedding",)
 
     def __post_init__(self) -> None:
         whole_number("vectors", self.vectors, 1, MOST)
@@ -48,7 +49,7 @@ class TokenConfig(AdapterConfig):
             found.append(ids[0] if told is None else told)
         return replace(self, row=found[0], start=found[1])
 
-    def build(self, layout: Layout) -> Token:
+    def build(self, layout: Layout) -> Adapter:
         """Return the adapter over `layout`."""
         if self.row is None or self.start is None or len(layout) != 1 or len(layout.layers[0].shape) != 2:
             raise UserError("a word vector needs its row, the row it begins at, and one embedding")
