@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hyperdb.adapters.base import Change, Changes, LowRank, NotMergeableError, identities_of
+from hyperdb.adapters.base import Change, Changes, DenseChange, LowRank, identities_of
 from hyperdb.adapters.site import Site
 from hyperdb.runtime.errors import UserError
 
@@ -45,7 +45,10 @@ def settled(changes: Changes, modules: Mapping[str, Any]) -> dict[str, Change]:
 
 
 def _weight(change: Change, site: Site) -> Tensor | None:
-    """Return the changed weight of a linear layer or convolution, float32; None if no weight can stand for it."""
+    """Return the changed weight of a linear layer or convolution, float32; None where hooking is better, or all there is.
+
+    That is so for each change that knows more of itself than its dense form, but one of low rank.
+    """
     import torch
 
     if site.kind not in ("linear", "conv"):
@@ -54,10 +57,9 @@ def _weight(change: Change, site: Site) -> Tensor | None:
     if isinstance(change, LowRank):
         down, up = (x.squeeze(0).to(weight) for x in change)
         return torch.addmm(weight.flatten(1), up, down.flatten(1)).view_as(weight)
-    try:
-        return weight + change.dense(weight).squeeze(0)
-    except NotMergeableError:
+    if type(change).__call__ is not DenseChange.__call__:
         return None
+    return weight + change.dense(weight).squeeze(0)
 
 
 class Injection:
