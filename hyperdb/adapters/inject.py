@@ -45,7 +45,7 @@ def settled(changes: Changes, modules: Mapping[str, Any]) -> dict[str, Change]:
 
 
 def _weight(change: Change, site: Site) -> Tensor | None:
-    """Return the changed weight of a linear layer or convolution, float32; None where hooking is better, or all there is.
+    """Return the changed weight of a linear layer or convolution, float32; None where hooking is better or necessary.
 
     That is so for each change that knows more of itself than its dense form, but one of low rank.
     """
