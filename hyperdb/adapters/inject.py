@@ -152,15 +152,13 @@ class Injection:
         if (count := identities_of(ready := _checked(self.sites, changes))) > 1:
             raise UserError(f"the changes of {count} identities cannot be merged into one weight")
         weights = {name: w for name, change in ready.items() if (w := _weight(change, self.sites[name])) is not None}
-        frozen = {}
+        modules: list[Any] = [self.sites[name].module for name in weights]
         try:
             with self.using({name: change for name, change in ready.items() if name not in weights}):
-                for name, weight in weights.items():
-                    module = self.sites[name].module
-                    frozen[module] = module._parameters.pop("weight")
-                    module.__dict__["weight"] = weight.to(frozen[module].dtype)  # a parameter could have no history
+                for module, weight in zip(modules, weights.values(), strict=True):
+                    # found before the parameter of that name, which stays as it is
+                    module.__dict__["weight"] = weight.to(module.weight.dtype)
                 yield
         finally:
-            for module, weight in frozen.items():
-                del module.__dict__["weight"]
-                module._parameters["weight"] = weight
+            for module in modules:
+                module.__dict__.pop("weight", None)
