@@ -37,6 +37,7 @@ PEOPLE = 3
 @pytest.fixture(scope="module")
 def words(tiny_base, people):
     found = [f"diffusion.path={tiny_base}", *TINY, "hypernet=null", f"data={people}", f"people={PEOPLE}", "views=2"]
+    found += ["diffusion.subject_guidance=3"]  # as the text's: how many are drawn at once then changes no bit
     return [*found, "images=2", "batch=2", *(f"methods.{row}.finetune.{word}" for row in KINDS for word in FIT)]
 
 
