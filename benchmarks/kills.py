@@ -34,7 +34,7 @@ def main(kills: int = 25) -> None:
             equal = case.find("failure") is None and case.find("error") is None
             stage = str(case.get("name")).partition("[")[2].rstrip("]")
             stages[stage] = {"equal": equal, "killed_after_seconds": [float(moment) for moment in moments],
-                             "seconds_undisturbed": float(told.get("seconds", "nan"))}  # fmt: skip
+                             "seconds_undisturbed": float(told.get("seconds", 0))}  # fmt: skip
             print(f"{stage:15s} {'equal' if equal else 'NOT EQUAL'} after {len(moments)} kills")
     save_json(Path(__file__).with_suffix(".json"), {"kills": kills, "stages": stages, **provenance()})
 

@@ -88,8 +88,7 @@ def test_from_a_photo_to_a_file_for_diffusers(browser, url, photo, tmp_path):
     assert captions == ["the photo", "the base, of anybody", "the prediction", "fine-tuned"]
 
     # --- pictures
-    page.get_by_label("Style").click()
-    page.get_by_role("option", name="oil").click()
+    page.locator("#style label", has_text="oil").click()
     playwright.expect(page.get_by_label("Prompt")).to_have_value("an oil painting of a [V] face")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#gallery img").nth(3).wait_for()
@@ -230,8 +229,7 @@ def test_it_is_readable_wide_and_narrow_light_and_dark(browser, chromium, served
         page.get_by_role("button", name="Mix", exact=True).click()
         page.locator("#shelf figure").nth(2).wait_for()
         page.locator("#who label", has_text="Eve").first.click()
-        page.get_by_label("Style").click()
-        page.get_by_role("option", name="oil").click()
+        page.locator("#style label", has_text="oil").click()
         playwright.expect(page.get_by_label("Prompt")).to_have_value("an oil painting of a [V] face")
         page.get_by_role("button", name="Draw", exact=True).click()
         page.locator("#gallery img").nth(3).wait_for()
