@@ -42,6 +42,9 @@ class FitConfig:
     whatever the base predicts. With 0.5 all noise levels have a gradient of about the same length, and 1 is the error
     of epsilon. null leaves the base's own loss as it is.
 
+    With `flips` the photos' mirror images are learned from too. A mirrored person is that person still, but turned the
+    other way: where the person looks is learned less.
+
     With `merge`, what one person alone trains is added to the weights of the network, not to what its layers make. That
     is the same change, quicker where the layers are small and slower where they are large.
     """
@@ -59,6 +62,7 @@ class FitConfig:
     face_weight: float = 0.0  # extra weight of the middle of the frame, where the aligned crop has the face
     prior_weight: float = 0.0
     prior_rows: int = 2  # class pictures in each step
+    flips: bool = False
     merge: bool = False
     seed: int = 0
 
@@ -72,6 +76,12 @@ class FitConfig:
         check_logit_normal(self.logit_normal)
         if self.optimizer not in ("adamw", "sgd"):
             raise UserError(f"optimizer={self.optimizer!r}: expected adamw or sgd")
+
+    def sides(self, photos: Tensor) -> Tensor:
+        """Return what photos `[..., V, 3, H, W]` teach: themselves, or with `flips` `[..., 2 V, 3, H, W]`."""
+        import torch
+
+        return torch.cat([photos, photos.flip(-1)], -4) if self.flips else photos
 
 
 @dataclass

@@ -159,7 +159,7 @@ class Cohort:
         parts, base = [], self.model.base
         for first in range(some.start, some.stop, self.batch):
             chosen = slice(first, min(some.stop, first + self.batch))
-            photos = self.photos[chosen]
+            photos = settings.sides(self.photos[chosen])
             moments = base.moments(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])
             under = select(start, chosen) if start is not None else None
             parts.append(fit(base, adapter, moments, settings, under, self.model.prior))

@@ -197,14 +197,15 @@ class Personalizer:
         from hyperdb.adapters.base import moved
         from hyperdb.tuning.fit import fit
 
-        moments = self.base.moments(to_images(crops))[None]  #                        [1, V, 2, c, h, w]
+        config = self.tuning(len(crops))
+        moments = self.base.moments(config.sides(to_images(crops)))[None]  #          [1, V, 2, c, h, w]
         begun: Changes = {}
         if self.start is not None:
             begun = self.start.changes()
         elif tokens is not None:
             begun = self.lidb.factors({"tokens": tokens})
         frozen = moved(begun, self.base.device)
-        return fit(self.base, self.trainable, moments, self.tuning(moments.shape[1]), frozen, self.prior, progress)
+        return fit(self.base, self.trainable, moments, config, frozen, self.prior, progress)
 
     def wrap(self, tokens: Tensor | None, params: dict[str, Tensor] | None = None) -> Personalization:
         """Make the file's object of tokens and what the fine-tuning trained, beside what the start has."""
