@@ -77,6 +77,8 @@ class Config:
                 f"finetune.face_weight={self.finetune.face_weight:g} weighs the middle of a picture, where of two "
                 "people there is none; set it to 0"
             )
+        if self.finetune.flips:
+            raise UserError("finetune.flips=true would put the people on the other sides; set it to false")
         if isinstance(self.adapter, TokenConfig):
             raise UserError(
                 "the adapter trains one word, of one person; train each person alone with "
