@@ -50,6 +50,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "train_base": ("hyperdb.stages.train_base", "the embedded base's text encoder and UNet"),
     "train_encoder": ("hyperdb.stages.train_encoder", "the hypernetwork's image encoder, on rendered people"),
     "train_judge": ("hyperdb.stages.train_judge", "judges of pictures: style and place, CLIP, VICReg, a verifier"),
+    "train_e4t": ("hyperdb.stages.train_e4t", "E4T's encoder: one photo -> where its training begins"),
     "precompute": ("hyperdb.stages.precompute", "faces -> their LiDB weights, the hypernetwork's targets"),
     "train_hypernet": ("hyperdb.stages.train_hypernet", "the hypernetwork: one photo -> LiDB weights"),
     "weights": ("hyperdb.stages.weights", "many people's adapters: components, attributes, new people"),

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import AdapterConfig
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 from hyperdb.tuning.fit import FitConfig
+from hyperdb.tuning.personalizer import check_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +32,8 @@ class MethodConfig:
     `start` is the prediction that it begins at: the person's `own`, everybody's `average`, `another` person's, or null,
     the base alone. `refinements` says how many times the hypernetwork refines it; null is as many times as it was
     trained to. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast fine-tuning,
-    or `lidb` itself; `adapter` describes any other. With neither, nothing is trained. `strength` is a factor on all
+    or `lidb` itself; `adapter` describes any other, and `encoder` is the file of `hyperdb train_e4t` that says where E4T
+    begins. With neither, nothing is trained. `strength` is a factor on all
     that the adapter changes, prediction and training alike, when pictures are drawn; the training knows nothing of it.
     """
 
@@ -39,6 +42,7 @@ class MethodConfig:
     refinements: int | None = None  # s of eq. 3
     train: str | None = None
     adapter: AdapterConfig | None = None
+    encoder: FilePath | None = None
     finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the stage's fine-tuning
     against: list[str] = field(default_factory=list)  # rows that it is compared with, person by person
     people: int | None = None  # the first so many alone, where it is slow; null: all
@@ -53,6 +57,7 @@ class MethodConfig:
             raise UserError(f"train={self.train!r}: expected of {', '.join(TRAINED)}, or null")
         if self.train is not None and self.adapter is not None:
             raise UserError(f"train={self.train} and an adapter: a method trains one of them")
+        check_encoder(self.encoder, self.adapter)
         if self.people is not None and self.people < 2:
             raise UserError(f"people={self.people}: expected at least 2, or null for all")
         if not math.isfinite(self.strength) or (self.strength != 1 and self.start is None and not self.trains):
@@ -150,9 +155,13 @@ class Cohort:
         return {None: None, "relaxed": self.model.trainable, "lidb": self.model.lidb}[method.train]
 
     def train(
-        self, adapter: Adapter, settings: FitConfig, some: slice, start: Factors | None, progress: Callable[[int], Any]
-    ) -> Changes:
-        """Return the trained changes of some people, without the start `[I, ...]` on top of which they were trained."""
+        self, adapter: Adapter, settings: FitConfig, some: slice, start: Factors | None,
+        progress: Callable[[int], Any], encoder: str | None = None,
+    ) -> Changes:  # fmt: skip
+        """Return the trained changes of some people, without the start `[I, ...]` on top of which they were trained.
+
+        `encoder` names the file that says where E4T begins.
+        """
         from hyperdb.adapters.base import select
         from hyperdb.tuning.fit import fit
 
@@ -162,7 +171,8 @@ class Cohort:
             photos = self.photos[chosen]
             moments = base.moments(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])
             under = select(start, chosen) if start is not None else None
-            parts.append(fit(base, adapter, moments, settings, under, self.model.prior))
+            begin = self.model.begin(encoder, adapter.layout, photos)
+            parts.append(fit(base, adapter, moments, settings, under, self.model.prior, begin=begin))
             progress(len(photos))
         return _joined(adapter, parts)
 
@@ -192,7 +202,7 @@ class Cohort:
             changes = select(start, some) if start is not None else None
             if adapter is not None and settings is not None:
                 seeded = replace(settings, seed=settings.seed + seed)
-                changes = both(changes, self.train(adapter, seeded, some, start, progress))
+                changes = both(changes, self.train(adapter, seeded, some, start, progress, method.encoder))
             seconds += time.perf_counter() - began
             each = some.stop - some.start
             images.append(draw(base, changes, each, prompts, noises, strength=method.strength, progress=progress))
