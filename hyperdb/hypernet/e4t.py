@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from hyperdb.adapters.e4t import Word
@@ -30,7 +31,8 @@ class E4TEncoder(Hypernet):
 
     def __init__(self, config: HypernetConfig, word: Word, default_spread: float = SCALE) -> None:
         super().__init__(config, word, default_spread)  # type: ignore[arg-type]
-        shared = word.adapter.layers.init(1)
+        # where modules are made now: of a file that claims any size, in no memory
+        shared = word.adapter.layers.to(torch.empty(0).device).init(1)
         self.names = list(shared)
         self.offsets = nn.ParameterList(value[0] for value in shared.values())
 
@@ -49,7 +51,7 @@ class E4TEncoder(Hypernet):
     def load(cls, path: Path) -> Self:
         """Read an encoder. Raises `UserError` for a foreign or damaged file, and where there is none."""
         if not path.is_file():
-            raise UserError(f"no encoder of E4T at {path}; run `hyperdb train_e4t`, or set encoder=FILE or encoder=null")
+            raise UserError(f"no encoder of E4T at {path}; run `hyperdb train_e4t`, or set encoder=FILE or null")
         if load_metadata(path).get("adapter") != KIND:
             raise UserError(f"{path} is no encoder of E4T; train one with `hyperdb train_e4t`")
         return super().load(path)

@@ -414,7 +414,8 @@ def run(config: Config) -> Path:
     described = {row: _described(config, model, row, len(rows)) for row in config.rows}
     made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
     repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
-    seldom = dict.fromkeys(("refinements", "strength", "encoder"))  # told of few rows; of a row without it, it was not set
+    # told of few rows; of a row without it, it was not set
+    seldom = dict.fromkeys(("refinements", "strength", "encoder"))
     for row, count in repeats.items():
         names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
         out = claim(config.out, names, {**whole, **seldom, **described[row]}, count)

@@ -1,4 +1,4 @@
-"""Pretrain E4T (Gal et al. 2023): a photo -> a word for its person, and offsets of the weights for words of that kind."""
+"""Pretrain E4T (Gal et al. 2023): a photo -> a word for its person, and offsets of the weights for such words."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ class MethodConfig:
     `start` is the prediction that it begins at: the person's `own`, everybody's `average`, `another` person's, or null,
     the base alone. `refinements` says how many times the hypernetwork refines it; null is as many times as it was
     trained to. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast fine-tuning,
-    or `lidb` itself; `adapter` describes any other, and `encoder` is the file of `hyperdb train_e4t` that says where E4T
-    begins. With neither, nothing is trained. `strength` is a factor on all
-    that the adapter changes, prediction and training alike, when pictures are drawn; the training knows nothing of it.
+    or `lidb` itself; `adapter` describes any other, and `encoder` is the file of `hyperdb train_e4t` that says where
+    E4T begins. With neither, nothing is trained. `strength` is a factor on all that the adapter changes, prediction and
+    training alike, when pictures are drawn; the training knows nothing of it.
     """
 
     label: str  # what people read; {steps} in it stands for the number of iterations

@@ -1,4 +1,4 @@
-"""E4T at tiny size: its pretraining learns and resumes, its tuning begins at what was predicted, wrong files are told."""
+"""E4T at tiny size: the pretraining learns and resumes, the tuning begins at what is predicted, wrong files are told."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hyperdb import config
+from hyperdb.adapters.inject import Injection
 from hyperdb.data.people import latent_moments, load_people
 from hyperdb.diffusion.loss import diffusion_loss
 from hyperdb.faces.image import read_image, save_png
@@ -44,8 +45,6 @@ def test_what_is_predicted_denoises_photos_better_than_the_class_word(words, ren
     begun = model.begin(model.config.encoder, model.trainable.layout, people.images[rows][:, None]).params
 
     def loss(params):
-        from hyperdb.adapters.inject import Injection
-
         injection = Injection(base.sites(model.trainable.layout.names))
         with torch.no_grad(), injection.using(model.trainable.changes(params)):
             found = diffusion_loss(base, *noised).mean().item()
@@ -53,8 +52,8 @@ def test_what_is_predicted_denoises_photos_better_than_the_class_word(words, ren
         return found
 
     plain = model.trainable.init(len(rows), base.sites(model.trainable.layout.names))
-    assert loss(begun) < 0.98 * loss(plain)
-    assert loss(begun) < loss({**begun, "vector": plain["vector"]})  # the word is worth something by itself
+    losses = [loss(begun), loss({**begun, "vector": plain["vector"]}), loss(plain)]
+    assert losses[0] < losses[1] < losses[2]  # word and offsets, the offsets alone, nothing
     spread = begun["vector"].std(0)
     assert spread.max() > 0  # and is not everybody's
 
@@ -146,7 +145,7 @@ def test_what_has_no_encoder_is_told(words, tiny_base, e4t, tmp_path):
         config.load("personalize", ["image=x.png", "adapter=lora", f"encoder={e4t}"])
     with pytest.raises(UserError, match="says where E4T begins"):
         config.load("evaluate", [f"methods.lora.encoder={e4t}"])
-    with pytest.raises(UserError, match="unexpected tensor offsets.0"):
+    with pytest.raises(UserError, match=r"unexpected tensor offsets\.0"):
         Hypernet.load(e4t)
 
 
