@@ -39,7 +39,7 @@ def test_it_changes_the_word_and_the_attention_of_the_unet(tiny_base: Path) -> N
     assert word == "text_encoder.embeddings.token_embedding"
     assert set(layers) == {name for name in base.targets() if name.startswith("unet.") and name.endswith(sides)}
     assert {name.rpartition(".attn")[2][0] for name in layers} == {"1", "2"}
-    params = adapter.init(2, base.sites(adapter.layout.names))
+    params = adapter.init(2, Injection(base.sites(adapter.layout.names)).sites)
     (start,) = base.tokenizer(base.config.class_word, add_special_tokens=False).input_ids
     weight = base.text_encoder.get_input_embeddings().weight
     assert torch.equal(params.pop("vector"), weight[[start, start]].float())

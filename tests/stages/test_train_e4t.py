@@ -44,14 +44,13 @@ def test_what_is_predicted_denoises_photos_better_than_the_class_word(words, ren
     noised = z, torch.randn(z.shape, generator=g), t, base.tokenize(["a [V] face"]).expand(len(rows), -1)
     begun = model.begin(model.config.encoder, model.trainable.layout, people.images[rows][:, None]).params
 
-    def loss(params):
-        injection = Injection(base.sites(model.trainable.layout.names))
-        with torch.no_grad(), injection.using(model.trainable.changes(params)):
-            found = diffusion_loss(base, *noised).mean().item()
-        injection.remove()
-        return found
+    injection = Injection(base.sites(model.trainable.layout.names))
 
-    plain = model.trainable.init(len(rows), base.sites(model.trainable.layout.names))
+    def loss(params):
+        with torch.no_grad(), injection.using(model.trainable.changes(params)):
+            return diffusion_loss(base, *noised).mean().item()
+
+    plain = model.trainable.init(len(rows), injection.sites)
     losses = [loss(begun), loss({**begun, "vector": plain["vector"]}), loss(plain)]
     assert losses[0] < losses[1] < losses[2]  # word and offsets, the offsets alone, nothing
     spread = begun["vector"].std(0)
