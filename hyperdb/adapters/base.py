@@ -267,6 +267,10 @@ class Frozen:
 
         return {name: torch.zeros(identities, *shape, device=self.device) for name, shape in self.shapes().items()}
 
+    def changes(self, params: dict[str, Tensor]) -> Changes:
+        """Return the change of each site that `params` stand for."""
+        raise NotImplementedError
+
 
 class TokenAdapter(Adapter, Protocol):
     """An adapter whose numbers are one token a layer, `{'tokens': [I, N, D]}`: what a hypernetwork can predict."""

@@ -1,6 +1,8 @@
 """E4T (Gal et al. 2023, arXiv 2302.12228): a word near the class word, and offsets of the attention's weights.
 
-An encoder that was trained on many people predicts where a person's training begins (`hyperdb.hypernet.e4t`).
+An encoder that was trained on many people predicts where a person's training begins (`hyperdb.hypernet.e4t`). Then the
+reference tunes the encoder and the offsets on the one photo, with the penalty on the word and, for faces, with the loss
+masked to the face. Here the word itself is tuned and the person's own copy of the offsets, by `FitConfig`'s loss alone.
 """
 
 from __future__ import annotations

@@ -111,13 +111,13 @@ def run(config: Config, track: Track) -> Path:
         mean, std = moments[shown].float().unbind(1)  #                              [I, c, h, w]
         jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")
         t = stratified_timesteps(1, config.batch, base.schedule.config.num_train_timesteps, g)[0]
-        rows = [x.to(base.device) for x in (mean + std * jitter, noise, t)]
+        z, noise, t = (x.to(base.device) for x in (mean + std * jitter, noise, t))
         with base.autocast(), attention(config.diffusion.attention != "eager"):
             begun = model.begin(people.images[shown])
         # in use until the backward pass has ended: checkpointing computes with it again
         with injection.using(adapter.changes(begun)):
             terms = {
-                "diffusion": diffusion_loss(base, *rows, ids).mean(),
+                "diffusion": diffusion_loss(base, z, noise, t, ids).mean(),
                 "word": config.word_weight * model.penalty(begun["vector"]).mean(),
             }
             torch.stack(list(terms.values())).sum().backward()

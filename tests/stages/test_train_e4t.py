@@ -1,4 +1,4 @@
-"""E4T at tiny size: the pretraining learns and resumes, the tuning begins at what is predicted, wrong files are told."""
+"""E4T at tiny size: the pretraining learns and resumes, the tuning begins there, wrong files are told."""
 
 from __future__ import annotations
 
