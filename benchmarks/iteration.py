@@ -71,7 +71,7 @@ def measure(words: list[str]) -> dict[str, Any]:
     fit(base, settings.relaxed.build(layout), moments, tuning, frozen, None, bare)
     medians = {key: statistics.median(times[WARM:]) for key, times in seconds.items()}
     pairs = [a / b for a, b in zip(*(times[WARM:] for times in seconds.values()), strict=True)]
-    result = {"base": name, "rows": rows, "size": base.config.size, "dtype": base.config.dtype}
+    result = {"base": name, "rows": rows, "size": base.config.size, "dtype": base.config.dtype, "merge": tuning.merge}
     result |= {"cpu_has_bf16": cpu_has_bf16(), "cores": os.cpu_count(), "repeats": repeats}
     result |= {"median_seconds": {k: round(v, 4) for k, v in medians.items()}}
     result |= {"ratio_of_medians": round(medians["iteration"] / medians["bare"], 3)}

@@ -27,6 +27,7 @@ Golden = Callable[..., None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-golden", action="store_true", help="write tests/golden/ from what the code does now")
+    parser.addoption("--write-screenshots", action="store_true", help="write docs/web-*.png from the page as it is now")
     parser.addoption("--examples", type=int, default=2000, help="files of a kind in test_hostile.py's slow tests")
     parser.addoption("--kills", type=int, default=3, help="how often test_surviving.py kills each stage")
     parser.addoption("--people", type=int, default=40, help="personalised in 2 iterations by test_long_running.py")

@@ -179,7 +179,7 @@ def test_e4t_is_pretrained_and_tuned(e4t, words, tmp_path):
     from hyperdb.faces.image import save_png
 
     save_png(tmp_path / "photo.png", torch.full((32, 32, 3), 99, dtype=torch.uint8).numpy(), {})
-    person = ["adapter=e4t", f"encoder={e4t}", "align=false", "finetune.steps=2", "preview=false"]
+    person = ["adapter=e4t", f"adapter.encoder={e4t}", "align=false", "finetune.steps=2", "preview=false"]
     photo = [f"image={tmp_path / 'photo.png'}", f"out={tmp_path / 'ada'}"]
     configuration.run("personalize", [*words[:3], *person, *photo])
     begun, tuned = (load_tensors(file)[0] for file in (e4t, tmp_path / "ada/adapter.safetensors"))

@@ -1,6 +1,6 @@
 """Runs that are killed, or meet a full or failing disk, and are started again end where an undisturbed one does.
 
-python -m pytest -m slow tests/test_surviving.py --kills 100
+python benchmarks/kills.py kills the stages more often, and keeps when.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ def _finish(start, words: list[str], folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_ends_as_an_undisturbed_one(stage, start, undisturbed, tmp_path, request):
+def test_a_killed_run_ends_as_an_undisturbed_one(stage, start, undisturbed, tmp_path, request, record_property):
     (words, reference, seconds), kills = undisturbed(stage), request.config.getoption("--kills")
-    chance, number = random.Random(f"{stage} {kills}"), 0
+    chance, number, moments = random.Random(f"{stage} {kills}"), 0, []
     folder = tmp_path / "0"
     while kills > 0:
         process, moment = start(words, folder), chance.uniform(0, seconds)
@@ -162,12 +162,14 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, start, undisturbed, tmp_
             process.kill()
             process.join()
             kills -= 1
-            print(f"{stage} killed after {moment:.2f} of {seconds:.2f} s")
+            moments.append(f"{moment:.2f}")
             continue
         assert process.exitcode == 0, (folder / "log").read_text()
         _same(reference / "out", folder / "out")  # it was done before it could be killed
         number += 1
         folder = tmp_path / str(number)
+    record_property("seconds", f"{seconds:.2f}")  # benchmarks/kills.py keeps them
+    record_property("killed_after", " ".join(moments))
     _finish(start, words, folder)
     _same(reference / "out", folder / "out")
 

@@ -127,6 +127,11 @@ def side_of(name: str) -> str:
     return "v" if name.endswith("to_v") else "k"
 
 
+def sizes_of(context: int, structure: list[float]) -> list[int]:
+    """Return how many numbers go into the first layer of a network and come out of each: whole parts, as in A1111."""
+    return [max(1, int(context * multiple)) for multiple in structure]
+
+
 class A1111(Frozen):
     """`W (x + f(x))`; at the start f's layers are normal of deviation .01, alike for everyone, and the last is zero.
 
@@ -142,8 +147,8 @@ class A1111(Frozen):
 
     def _layers(self, network: str) -> list[tuple[int, int]]:
         """Return (outputs, inputs) of the layers of the network called `WIDTH.SIDE`."""
-        width = int(network.partition(".")[0])
-        return [(max(1, int(width * m)), max(1, int(width * n))) for n, m in pairwise(self.structure)]
+        sizes = sizes_of(int(network.partition(".")[0]), self.structure)
+        return [(m, n) for n, m in pairwise(sizes)]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return `{WIDTH.SIDE.LAYER.weight: [out, in]}`, and the biases `[out]` if any; SIDE is k or v."""

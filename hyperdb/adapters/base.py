@@ -194,6 +194,10 @@ class AdapterConfig:
         """Return the settings for a base in which these are the token ids of the rare token and the class word."""
         return self
 
+    def begins(self) -> str | None:
+        """Return the file that says where a person's training begins; None: at the adapter's own start."""
+        return getattr(self, "encoder", None)
+
     def build(self, layout: Layout) -> Adapter:
         """Return the adapter over `layout`."""
         raise NotImplementedError

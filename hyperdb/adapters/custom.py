@@ -78,16 +78,17 @@ def merge(weight: Tensor, regular: Tensor, words: Tensor, values: Tensor) -> Ten
     """Return the weight `[m, n]` that makes of the `words` `[s, n]` the `values` `[s, m]`, the paper's equation 5.
 
     It makes of the features `regular` `[c, n]`, those of common captions, what the frozen `weight` makes of them, as
-    nearly as it can. Words and values of several concepts stand one below the other. Computed in float64, with a small
-    ridge, for there may be fewer captions than n. Raises `UserError` for words that depend on each other linearly.
+    nearly as it can. Words and values of several concepts stand one below the other. Computed in float64,
+    on the CPU, with a small ridge, for there may be fewer captions than n. Raises `UserError` for words that depend on
+    each other linearly.
     """
     import torch
 
-    w, c_reg, c, v = (x.double() for x in (weight, regular, words, values))
+    w, c_reg, c, v = (x.cpu().double() for x in (weight, regular, words, values))
     gram = c_reg.T @ c_reg
     gram = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     d = torch.linalg.solve(gram, c.T).T  #                                              [s, n], C (C_reg^T C_reg)^-1
     cross = d @ c.T  #                                                                  [s, s]
     if torch.linalg.cond(cross) > 1e12:
-        raise UserError(f"the {len(c)} words to merge depend on each other linearly: give fewer")
+        raise UserError(f"the {len(c)} words to merge depend on each other linearly: give fewer, or train them further")
     return (w + (v - c @ w.T).T @ torch.linalg.solve(cross, d)).to(weight)  #           [m, n]

@@ -8,12 +8,13 @@ masked to the face. Here the word itself is tuned and the person's own copy of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters.base import Changes, DenseChange, Frozen
 from hyperdb.adapters.custom import CustomConfig, CustomDiffusion
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,16 +27,24 @@ if TYPE_CHECKING:
 class E4TConfig(CustomConfig):
     """The vector of the rare token, and an offset of rank one for each weight of the UNet's attention.
 
+    `encoder` is the file of `hyperdb train_e4t` that predicts where both begin; null: at the class word and at nothing.
+    It is no part of what was trained, and is not kept with it.
+
     The reference makes an offset of two vectors and two square matrices a layer, which it trains in their place. Their
     product is of rank one as well, but for what the biases add.
     """
 
+    encoder: FilePath | None = None
     sites: str = "e4t"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.vectors != 1:
             raise UserError(f"vectors={self.vectors}: E4T names a person by one")
+
+    def bound(self, rare: list[int], noun: list[int]) -> E4TConfig:
+        """Fill in the rows from the token ids of the two words, and leave out the encoder."""
+        return replace(super().bound(rare, noun), encoder=None)  # type: ignore[return-value, call-arg]
 
     def build(self, layout: Layout) -> E4T:
         """Return the adapter over `layout`, of which the first place is the embedding of the words."""

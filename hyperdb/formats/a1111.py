@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hyperdb.adapters.a1111 import ACTIVATIONS, A1111Config, side_of
+from hyperdb.adapters.a1111 import ACTIVATIONS, A1111Config, side_of, sizes_of
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
 from hyperdb.formats.native import Part
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_shapes, load_tensors, save_tensors
+from hyperdb.runtime.precision import narrowed
 
 _TENSOR = re.compile(r"([1-9]\d{0,5})\.([kv])\.linear\.?(\d{1,3})\.(weight|bias)")
 
@@ -48,16 +49,22 @@ def _activation(path: Path, told: Mapping[str, str]) -> str:
 
 
 def _structure(path: Path, layers: Mapping[str, list[dict[str, Tensor]]]) -> list[float]:
-    """Return the multiples of the width that all networks are built of."""
+    """Return the multiples of the width that all networks are built of.
+
+    A layer has the whole part of multiple times width, so that one of a single width does not tell the multiple.
+    """
     found = []
     for network, steps in layers.items():
         width, shapes = int(network.partition(".")[0]), [step["weight"].shape for step in steps]
         if any(len(shape) != 2 for shape in shapes):
             raise UserError(f"{path} has a layer in {network} that is no matrix: layer normalisation is not read")
         found.append([shapes[0][1] / width, *(shape[0] / width for shape in shapes)])
-    if any(one != found[0] for one in found):
-        raise UserError(f"{path} has networks of several structures: {found[0]} and others")
-    return found[0]
+    least = [max(multiples) for multiples in zip(*found, strict=False)]
+    for (network, steps), one in zip(layers.items(), found, strict=True):
+        sizes = sizes_of(int(network.partition(".")[0]), least)
+        if len(one) != len(least) or sizes[1:] != [len(step["weight"]) for step in steps] or one[0] != least[0]:
+            raise UserError(f"{path} has networks of several structures: {found[0]} and others")
+    return least
 
 
 def read(path: Path, sites: Mapping[str, nn.Module], base: str) -> Part:
@@ -78,7 +85,11 @@ def read(path: Path, sites: Mapping[str, nn.Module], base: str) -> Part:
     if any("weight" not in step for steps in layers.values() for step in steps):
         raise UserError(f"{path} has a bias without its weight")
     bias = any("bias" in step for steps in layers.values() for step in steps)
-    config = A1111Config(_structure(path, layers), activation, bias)
+    structure = _structure(path, layers)
+    try:
+        config = A1111Config(structure, activation, bias)
+    except UserError as error:
+        raise UserError(f"{path} is no hypernetwork: {error}") from error
     known = {name: Site(name, module) for name, module in sites.items()}
     fed = {name: site for name, site in known.items() if f"{site.shape[1]}.{side_of(name)}" in layers}
     widths = {site.shape[1] for site in known.values()}
@@ -100,19 +111,25 @@ def read(path: Path, sites: Mapping[str, nn.Module], base: str) -> Part:
 
 
 def write(path: Path, part: Part, metadata: Mapping[str, str], dtype: torch.dtype = torch.float32) -> Path:
-    """Write a part of kind a1111. Raises `UserError` for numbers beyond `dtype`."""
+    """Write a part of kind a1111.
+
+    Raises `UserError` for numbers beyond `dtype`, and for layers that A1111 would leave alone.
+    """
     config = part.config
     assert isinstance(config, A1111Config)
+    if odd := [name for name in part.layout.names if not name.endswith(("to_k", "to_v"))]:
+        raise UserError(
+            f"the hypernetwork feeds {odd[0]} too, and those of A1111 feed keys and values alone: train one with "
+            "adapter.sites=kv"
+        )
     apart = 1 if config.activation == "linear" else 2  # A1111 counts the activations between the layers
     tensors: dict[str, Tensor] = {}
     for name, value in part.params.items():
         network, number, what = name.rsplit(".", 2)
         key = f"{network}.linear.{int(number) * apart}"
-        tensors[f"{key}.{what}"] = value[0].to(dtype)
+        tensors[f"{key}.{what}"] = narrowed("the hypernetwork", value[0], dtype)
         if not config.bias:  # which A1111 needs
             tensors[f"{key}.bias"] = value.new_zeros(len(value[0])).to(dtype)
-    if not all(bool(x.isfinite().all()) for x in tensors.values()):
-        raise UserError(f"the hypernetwork has numbers too large for {dtype}; export in fp32")
     told = {"activation_func": config.activation, "layer_structure": json.dumps(config.structure)}
     told |= {"is_layer_norm": "False", "activate_output": "False", "format": "pt"}
     return save_tensors(path, tensors, {**metadata, **told}, check=False)

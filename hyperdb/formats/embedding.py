@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import save_tensors
+from hyperdb.runtime.precision import narrowed
 
 
 def word(name: str) -> str:
@@ -19,7 +19,5 @@ def word(name: str) -> str:
 
 def write(path: Path, name: str, vector: Tensor, metadata: Mapping[str, str], dtype: torch.dtype) -> Path:
     """Write one vector `[C]` or several `[k, C]` under their word. Raises `UserError` for numbers beyond `dtype`."""
-    ready = vector.reshape(-1, vector.shape[-1]).to(dtype)  #                          [k, C]
-    if not ready.isfinite().all():
-        raise UserError(f"the vector has numbers too large for {dtype}; export in fp32")
+    ready = narrowed("the vector", vector.reshape(-1, vector.shape[-1]), dtype)  #     [k, C]
     return save_tensors(path, {word(name): ready}, {**metadata, "format": "pt"}, check=False)

@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from hyperdb.adapters.base import Factors, LowRank, rank_of
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors, reading, save_json, save_tensors
+from hyperdb.runtime.precision import narrowed
 
 FORMATS = ("kohya", "diffusers", "peft")
 _PARTS = ("unet", "text_encoder")
@@ -42,11 +43,10 @@ def _stacked(factors: Factors, dtype: torch.dtype) -> dict[str, tuple[Tensor, Te
         if down.shape[0] != 1:
             raise UserError(f"{down.shape[0]} identities cannot share a file; export them one by one")
         more = rank - down.shape[1]
-        pair = pad(down[0], (0, 0) * (down.ndim - 2) + (0, more)).to(dtype), pad(up[0], (0, more)).to(dtype)
+        padded = pad(down[0], (0, 0) * (down.ndim - 2) + (0, more)), pad(up[0], (0, more))
+        pair = narrowed(name, padded[0], dtype), narrowed(name, padded[1], dtype)
         if down.ndim == 5:  # a convolution's up is one of 1 x 1
             pair = pair[0], pair[1][..., None, None]
-        if not all(bool(x.isfinite().all()) for x in pair):
-            raise UserError(f"{name} has numbers too large for {dtype}; export in fp32")
         ready[name] = pair
     return ready
 
@@ -82,7 +82,7 @@ def write(
     ready = _stacked(factors, dtype)
     rank = rank_of(factors)
     extra = {name: x.view(1, -1, 1, 1) if ready[name][0].ndim == 4 else x for name, x in (magnitudes or {}).items()}
-    extra = {name: x.to(dtype).contiguous() for name, x in extra.items()}
+    extra = {name: narrowed(f"the magnitude of {name}", x, dtype).contiguous() for name, x in extra.items()}
     if format == "peft":
         return _write_peft(path, ready, rank, metadata, extra)
     if extra and format == "kohya":

@@ -51,7 +51,7 @@ class E4TEncoder(Hypernet):
     def load(cls, path: Path) -> Self:
         """Read an encoder. Raises `UserError` for a foreign or damaged file, and where there is none."""
         if not path.is_file():
-            raise UserError(f"no encoder of E4T at {path}; run `hyperdb train_e4t`, or set encoder=FILE or null")
+            raise UserError(f"no encoder of E4T at {path}; run `hyperdb train_e4t`, or set adapter.encoder=null")
         if load_metadata(path).get("adapter") != KIND:
             raise UserError(f"{path} is no encoder of E4T; train one with `hyperdb train_e4t`")
         return super().load(path)

@@ -7,6 +7,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from hyperdb.runtime.errors import UserError
 
 
 def cpu_has_bf16() -> bool:
@@ -54,3 +57,11 @@ def autocast(device: torch.device | str, dtype: torch.dtype) -> Any:
     if (slow := emulated(device, dtype)) and kind != "cpu":
         warnings.warn(f"this {kind} device has no bf16: computing in float32, in twice the memory", stacklevel=1)
     return nullcontext() if slow or dtype is torch.float32 else torch.autocast(kind, dtype)
+
+
+def narrowed(what: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers in the dtype of a file. Raises `UserError`, which calls them `what`, for such as are beyond it."""
+    ready = numbers.to(dtype)
+    if not ready.isfinite().all():
+        raise UserError(f"{what} has numbers too large for {dtype}; export in fp32")
+    return ready

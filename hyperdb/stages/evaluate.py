@@ -205,19 +205,20 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
 def _described(config: Config, model: Personalizer, row: str, people: int) -> dict[str, Any]:
     """Return all of a row's method that decides its pictures of `people`: its start, adapter and training, and whom."""
     from hyperdb.adapters import kind_of
+    from hyperdb.runtime.recipe import recipe
     from hyperdb.tuning.trainable import layout_of
 
     if row in PHOTOS:
         return {"start": None, "adapter": None, "finetune": None}
     method, fit = config.methods[row], config.fit(row)
     settings = {"relaxed": model.learned, "lidb": model.lidb.config, None: method.adapter}[method.train]
-    adapter = None if settings is None else {"kind": kind_of(settings), **asdict(settings)}
+    adapter = None if settings is None else {"kind": kind_of(settings), **recipe(settings)}
     found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
     count = method.among(people)
     seldom: dict[str, Any] = {"refinements": method.refinements, "people": None if count == people else count}
     seldom["strength"] = None if method.strength == 1 else method.strength
-    if method.encoder is not None and method.adapter is not None:
-        seldom["encoder"] = _network_digest(model.encoder(method.encoder, layout_of(model.base, method.adapter)))
+    if method.adapter is not None and (file := method.adapter.begins()) is not None:
+        seldom["encoder"] = _network_digest(model.encoder(file, layout_of(model.base, method.adapter)))
     return {**found, **{key: value for key, value in seldom.items() if value is not None}}
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from hyperdb.adapters.inject import Injection
     from hyperdb.diffusion.base import Base
+    from hyperdb.diffusion.xadapter import XAdapter
     from hyperdb.tuning.memory import Sketch
 
 # A smaller vocabulary was made word by word, so a word it must spell was in no caption. CLIP's 49,408 tokens
@@ -50,10 +51,15 @@ class Config:
     Two guidances can be set apart. `guidance` is the usual classifier-free guidance towards the prompt.
     `subject_guidance` is from anybody towards this person (hybrid guidance, `hyperdb.diffusion.guidance`). Where a
     setting is null, the base's own value in `diffusion` is used.
+
+    With `xadapter`, of `hyperdb train_xadapter`, the adapter is one of another base, `old`, which steers the one in
+    `diffusion`. Then two UNets and text encoders are in memory and run at every step.
     """
 
     diffusion: DiffusionConfig
     adapter: FilePath | None = None  # file or folder that `hyperdb personalize` wrote; null: draw with the base alone
+    xadapter: FilePath | None = None  # file or folder of `hyperdb train_xadapter`; null: the adapter is the base's own
+    old: FilePath | None = None  # the old base of `xadapter`; null: where it was when that was trained
     prompt: str = "a photo of a [V] face"
     negative_prompt: str = ""  # what guidance leads away from, in place of the empty prompt
     num_images: int = 8
@@ -80,6 +86,10 @@ class Config:
             raise UserError(f"batch={self.batch}: expected at least 1")
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise UserError(f"steps={self.steps}: expected 1 to 1000, or null for the base's own")
+        if self.xadapter is None and self.old is not None:
+            raise UserError(f"old={self.old} is the base of an xadapter, and none is given: set xadapter=FOLDER")
+        if self.xadapter is not None and self.dry_run:
+            raise UserError("dry_run counts one base, and xadapter runs two; leave out one of them")
         for name in ("strength", "guidance", "subject_guidance"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -92,15 +102,23 @@ class Config:
 # --- the person --------------------------------------------------------------------------------------
 
 
-def _load(config: Config, base: Base | None) -> tuple[Base, Path | None, Injection | None]:
-    """Read adapter and, unless it is given, base, the cheap and likely errors first, and put the adapter on."""
+def _load(config: Config, base: Base | None) -> tuple[Base, Path | None, list[Injection | XAdapter]]:
+    """Read adapter and, unless it is given, base, the cheap and likely errors first, and put the adapter on.
+
+    Returns also what has to be taken off the base again.
+    """
     from hyperdb.diffusion.base import Base
     from hyperdb.diffusion.sample import SCHEDULERS
+    from hyperdb.diffusion.xadapter import find, header
 
     if config.scheduler not in SCHEDULERS:
         raise UserError(f"scheduler={config.scheduler!r}: expected one of {', '.join(sorted(SCHEDULERS))}")
+    if config.xadapter is not None:
+        header(find(config.xadapter))  # which checks them, before a base is loaded
     if config.adapter is None:
-        return base or Base.load(config.diffusion), None, None
+        base = base or Base.load(config.diffusion)
+        steering = _steering(config, base)
+        return base, None, [steering] if steering is not None else []
 
     from hyperdb.formats.native import Personalization, find_adapter
 
@@ -115,9 +133,22 @@ def _load(config: Config, base: Base | None) -> tuple[Base, Path | None, Injecti
         )
     settings = replace(settings, rare_token=person.rare_token, class_word=person.class_word)
     base = base or Base.load(settings)  # the words for a person, of an imported LoRA say, may be any
-    injection = person.apply(base, config.strength)
+    steering = _steering(config, base)
+    injection = person.apply(base if steering is None else steering.old, config.strength)
     injection.plain = guide(config).plain
-    return base, file, injection
+    return base, file, [injection, steering] if steering is not None else [injection]
+
+
+def _steering(config: Config, new: Base) -> XAdapter | None:
+    """Return the old base of `config.xadapter` on the new one; None for none."""
+    if config.xadapter is None:
+        return None
+    from hyperdb.diffusion.base import Base
+    from hyperdb.diffusion.xadapter import Mapper, XAdapter, find, header
+
+    file = find(config.xadapter)
+    old = Base.load(replace(new.config, path=config.old or header(file)["old_path"]))
+    return XAdapter(old, new, Mapper.load(file, old, new))
 
 
 def guide(config: Config) -> Guidance:
@@ -176,6 +207,7 @@ def _digest(path: Path) -> str:
 
 def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidance: Guidance) -> dict[str, Any]:
     """Return all that decides the pixels, but the seed."""
+    from hyperdb.diffusion.xadapter import find
     from hyperdb.runtime.version import __version__
 
     return {
@@ -193,6 +225,7 @@ def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidan
         "size": base.config.size,
         "dtype": base.config.dtype,
         **({} if base.config.quantise is None else {"quantise": base.config.quantise}),
+        **({} if config.xadapter is None else {"xadapter_digest": _digest(find(config.xadapter))}),
         "software": f"hyperdb {__version__}",
         "synthetic": True,
     }
@@ -305,7 +338,7 @@ def run(config: Config, base: Base | None = None, progress: Callable[[int, int],
     from hyperdb.runtime.threads import Watch, spared
 
     watch, out, given = Watch(), check(config.out), base is not None
-    base, adapter, injection = _load(config, base)
+    base, adapter, applied = _load(config, base)
     try:
         steps = base.config.steps if config.steps is None else config.steps
         guidance = guide(config)
@@ -339,8 +372,8 @@ def run(config: Config, base: Base | None = None, progress: Callable[[int, int],
             finally:
                 counter.remove()
     finally:
-        if injection is not None:
-            injection.remove()
+        for one in applied:
+            one.remove()
 
     # --- look at it, list it
     shown = [read_image(path) for path in paths[:IN_GRID]]

@@ -93,8 +93,16 @@ def _captions(base: Base, prompts: list[str]) -> Tensor:
 
 
 def _words(base: Base, person: Personalization, word: Changes, row: int) -> Tensor:
-    """Return the features `[s, C]` of a person's words in the instance prompt: the rare token and the class word."""
+    """Return the features `[s, C]` of a person's words in the instance prompt: the rare token and the class word.
+
+    Raises `UserError` for a person whose vector is not the rare token's.
+    """
     ids, features = encoded(base, [f"a {person.rare_token} {person.class_word}"], word)
+    if not (ids[0] == row).any():
+        raise UserError(
+            f"{person.source} trained the vector of token {row}, which {person.rare_token!r} is not: personalise again "
+            "without adapter.row"
+        )
     first = int((ids[0] == row).nonzero()[0])
     noun = base.tokenizer(person.class_word, add_special_tokens=False).input_ids
     return features[0, first : first + 1 + len(noun)]
@@ -147,7 +155,7 @@ def run(config: Config) -> Path:
         own = [change[name].dense(weight)[0] for change in changes]
         values = [c @ (weight + one).T for c, one in zip(words, own, strict=True)]
         found = merge(weight, captions, torch.cat(words), torch.cat(values)) - weight
-        moves += torch.stack([x.double().square().sum().cpu() for x in (found, *own)])
+        moves += torch.stack([x.cpu().double().square().sum() for x in (found, *own)])
         params[name] = found[None].cpu()
 
     # --- the first person's adapter with the merged layers, beside the other people's words

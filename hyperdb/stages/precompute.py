@@ -192,6 +192,7 @@ def _predictions(model: Hypernet, base: Base, people: People, rows: Tensor) -> T
 
 def run(config: Config) -> Path:
     """Write files of `batch` fits and the store's index to `out`; finished files are kept."""
+    import torch
     from tqdm import tqdm
 
     from hyperdb.adapters.layout import Layout
@@ -234,7 +235,12 @@ def run(config: Config) -> Path:
                 config.data, config.average_people, config.split, config.diffusion.size, first=config.first
             )
             shown = _photos(config, some)
-            moments = latent_moments(base, some, rows=shown.flatten()).unflatten(0, shown.shape)
+            moments, turned = (
+                latent_moments(base, some, rows=shown.flatten(), mirrored=mirrored).unflatten(0, shown.shape)
+                for mirrored in (False, config.average.flips)
+            )
+            if config.average.flips:
+                moments = torch.cat([moments, turned], 1)
             return moments, _predictions(model, base, some, shown) if model is not None else None
 
         begun, key = out / "start.safetensors", fits.store_key(**origin)
@@ -258,10 +264,9 @@ def run(config: Config) -> Path:
             photos, theirs = files[i]
             if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made[i])):
                 losses.clear()
-                moments = base.moments(people.images[photos.flatten()]).half().unflatten(0, photos.shape)
-                params = fit(
-                    base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x), begin(photos)
-                )
+                seen = config.fit.sides(people.images[photos.flatten()].unflatten(0, photos.shape))
+                moments = base.moments(seen.flatten(0, 1)).half().unflatten(0, seen.shape[:2])
+                params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x), begin(photos))
                 fits.save_shard(out, i, params["tokens"].cpu(), theirs, made[i])
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(theirs))

@@ -132,5 +132,5 @@ def run(config: Config, track: Track) -> Path:
     told = {"adapter": KIND, **origin, "steps": str(config.steps), "settings": json.dumps(plain(recipe(config)))}
     file = model.save(out / "e4t.safetensors", told)
     save_json(out / "report.json", {"config": asdict(config), **origin, **provenance()})
-    print(f"encoder in {file}; next: hyperdb personalize adapter=e4t encoder={file} image=PHOTO")
+    print(f"encoder in {file}; next: hyperdb personalize adapter=e4t adapter.encoder={file} image=PHOTO")
     return out

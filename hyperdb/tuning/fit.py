@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from hyperdb.adapters.base import Adapter, Changes
     from hyperdb.diffusion.base import Base
+    from hyperdb.tuning.cutmix import Scenes
     from hyperdb.tuning.prior import Prior
 
 
@@ -42,6 +44,9 @@ class FitConfig:
     whatever the base predicts. With 0.5 all noise levels have a gradient of about the same length, and 1 is the error
     of epsilon. null leaves the base's own loss as it is.
 
+    With `flips` the photos' mirror images are learned from too. A mirrored person is that person still, but turned the
+    other way: where the person looks is learned less.
+
     With `merge`, what one person alone trains is added to the weights of the network, not to what its layers make. That
     is the same change, quicker where the layers are small and slower where they are large.
     """
@@ -59,6 +64,7 @@ class FitConfig:
     face_weight: float = 0.0  # extra weight of the middle of the frame, where the aligned crop has the face
     prior_weight: float = 0.0
     prior_rows: int = 2  # class pictures in each step
+    flips: bool = False
     merge: bool = False
     seed: int = 0
 
@@ -72,6 +78,12 @@ class FitConfig:
         check_logit_normal(self.logit_normal)
         if self.optimizer not in ("adamw", "sgd"):
             raise UserError(f"optimizer={self.optimizer!r}: expected adamw or sgd")
+
+    def sides(self, photos: Tensor) -> Tensor:
+        """Return what photos `[..., V, 3, H, W]` teach: themselves, or with `flips` `[..., 2 V, 3, H, W]`."""
+        import torch
+
+        return torch.cat([photos, photos.flip(-1)], -4) if self.flips else photos
 
 
 @dataclass
@@ -95,13 +107,14 @@ def fit(
     prior: Prior | None = None,
     progress: Callable[[int, float], None] | None = None,
     begin: Begin | None = None,
+    scenes: Scenes | None = None,
 ) -> dict[str, Tensor]:
     """Train one adapter for each of I people in the same passes; return its parameters `[I, ...]`.
 
     `moments [I, K, 2, c, h, w]` are the latents of K views of each. Everyone sees the same stream of (noise level,
     noise, view) and, unless `begin` says otherwise, starts from the same parameters: the result is a function of the
     images. `frozen` changes are added to the trained ones. Errors are summed over people, so nobody's result depends
-    on the others.
+    on the others. `scenes` says of a single one's views what each shows, where that is not the person alone.
     """
     import torch
 
@@ -112,6 +125,8 @@ def fit(
     from hyperdb.runtime.seed import generator
 
     people, views = moments.shape[:2]
+    if scenes is not None and people > 1:
+        raise ValueError("scenes are of one adapter alone")
     moments = moments.float().to(base.device)
     adapter = adapter.to(base.device)
     injection = Injection(base.sites({*(frozen or ()), *adapter.layout.names}))
@@ -145,11 +160,14 @@ def fit(
             length = base.schedule.config.num_train_timesteps
             t = stratified_timesteps(1, levels, length, g, config.logit_normal, config.noise)[0]
             t = t.to(base.device)
-            view = torch.randint(0, views, (levels,), generator=g)
+            if scenes is None:
+                view = torch.randint(0, views, (levels,), generator=g)
+            else:
+                view = torch.multinomial(scenes.odds, levels, replacement=True, generator=g)
             jitter, noise = (torch.randn((levels, *moments.shape[3:]), generator=g).to(base.device) for _ in "zn")
             z = moments[:, view, 0] + moments[:, view, 1] * jitter  #               [I, S, c, h, w]
             wanted = target(base.schedule, z.flatten(0, 1), *_tile(people, noise, t)).unflatten(0, (people, levels))
-            ids = instance.expand(levels, -1)
+            ids = instance.expand(levels, -1) if scenes is None else scenes.ids[view]
             if prior is not None and guarded:
                 pz, pnoise, pt, pids, own = prior.rows(extra, config.seed, step)
                 z = torch.cat([z, pz.expand(people, *pz.shape)], 1)
@@ -157,7 +175,8 @@ def fit(
                 noise, t, ids = torch.cat([noise, pnoise]), torch.cat([t, pt]), torch.cat([ids, pids])
             changes = both(frozen, adapter.changes(params))
             # in use until the backward pass has ended: checkpointing computes with it again
-            with injection.merged(changes) if config.merge and people == 1 else injection.using(changes):
+            using = injection.merged(changes) if config.merge and people == 1 else injection.using(changes)
+            with using, nullcontext() if scenes is None else scenes.watching():
                 out = predict(base, z.flatten(0, 1), *_tile(people, noise, t, ids))
                 square = (out.unflatten(0, (people, levels + extra)) - wanted).square()  #  [I, S + P, c, h, w]
                 square = torch.cat([square[:, :levels] * focus, square[:, levels:]], 1)
@@ -166,6 +185,8 @@ def fit(
                 loss = weighted[:, :levels].mean(1).sum()
                 if guarded:
                     loss = loss + config.prior_weight * weighted[:, levels:].mean(1).sum()
+                if scenes is not None:
+                    loss = loss + scenes.penalty(view)
                 if not torch.isfinite(loss):
                     at = bad_levels(base.schedule, error, t)
                     raise NonFiniteError(

@@ -248,8 +248,8 @@ class Sketch:
         """Measure what comes before a training on the photos of so many people: their prediction and encoding."""
         folder = hypernet_folder(config.hypernet, config.default_hypernet, config.diffusion.path)
         path = folder / "hypernet.safetensors" if folder is not None else None
-        if config.encoder is not None:  # then there is no hypernetwork
-            path = resolve(config.encoder)
+        if (encoder := config.adapter.begins()) is not None:  # then there is no hypernetwork
+            path = resolve(encoder)
         if path is not None:
             self.add_hypernet(*header(path, load_metadata(path)))
             with self.measure("prediction"):

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import AdapterConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
 from hyperdb.tuning.fit import FitConfig
-from hyperdb.tuning.personalizer import check_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +30,8 @@ class MethodConfig:
     `start` is the prediction that it begins at: the person's `own`, everybody's `average`, `another` person's, or null,
     the base alone. `refinements` says how many times the hypernetwork refines it; null is as many times as it was
     trained to. `train` is what is trained on the photos on top of that: `relaxed`, the factors of the fast fine-tuning,
-    or `lidb` itself; `adapter` describes any other, and `encoder` is the file of `hyperdb train_e4t` that says where
-    E4T begins. With neither, nothing is trained. `strength` is a factor on all that the adapter changes, prediction and
-    training alike, when pictures are drawn; the training knows nothing of it.
+    or `lidb` itself; `adapter` describes any other. With neither, nothing is trained. `strength` is a factor on all
+    that the adapter changes, prediction and training alike, when pictures are drawn; the training knows nothing of it.
     """
 
     label: str  # what people read; {steps} in it stands for the number of iterations
@@ -42,7 +39,6 @@ class MethodConfig:
     refinements: int | None = None  # s of eq. 3
     train: str | None = None
     adapter: AdapterConfig | None = None
-    encoder: FilePath | None = None
     finetune: dict[str, Any] = field(default_factory=dict)  # what differs from the stage's fine-tuning
     against: list[str] = field(default_factory=list)  # rows that it is compared with, person by person
     people: int | None = None  # the first so many alone, where it is slow; null: all
@@ -57,7 +53,6 @@ class MethodConfig:
             raise UserError(f"train={self.train!r}: expected of {', '.join(TRAINED)}, or null")
         if self.train is not None and self.adapter is not None:
             raise UserError(f"train={self.train} and an adapter: a method trains one of them")
-        check_encoder(self.encoder, self.adapter)
         if self.people is not None and self.people < 2:
             raise UserError(f"people={self.people}: expected at least 2, or null for all")
         if not math.isfinite(self.strength) or (self.strength != 1 and self.start is None and not self.trains):
@@ -156,11 +151,11 @@ class Cohort:
 
     def train(
         self, adapter: Adapter, settings: FitConfig, some: slice, start: Factors | None,
-        progress: Callable[[int], Any], encoder: str | None = None,
+        progress: Callable[[int], Any], begins: str | None = None,
     ) -> Changes:  # fmt: skip
         """Return the trained changes of some people, without the start `[I, ...]` on top of which they were trained.
 
-        `encoder` names the file that says where E4T begins.
+        `begins` names the file that says where each training begins (`AdapterConfig.begins`).
         """
         from hyperdb.adapters.base import select
         from hyperdb.tuning.fit import fit
@@ -168,10 +163,10 @@ class Cohort:
         parts, base = [], self.model.base
         for first in range(some.start, some.stop, self.batch):
             chosen = slice(first, min(some.stop, first + self.batch))
-            photos = self.photos[chosen]
+            photos = settings.sides(self.photos[chosen])
             moments = base.moments(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])
             under = select(start, chosen) if start is not None else None
-            begin = self.model.begin(encoder, adapter.layout, photos)
+            begin = self.model.begin(begins, adapter.layout, self.photos[chosen])
             parts.append(fit(base, adapter, moments, settings, under, self.model.prior, begin=begin))
             progress(len(photos))
         return _joined(adapter, parts)
@@ -192,6 +187,7 @@ class Cohort:
 
         count, base = people.stop - people.start, self.model.base
         start, adapter = self.start(method), self.adapter(method)
+        begins = method.adapter.begins() if method.adapter is not None else None
         size = 4 * (0 if start is None else numbers(self.model.lidb)) + 4 * (0 if adapter is None else numbers(adapter))
         noises = [seed * len(prompts) + k for k in range(len(prompts))]
         together = max(self.batch, HELD // max(1, size))
@@ -202,7 +198,7 @@ class Cohort:
             changes = select(start, some) if start is not None else None
             if adapter is not None and settings is not None:
                 seeded = replace(settings, seed=settings.seed + seed)
-                changes = both(changes, self.train(adapter, seeded, some, start, progress, method.encoder))
+                changes = both(changes, self.train(adapter, seeded, some, start, progress, begins))
             seconds += time.perf_counter() - began
             each = some.stop - some.start
             images.append(draw(base, changes, each, prompts, noises, strength=method.strength, progress=progress))

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hyperdb.adapters import AdapterConfig, E4TConfig, LiDBConfig, LoRAConfig
+from hyperdb.adapters import AdapterConfig, LiDBConfig, LoRAConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
@@ -37,7 +37,7 @@ class PersonalizerConfig:
 
     `adapter` says what is learned of the person. LiDB is the paper's: the hypernetwork predicts it from the photo, and
     the fast fine-tuning trains low-rank factors, `relaxed`, on top of the prediction. No hypernetwork predicts any
-    other adapter, so it is trained on the photo from nothing; E4T begins where its own `encoder` says. In each case
+    other adapter, so it is trained on the photo from nothing; E4T begins where its `adapter.encoder` says. In each case
     `finetune` says how the training goes, and `prior` which class pictures it keeps as the base draws them.
 
     `hypernet` is the folder of a trained hypernetwork. `default` means the one that belongs to the base, and null means
@@ -50,7 +50,6 @@ class PersonalizerConfig:
     hypernet: FilePath | None = "default"
     default_hypernet: FilePath | None  # folder that `hypernet=default` means; null: the base has no hypernetwork
     start: FilePath | None = None  # file or folder of an adapter that takes the place of the prediction
-    encoder: FilePath | None = None  # file of `hyperdb train_e4t`; null: E4T begins at the class word
     face: int | None = None  # which face of the photo, 1 is the largest; null: the largest, with a notice of others
     align: bool = True  # find the face and crop it as FFHQ does; false: the picture is such a crop already
     preview: bool = True  # draw the person in `preview_styles`, as a check by eye
@@ -83,13 +82,6 @@ class PersonalizerConfig:
             if self.hypernet not in (None, "default"):
                 raise UserError(f"hypernet={self.hypernet} predicts LiDB, which this adapter is not; set hypernet=null")
             self.hypernet = None
-        check_encoder(self.encoder, self.adapter)
-
-
-def check_encoder(encoder: str | None, adapter: AdapterConfig | None) -> None:
-    """Raise `UserError` if an encoder is named for another adapter than E4T."""
-    if encoder is not None and not isinstance(adapter, E4TConfig):
-        raise UserError(f"encoder={encoder} says where E4T begins; set adapter=e4t, or leave it out")
 
 
 def hypernet_folder(hypernet: str | None, default: str | None, base: str) -> Path | None:
@@ -173,8 +165,8 @@ class Personalizer:
         else:
             self.learned, self.trainable = trainable(self.base, config.adapter)
         self._encoders: dict[str, E4TEncoder] = {}
-        if config.encoder is not None:  # what is wrong with it is said before the photo
-            self.encoder(config.encoder, self.trainable.layout)
+        if (file := config.adapter.begins()) is not None:  # what is wrong with it is said before the photo
+            self.encoder(file, self.trainable.layout)
 
     @cached_property
     def prior(self) -> Prior | None:
@@ -243,17 +235,16 @@ class Personalizer:
         from hyperdb.adapters.base import moved
         from hyperdb.tuning.fit import fit
 
-        images = to_images(crops)
-        moments = self.base.moments(images)[None]  #                                  [1, V, 2, c, h, w]
+        config, images = self.tuning(len(crops)), to_images(crops)
+        moments = self.base.moments(config.sides(images))[None]  #                    [1, V, 2, c, h, w]
         begun: Changes = {}
         if self.start is not None:
             begun = self.start.changes()
         elif tokens is not None:
             begun = self.lidb.factors({"tokens": tokens})
         frozen = moved(begun, self.base.device)
-        begin = self.begin(self.config.encoder, self.trainable.layout, images[None])
-        settings = self.tuning(moments.shape[1])
-        return fit(self.base, self.trainable, moments, settings, frozen, self.prior, progress, begin)
+        begin = self.begin(self.config.adapter.begins(), self.trainable.layout, images[None])
+        return fit(self.base, self.trainable, moments, config, frozen, self.prior, progress, begin)
 
     def wrap(self, tokens: Tensor | None, params: dict[str, Tensor] | None = None) -> Personalization:
         """Make the file's object of tokens and what the fine-tuning trained, beside what the start has."""

@@ -142,7 +142,8 @@ def personalize(
     weights = None if model.folder is None else hash_files([model.folder / "hypernet.safetensors"])
     begun = None if start is None else hash_files([start])
     contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
-    contents["encoder"] = None if config.encoder is None else hash_files([resolve(config.encoder)])
+    encoder = config.adapter.begins()
+    contents["encoder"] = None if encoder is None else hash_files([resolve(encoder)])
     contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
     out = claim(config.out, WRITES, {**_made_from(config), **contents})
     lap("load")
@@ -168,7 +169,7 @@ def personalize(
         if model.start is None and tokens is not None:
             written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
         report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
-        report |= {} if config.encoder is None else {"encoder": config.encoder}
+        report |= {} if encoder is None else {"encoder": encoder}
         report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
         lap("save")
         if config.preview:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperdb.runtime.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -26,6 +28,10 @@ class PriorConfig:
     images: int
     levels: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or self.images < 1 or self.levels < 1:
+            raise UserError("prior needs a prompt, an image and a level, of each at least 1")
 
 
 @dataclass

@@ -140,10 +140,10 @@ def build(sessions: Sessions) -> gr.Blocks:
             with gr.Column(min_width=340, elem_classes="hd-card"):
                 gr.HTML("<h2><span>2</span> Pictures</h2>")
                 who = gr.Radio(label="Of whom", choices=[], elem_id="who", info="Personalise somebody first.")
-                with gr.Row():
-                    style = gr.Dropdown(label="Style", choices=list(STYLE_PROMPTS), value="sketch", min_width=130)
-                    place = gr.Dropdown(label="Place", choices=["anywhere", *PLACE_PHRASES], value="anywhere",
-                                        min_width=130)  # fmt: skip
+                style = gr.Radio(label="Style", choices=list(STYLE_PROMPTS), value="sketch", elem_id="style",
+                                 elem_classes="hd-chips")  # fmt: skip
+                place = gr.Radio(label="Place", choices=["anywhere", *PLACE_PHRASES], value="anywhere",
+                                 elem_id="place", elem_classes="hd-chips")  # fmt: skip
                 prompt = gr.Textbox(label="Prompt", info="[V] stands for the person.", lines=2, elem_id="prompt",
                                     value=compose("sketch", "[V]"), max_length=500)  # fmt: skip
                 with gr.Row():

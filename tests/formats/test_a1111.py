@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import torch
 from torch import nn
 
 from hyperdb import config
+from hyperdb.adapters import A1111Config
 from hyperdb.diffusion import DiffusionConfig
-from hyperdb.formats.native import Personalization
+from hyperdb.formats.a1111 import write
+from hyperdb.formats.native import Part, Personalization
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_tensors
+from hyperdb.tuning.trainable import trainable
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "imports.md"
 INTO, BACK = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
@@ -122,3 +126,32 @@ def test_the_widths_that_a_base_does_not_have_are_named(tiny_base, in_tmp):
     exec(INTO, {})
     with pytest.raises(UserError, match=r"contexts 768 wide, of which .* none but \[16, 32\]"):
         imported(tiny_base)
+
+
+def test_a_multiple_that_makes_broken_widths_is_read_and_goes_back(base, tiny_base, in_tmp):
+    """1.1 times 16 and 32 are 17.6 and 35.2, of which A1111 takes 17 and 35."""
+    made = {n: tuple(nn.Sequential(nn.Linear(n, k), nn.Linear(k, n)) for _ in "kv") for n, k in ((16, 17), (32, 35))}
+    states = pickled("ada.pt", made, "linear", layer_structure=[1, 1.1, 1])
+    exec(INTO, {})
+    out = imported(tiny_base)
+    config.run("export", [f"adapter={out}", "format=a1111", "dtype=fp32", "name=ada", "out=out"])
+    tensors, told = load_tensors("out/ada.safetensors")
+    multiples = json.loads(told["layer_structure"])
+    for n, k in ((16, 17), (32, 35)):
+        assert [int(n * m) for m in multiples] == [n, k, n]
+        assert torch.equal(tensors[f"{n}.v.linear.1.weight"], states[n][1]["linear.1.weight"])
+
+
+def test_a_file_that_is_no_residual_network_is_named(tiny_base, in_tmp):
+    odd = {16: tuple(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16)) for _ in "kv")}
+    pickled("ada.pt", odd, "linear")
+    exec(INTO, {})
+    with pytest.raises(UserError, match=r"ada\.safetensors is no hypernetwork: structure=\[0\.5, "):
+        imported(tiny_base)
+
+
+def test_one_that_feeds_more_than_keys_and_values_is_not_written(base, tmp_path):
+    settings, adapter = trainable(base, A1111Config(sites="attention"))
+    part = Part(settings, adapter.layout, adapter.init(1))
+    with pytest.raises(UserError, match=r"feeds .*to_q too.* adapter\.sites=kv"):
+        write(tmp_path / "ada.safetensors", part, {})

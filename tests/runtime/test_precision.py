@@ -11,6 +11,7 @@ import torch
 
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime import precision
+from hyperdb.runtime.errors import UserError
 from hyperdb.tuning.memory import Sketch
 
 
@@ -61,3 +62,10 @@ def test_weights_rest_in_float32_where_bf16_is_emulated(tiny_base: Path, monkeyp
     assert next(sketch.base.unet.parameters()).dtype is torch.float32
     with sketch.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
+def test_numbers_beyond_the_dtype_of_a_file_are_refused_under_their_name() -> None:
+    numbers = torch.tensor([0.1, 60_000.0])
+    assert torch.equal(precision.narrowed("x", numbers, torch.float16), numbers.half())
+    with pytest.raises(UserError, match=r"^to_k has numbers too large for torch\.float16; export in fp32$"):
+        precision.narrowed("to_k", 2 * numbers, torch.float16)

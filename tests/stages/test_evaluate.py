@@ -38,7 +38,7 @@ PEOPLE = 3
 def words(tiny_base, people, e4t):
     found = [f"diffusion.path={tiny_base}", *TINY, "hypernet=null", f"data={people}", f"people={PEOPLE}", "views=2"]
     found += ["diffusion.subject_guidance=3"]  # as the text's: how many are drawn at once then changes no bit
-    found += [f"methods.e4t.encoder={e4t}"]
+    found += [f"methods.e4t.adapter.encoder={e4t}"]
     return [*found, "images=2", "batch=2", *(f"methods.{row}.finetune.{word}" for row in KINDS for word in FIT)]
 
 
@@ -63,7 +63,7 @@ def test_a_row_is_what_personalize_makes(row, evaluated, words, people, e4t):
     assert found.shape == (PEOPLE, 2, 3, 32, 32)
     moved = (found.float() - pictures(evaluated, "floor").float()).abs().mean()
     shared = [word for word in words if word.startswith(("diffusion.", "prior.", "hypernet="))]
-    shared += [f"finetune.{word}" for word in FIT] + ([f"encoder={e4t}"] if row == "e4t" else [])
+    shared += [f"finetune.{word}" for word in FIT] + ([f"adapter.encoder={e4t}"] if row == "e4t" else [])
     settings = config.load("personalize", [*shared, f"adapter={row}", "image=x.png", f"out={evaluated}"])
     model = Personalizer(settings)
     photo = load_people(people, split="test").images[0].permute(1, 2, 0).numpy()[None]

@@ -82,6 +82,7 @@ def test_each_word_has_its_own_keys_and_values_and_captions_keep_theirs(make, ba
         ("sks", CustomConfig(), "has the rare token 'sks', as another"),
         ("zwx", CustomConfig(vectors=2), "a word of 2 vectors"),
         ("zwx", LoRAConfig(), "not one adapter of kind custom alone"),
+        ("zwx", CustomConfig(row=2), "zwx1.* trained the vector of token 2, which 'zwx' is not"),
     ],
 )
 def test_people_who_do_not_fit_together_are_refused(make, tiny_base, tmp_path, word, settings, message):

@@ -31,7 +31,7 @@ def photo(tmp_path_factory):
 @pytest.fixture(scope="module")
 def words(tiny_base, photo, e4t):
     base = [f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32"]
-    return [*base, f"image={photo}", "align=false", "preview=false", "adapter=e4t", f"encoder={e4t}"]
+    return [*base, f"image={photo}", "align=false", "preview=false", "adapter=e4t", f"adapter.encoder={e4t}"]
 
 
 def test_what_is_predicted_denoises_photos_better_than_the_class_word(words, rendered):
@@ -42,7 +42,7 @@ def test_what_is_predicted_denoises_photos_better_than_the_class_word(words, ren
     z = latent_moments(base, people)[rows, 0].float()
     t = torch.randint(0, base.schedule.config.num_train_timesteps, (len(rows),), generator=g)
     noised = z, torch.randn(z.shape, generator=g), t, base.tokenize(["a [V] face"]).expand(len(rows), -1)
-    begun = model.begin(model.config.encoder, model.trainable.layout, people.images[rows][:, None]).params
+    begun = model.begin(model.config.adapter.begins(), model.trainable.layout, people.images[rows][:, None]).params
 
     injection = Injection(base.sites(model.trainable.layout.names))
 
@@ -101,14 +101,14 @@ def test_the_tuning_begins_at_what_is_predicted(words, photo, e4t, tmp_path):
         torch.testing.assert_close(part.params[name], value.detach(), rtol=1e-5, atol=1e-6)
     assert load_json(out / "report.json")["encoder"] == str(e4t)
     with pytest.raises(UserError, match=r"adapter\.safetensors of a run with other encoder"):
-        config.run("personalize", [*words, f"out={tmp_path}", "finetune.rate=1e-9", "encoder=null"])
+        config.run("personalize", [*words, f"out={tmp_path}", "finetune.rate=1e-9", "adapter.encoder=null"])
 
 
 def test_photos_of_a_person_have_the_mean_of_their_words(words):
     model = Personalizer(config.load("personalize", words))
     images = torch.randint(0, 256, (2, 3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    begun = model.begin(model.config.encoder, model.trainable.layout, images).params
-    encoder = model.encoder(model.config.encoder, model.trainable.layout)
+    begun = model.begin(model.config.adapter.begins(), model.trainable.layout, images).params
+    encoder = model.encoder(model.config.adapter.begins(), model.trainable.layout)
     with torch.no_grad():
         torch.testing.assert_close(begun["vector"][1], encoder.begin(images[1])["vector"].mean(0))
     assert {len(value) for value in begun.values()} == {2}
@@ -132,18 +132,16 @@ def test_a_wrong_file_is_one_line(words, e4t, tmp_path, damage, message):
     damage(tensors, metadata)
     file = save_tensors(tmp_path / "bad.safetensors", tensors, metadata)
     with pytest.raises(UserError, match=message) as told:
-        config.run("personalize", [*words, f"encoder={file}", f"out={tmp_path / 'out'}"])
+        config.run("personalize", [*words, f"adapter.encoder={file}", f"out={tmp_path / 'out'}"])
     assert "\n" not in str(told.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_what_has_no_encoder_is_told(words, tiny_base, e4t, tmp_path):
     with pytest.raises(UserError, match=r"no encoder of E4T at .*none; run `hyperdb train_e4t`, or set"):
-        config.run("personalize", [*words, f"encoder={tmp_path / 'none'}", f"out={tmp_path / 'out'}"])
-    with pytest.raises(UserError, match="says where E4T begins; set adapter=e4t"):
-        config.load("personalize", ["image=x.png", "adapter=lora", f"encoder={e4t}"])
-    with pytest.raises(UserError, match="says where E4T begins"):
-        config.load("evaluate", [f"methods.lora.encoder={e4t}"])
+        config.run("personalize", [*words, f"adapter.encoder={tmp_path / 'none'}", f"out={tmp_path / 'out'}"])
+    with pytest.raises(UserError, match=r"no setting 'adapter\.encoder'"):
+        config.load("personalize", ["image=x.png", "adapter=lora", f"adapter.encoder={e4t}"])
     with pytest.raises(UserError, match=r"unexpected tensor offsets\.0"):
         Hypernet.load(e4t)
 

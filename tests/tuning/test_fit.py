@@ -60,6 +60,15 @@ def test_the_same_image_gives_the_same_fit(base, lidb, moments):
     assert torch.allclose(twice[0], twice[1], atol=1e-5)
 
 
+def test_with_flips_a_photo_and_its_mirror_image_teach_the_same_two_pictures():
+    photos = torch.arange(2 * 3 * 4 * 4.0).view(1, 2, 3, 2, 8)
+    plain, both = (FitConfig(steps=1, levels=1, rate=1.0, flips=flips).sides(photos) for flips in (False, True))
+    assert torch.equal(plain, photos)
+    assert both.shape == (1, 4, 3, 2, 8)
+    assert torch.equal(both[:, :2], photos)
+    assert torch.equal(both[0, 3, 1, 0], photos[0, 1, 1, 0].flip(0))
+
+
 def test_checkpointing_changes_no_fit(base, lidb, moments):
     config = FitConfig(steps=3, levels=2, rate=1e-2)
     saving = replace(base.config, checkpointing=True).load()

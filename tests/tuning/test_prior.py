@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, save_json
 from hyperdb.tuning.prior import PriorConfig, load_prior
 
@@ -41,3 +42,9 @@ def test_the_prior_of_another_base_is_not_used(base, prior, tmp_path, file, valu
     assert cache.stat().st_mtime_ns == written  # the same base, at another place
     save_json(copy / file, {**load_json(copy / file), **values})
     assert not torch.equal(load_prior(replace(base.config, path=str(copy)).load(), config, cache).own, own)
+
+
+@pytest.mark.parametrize("odd", [{"prompts": []}, {"images": 0}, {"levels": 0}])
+def test_a_prior_of_nothing_is_refused(odd):
+    with pytest.raises(UserError, match="a prompt, an image and a level"):
+        PriorConfig(**{"prompts": ["a face"], "images": 2, **odd})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hyperdb.faces.image import read_text
 pytest.importorskip("gradio", reason="the page is made with gradio: pip install 'hyperdb[web]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
 
+ROOT = Path(__file__).parents[2]
 WAIT = 120_000  # milliseconds: another program may have the processor
 
 pytestmark = pytest.mark.slow
@@ -34,9 +37,9 @@ def browser(chromium):
         yield driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
 
 
-def visit(browser, url, width=1440):
+def visit(browser, url, width=1440, **looks):
     """Open the page as a new visitor who reaches nobody else."""
-    page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
+    page = browser.new_context(viewport={"width": width, "height": 900}, **looks).new_page()
     page.set_default_timeout(WAIT)
     page.foreign = []
     page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else page.foreign.append(r.url))
@@ -85,8 +88,7 @@ def test_from_a_photo_to_a_file_for_diffusers(browser, url, photo, tmp_path):
     assert captions == ["the photo", "the base, of anybody", "the prediction", "fine-tuned"]
 
     # --- pictures
-    page.get_by_label("Style").click()
-    page.get_by_role("option", name="oil").click()
+    page.locator("#style label", has_text="oil").click()
     playwright.expect(page.get_by_label("Prompt")).to_have_value("an oil painting of a [V] face")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.locator("#gallery img").nth(3).wait_for()
@@ -208,3 +210,58 @@ def test_it_is_used_by_keyboard(browser, url):
         reached |= set(page.evaluate(inside, parts))
     assert reached == set(parts)
     page.context.close()
+
+
+@pytest.mark.parametrize(("width", "colours"), [(1440, "light"), (390, "dark")])
+def test_it_is_readable_wide_and_narrow_light_and_dark(browser, chromium, served, tmp_path, request, width, colours):
+    """Walk through the page at the shipped settings; --write-screenshots puts what is seen into docs/."""
+    with served(tmp_path) as (address, _, _):
+        page = visit(browser, address, width, color_scheme=colours)
+        before = ""
+        for number, name in enumerate(["Ada", "Eve"]):
+            page.locator(".hd-examples button").nth(number).click()
+            seen = page.locator("#seen img").first
+            seen.wait_for()
+            playwright.expect(seen).not_to_have_attribute("src", before)
+            before = seen.get_attribute("src")
+            personalise(page, name)
+            page.locator("#shelf figure").nth(number).wait_for()
+        page.get_by_role("button", name="Mix", exact=True).click()
+        page.locator("#shelf figure").nth(2).wait_for()
+        page.locator("#who label", has_text="Eve").first.click()
+        page.locator("#style label", has_text="oil").click()
+        playwright.expect(page.get_by_label("Prompt")).to_have_value("an oil painting of a [V] face")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        page.locator("#gallery img").nth(3).wait_for()
+        page.locator("#about img").wait_for()
+        page.wait_for_timeout(1000)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert contrast(page, ".hd-limits") > 4.5  # WCAG 2, level AA
+        assert contrast(page, "#shelf figcaption") > 4.5
+        shot = page.screenshot(full_page=True)
+        page.context.close()
+    assert Image.open(io.BytesIO(shot)).width == width
+    if request.config.getoption("--write-screenshots"):
+        picture = Image.open(io.BytesIO(shot)).convert("RGB").quantize(192, dither=Image.Dither.NONE)
+        picture.save(ROOT / "docs" / f"web-{width}.png", optimize=True)
+
+
+def contrast(page, part: str) -> float:
+    """Return the ratio of luminances of a part's text and of what is behind it (WCAG 2, 1.4.3)."""
+    inks = page.evaluate(
+        """part => {
+            const text = document.querySelector(part), clear = 'rgba(0, 0, 0, 0)';
+            let behind = text;
+            while (behind && getComputedStyle(behind).backgroundColor === clear) behind = behind.parentElement;
+            return [getComputedStyle(text).color, getComputedStyle(behind || document.body).backgroundColor];
+        }""",
+        part,
+    )
+
+    def luminance(ink: str) -> float:
+        levels = [int(float(number)) / 255 for number in re.findall(r"[\d.]+", ink)[:3]]
+        linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in levels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted(map(luminance, inks))
+    return (high + 0.05) / (low + 0.05)
