@@ -54,6 +54,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "train_xadapter": ("hyperdb.stages.train_xadapter", "an old base with its adapters steers a new one"),
     "precompute": ("hyperdb.stages.precompute", "faces -> their LiDB weights, the hypernetwork's targets"),
     "train_hypernet": ("hyperdb.stages.train_hypernet", "the hypernetwork: one photo -> LiDB weights"),
+    "train_e4t": ("hyperdb.stages.train_e4t", "E4T's encoder: one photo -> where its training begins"),
     "weights": ("hyperdb.stages.weights", "many people's adapters: components, attributes, new people"),
     "evaluate": ("hyperdb.stages.evaluate", "measure likeness on unseen people -> results/NAME.json"),
     "report": ("hyperdb.stages.report", "results of evaluate -> tables and figures"),

@@ -171,3 +171,23 @@ def rendered(tmp_path_factory):
 
     out = str(tmp_path_factory.mktemp("rendered") / "heads")
     return run(Config(out=out, identities=4, views=3, photo_views=2, size=32, shard=2, workers=1))
+
+
+E4T = ["diffusion.size=32", "diffusion.dtype=fp32", "model.width=32", "model.heads=2", "model.iterations=1",
+       "model.encoder.name=vit_tiny_patch16_224", "model.encoder.size=32", "model.encoder.patch=16",
+       "model.encoder.depth=1", "model.encoder.weights=null", "batch=4", "steps=40", "rate=0.02", "warmup=0",
+       "decay=0.5", "ema=0.9", "word_weight=1e-4", "save_every=20"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def pretrain(tiny_base, rendered):
+    """Return the words of a tiny `train_e4t`, without its folder."""
+    return [f"diffusion.path={tiny_base}", f"data={rendered}", *E4T]
+
+
+@pytest.fixture(scope="session")
+def e4t(pretrain, tmp_path_factory):
+    """Return the file of an encoder of E4T, trained on `rendered` people for the `tiny_base`."""
+    from hyperdb import config
+
+    return config.run("train_e4t", [*pretrain, f"out={tmp_path_factory.mktemp('e4t')}"]) / "e4t.safetensors"

@@ -20,6 +20,7 @@ from hyperdb.diffusion.loss import diffusion_loss
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_tensors
 from hyperdb.runtime.journal import read
 from hyperdb.tuning.fit import FitConfig, fit
 from hyperdb.tuning.prior import PriorConfig, load_prior
@@ -172,6 +173,18 @@ def test_a_person_is_personalised_and_drawn(trained, words, tmp_path):
     drawn = ["num_images=2", f"adapter={tmp_path / 'ada'}", f"out={tmp_path / 'drawn'}", "prompt=a [V] face"]
     configuration.run("generate", [w for w in words if w.startswith("diffusion")] + drawn)
     assert len(list((tmp_path / "drawn").glob("0000*.png"))) == 2
+
+
+def test_e4t_is_pretrained_and_tuned(e4t, words, tmp_path):
+    from hyperdb.faces.image import save_png
+
+    save_png(tmp_path / "photo.png", torch.full((32, 32, 3), 99, dtype=torch.uint8).numpy(), {})
+    person = ["adapter=e4t", f"adapter.encoder={e4t}", "align=false", "finetune.steps=2", "preview=false"]
+    photo = [f"image={tmp_path / 'photo.png'}", f"out={tmp_path / 'ada'}"]
+    configuration.run("personalize", [*words[:3], *person, *photo])
+    begun, tuned = (load_tensors(file)[0] for file in (e4t, tmp_path / "ada/adapter.safetensors"))
+    assert tuned["part0:vector"].shape == begun["centre"][0].shape
+    assert all(value.isfinite().all() for value in tuned.values())
 
 
 def test_the_embedded_trainings_run(rendered, words, tmp_path):

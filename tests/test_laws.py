@@ -17,6 +17,7 @@ from hyperdb.adapters import (
     AdapterConfig,
     CustomConfig,
     DoRAConfig,
+    E4TConfig,
     FouRAConfig,
     FullConfig,
     LiDBConfig,
@@ -44,6 +45,7 @@ CONFIGS: dict[str, AdapterConfig] = {
     "dora": DoRAConfig(rank=2),
     "foura": FouRAConfig(rank=3),
     "custom": CustomConfig(row=3, start=3),
+    "e4t": E4TConfig(row=3, start=3),
     "token": TokenConfig(row=3, start=3),  # begun at another word it would be that word
 }
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-1}

@@ -10,6 +10,7 @@ from hyperdb.adapters.a1111 import A1111Config
 from hyperdb.adapters.base import AdapterConfig
 from hyperdb.adapters.custom import CustomConfig
 from hyperdb.adapters.dora import DoRAConfig
+from hyperdb.adapters.e4t import E4TConfig
 from hyperdb.adapters.foura import FouRAConfig
 from hyperdb.adapters.full import FullConfig
 from hyperdb.adapters.lidb import LiDBConfig
@@ -22,6 +23,7 @@ KINDS: dict[str, type[AdapterConfig]] = {
     "a1111": A1111Config,
     "custom": CustomConfig,
     "dora": DoRAConfig,
+    "e4t": E4TConfig,
     "foura": FouRAConfig,
     "full": FullConfig,
     "lidb": LiDBConfig,
@@ -40,6 +42,6 @@ def kind_of(settings: AdapterConfig) -> str:
 
 
 __all__ = [
-    "KINDS", "A1111Config", "AdapterConfig", "CustomConfig", "DoRAConfig", "FouRAConfig", "FullConfig", "LiDBConfig",
-    "LoRAConfig", "LoRAXConfig", "SVDiffConfig", "TokenConfig", "kind_of",
+    "KINDS", "A1111Config", "AdapterConfig", "CustomConfig", "DoRAConfig", "E4TConfig", "FouRAConfig", "FullConfig",
+    "LiDBConfig", "LoRAConfig", "LoRAXConfig", "SVDiffConfig", "TokenConfig", "kind_of",
 ]  # fmt: skip

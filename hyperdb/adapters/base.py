@@ -194,6 +194,10 @@ class AdapterConfig:
         """Return the settings for a base in which these are the token ids of the rare token and the class word."""
         return self
 
+    def begins(self) -> str | None:
+        """Return the file that says where a person's training begins; None: at the adapter's own start."""
+        return getattr(self, "encoder", None)
+
     def build(self, layout: Layout) -> Adapter:
         """Return the adapter over `layout`."""
         raise NotImplementedError
@@ -266,6 +270,10 @@ class Frozen:
         import torch
 
         return {name: torch.zeros(identities, *shape, device=self.device) for name, shape in self.shapes().items()}
+
+    def changes(self, params: dict[str, Tensor]) -> Changes:
+        """Return the change of each site that `params` stand for."""
+        raise NotImplementedError
 
 
 class TokenAdapter(Adapter, Protocol):

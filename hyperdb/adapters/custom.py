@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hyperdb.adapters.base import Changes, Frozen
 from hyperdb.adapters.full import Full
@@ -32,18 +32,24 @@ class CustomConfig(TokenConfig):
 
     def build(self, layout: Layout) -> CustomDiffusion:
         """Return the adapter over `layout`, of which the first place is the embedding of the words."""
+        return CustomDiffusion(*self.parts(layout))
+
+    def parts(self, layout: Layout) -> tuple[Layout, int, int, int]:
+        """Return the layout, the word's row, the row that it begins at, and how many vectors it has."""
         if self.row is None or self.start is None or len(layout) < 2 or {len(x.shape) for x in layout.layers} != {2}:
-            raise UserError("Custom Diffusion needs its word's row, the row it begins at, one embedding, and layers")
-        return CustomDiffusion(layout, self.row, self.start, self.vectors)
+            raise UserError("a word among layers needs its row, the row it begins at, one embedding, and layers")
+        return layout, self.row, self.start, self.vectors
 
 
 class CustomDiffusion(Frozen):
     """`W + dW` in the layers, dW zero at the start, and the vectors of one word: the first place of the layout."""
 
+    rest: ClassVar[type[Frozen]] = Full
+
     def __init__(self, layout: Layout, row: int, start: int, vectors: int = 1) -> None:
         super().__init__(layout)
         self.word = Token(Layout(layout.layers[:1]), row, start, vectors)
-        self.layers = Full(Layout(layout.layers[1:]))
+        self.layers = self.rest(Layout(layout.layers[1:]))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """Set the device on which `init` places tensors."""

@@ -104,7 +104,7 @@ def find_sites(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]
     return {name: module for name, module in found.items() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
-SETS = ("attention", "cross_kv", "kv", "unet", "everything", "token", "custom")
+SETS = ("attention", "unet_attention", "cross_kv", "kv", "unet", "everything", "token", "custom", "e4t")
 TOKENS = "text_encoder.embeddings.token_embedding"
 
 
@@ -124,24 +124,27 @@ def _places(part: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]:
     """Return a set of places, in the order of the modules. Raises `UserError` for a name that is none of `SETS`.
 
-    attention: the paper's layers (`find_targets`); cross_kv: keys and values of the UNet's attention to the text
-    (Custom Diffusion, without its word); kv: those of its attention to itself as well (A1111's hypernetworks); unet:
-    every weight and bias of the UNet (DreamBooth); everything: the text encoder's as well; token: the embedding of the
-    words (Textual Inversion); custom: this embedding, then cross_kv.
+    attention: the paper's layers (`find_targets`); unet_attention: of these, query, key, value and output of the UNet's
+    attention; cross_kv: keys and values of its attention to the text (Custom Diffusion, without its word); kv: those of
+    its attention to itself as well (A1111's hypernetworks); unet: every weight and bias of the UNet (DreamBooth);
+    everything: the text encoder's as well; token: the embedding of the words (Textual Inversion); custom: this
+    embedding, then cross_kv; e4t: this embedding, then unet_attention.
     """
     if which == "attention":
         return dict(find_targets(unet, text_encoder))
-    if which in ("cross_kv", "kv"):
+    if which in ("cross_kv", "kv", "unet_attention"):
         attentions = [(f"unet.{path}", m) for path, m in _modules(unet) if isinstance(m, Attention)]
-        paths = [path for path, m in attentions if m.is_cross_attention or which == "kv"]
+        paths = [path for path, m in attentions if m.is_cross_attention or which != "cross_kv"]
+        sides = ("to_q", "to_k", "to_v", "to_out.0") if which == "unet_attention" else ("to_k", "to_v")
         targets = find_targets(unet, text_encoder)
-        return {f"{path}.{side}": targets[f"{path}.{side}"] for path in paths for side in ("to_k", "to_v")}
+        return {f"{path}.{side}": targets[f"{path}.{side}"] for path in paths for side in sides}
     if which == "unet":
         return dict(_places("unet", unet))
     if which == "everything":
         return dict([*_places("unet", unet), *_places("text_encoder", text_encoder)])
     if which == "token":
         return {name: m for name, m in _places("text_encoder", text_encoder) if name == TOKENS}
-    if which == "custom":
-        return {name: m for part in ("token", "cross_kv") for name, m in find_set(part, unet, text_encoder).items()}
+    if which in ("custom", "e4t"):
+        parts = "token", "cross_kv" if which == "custom" else "unet_attention"
+        return {name: m for part in parts for name, m in find_set(part, unet, text_encoder).items()}
     raise UserError(f"sites={which!r}: expected one of {', '.join(SETS)}")

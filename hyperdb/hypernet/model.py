@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,7 @@ class Hypernet(nn.Module):
         return save_tensors(path, state, {**header, **metadata})
 
     @classmethod
-    def load(cls, path: Path) -> Hypernet:
+    def load(cls, path: Path) -> Self:
         """Read a hypernetwork. Raises `UserError` for a foreign or damaged file."""
         tensors, metadata = load_tensors(path)
         config, lidb = header(path, metadata)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hyperdb.data.people import People
+    from hyperdb.hypernet.model import Hypernet
     from hyperdb.tuning.memory import Sketch
     from hyperdb.tuning.personalizer import Personalizer
 
@@ -185,11 +186,11 @@ def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _hypernet_digest(model: Personalizer) -> str | None:
-    """Return 16 hex digits over the hypernetwork's weights, None without one."""
-    if model.hypernet is None:
+def _network_digest(network: Hypernet | None) -> str | None:
+    """Return 16 hex digits over the weights of a hypernetwork or of E4T's encoder, None without one."""
+    if network is None:
         return None
-    return _digest(b"".join(v.cpu().numpy().tobytes() for v in model.hypernet.used().values()))
+    return _digest(b"".join(v.cpu().numpy().tobytes() for v in network.used().values()))
 
 
 def _made_from(config: Config, model: Personalizer, people: People) -> dict[str, Any]:
@@ -198,22 +199,26 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
 
     own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers", "judges")
     what = {k: v for k, v in recipe(config).items() if k not in own and (k != "changed" or v)}
-    return {**what, "base": model.base.digest, "hypernet": _hypernet_digest(model), "data": people.digest}
+    return {**what, "base": model.base.digest, "hypernet": _network_digest(model.hypernet), "data": people.digest}
 
 
 def _described(config: Config, model: Personalizer, row: str, people: int) -> dict[str, Any]:
     """Return all of a row's method that decides its pictures of `people`: its start, adapter and training, and whom."""
     from hyperdb.adapters import kind_of
+    from hyperdb.runtime.recipe import recipe
+    from hyperdb.tuning.trainable import layout_of
 
     if row in PHOTOS:
         return {"start": None, "adapter": None, "finetune": None}
     method, fit = config.methods[row], config.fit(row)
     settings = {"relaxed": model.learned, "lidb": model.lidb.config, None: method.adapter}[method.train]
-    adapter = None if settings is None else {"kind": kind_of(settings), **asdict(settings)}
+    adapter = None if settings is None else {"kind": kind_of(settings), **recipe(settings)}
     found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
     count = method.among(people)
     seldom: dict[str, Any] = {"refinements": method.refinements, "people": None if count == people else count}
     seldom["strength"] = None if method.strength == 1 else method.strength
+    if method.adapter is not None and (file := method.adapter.begins()) is not None:
+        seldom["encoder"] = _network_digest(model.encoder(file, layout_of(model.base, method.adapter)))
     return {**found, **{key: value for key, value in seldom.items() if value is not None}}
 
 
@@ -410,7 +415,8 @@ def run(config: Config) -> Path:
     described = {row: _described(config, model, row, len(rows)) for row in config.rows}
     made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
     repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
-    seldom = dict.fromkeys(("refinements", "strength"))  # told of few rows; of a row without it, it was not set
+    # told of few rows; of a row without it, it was not set
+    seldom = dict.fromkeys(("refinements", "strength", "encoder"))
     for row, count in repeats.items():
         names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
         out = claim(config.out, names, {**whole, **seldom, **described[row]}, count)

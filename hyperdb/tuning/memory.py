@@ -32,6 +32,7 @@ from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
 from hyperdb.runtime.files import load_metadata
 from hyperdb.runtime.lazy import PART
+from hyperdb.runtime.paths import resolve
 from hyperdb.tuning.personalizer import hypernet_folder
 from hyperdb.tuning.trainable import layout_of
 
@@ -246,8 +247,10 @@ class Sketch:
     def begin(self, config: PersonalizerConfig, people: int) -> None:
         """Measure what comes before a training on the photos of so many people: their prediction and encoding."""
         folder = hypernet_folder(config.hypernet, config.default_hypernet, config.diffusion.path)
-        if folder is not None:
-            path = folder / "hypernet.safetensors"
+        path = folder / "hypernet.safetensors" if folder is not None else None
+        if (encoder := config.adapter.begins()) is not None:  # then there is no hypernetwork
+            path = resolve(encoder)
+        if path is not None:
             self.add_hypernet(*header(path, load_metadata(path)))
             with self.measure("prediction"):
                 self.predict(people)

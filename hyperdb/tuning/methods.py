@@ -150,9 +150,13 @@ class Cohort:
         return {None: None, "relaxed": self.model.trainable, "lidb": self.model.lidb}[method.train]
 
     def train(
-        self, adapter: Adapter, settings: FitConfig, some: slice, start: Factors | None, progress: Callable[[int], Any]
-    ) -> Changes:
-        """Return the trained changes of some people, without the start `[I, ...]` on top of which they were trained."""
+        self, adapter: Adapter, settings: FitConfig, some: slice, start: Factors | None,
+        progress: Callable[[int], Any], begins: str | None = None,
+    ) -> Changes:  # fmt: skip
+        """Return the trained changes of some people, without the start `[I, ...]` on top of which they were trained.
+
+        `begins` names the file that says where each training begins (`AdapterConfig.begins`).
+        """
         from hyperdb.adapters.base import select
         from hyperdb.tuning.fit import fit
 
@@ -162,7 +166,8 @@ class Cohort:
             photos = settings.sides(self.photos[chosen])
             moments = base.moments(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])
             under = select(start, chosen) if start is not None else None
-            parts.append(fit(base, adapter, moments, settings, under, self.model.prior))
+            begin = self.model.begin(begins, adapter.layout, self.photos[chosen])
+            parts.append(fit(base, adapter, moments, settings, under, self.model.prior, begin=begin))
             progress(len(photos))
         return _joined(adapter, parts)
 
@@ -182,6 +187,7 @@ class Cohort:
 
         count, base = people.stop - people.start, self.model.base
         start, adapter = self.start(method), self.adapter(method)
+        begins = method.adapter.begins() if method.adapter is not None else None
         size = 4 * (0 if start is None else numbers(self.model.lidb)) + 4 * (0 if adapter is None else numbers(adapter))
         noises = [seed * len(prompts) + k for k in range(len(prompts))]
         together = max(self.batch, HELD // max(1, size))
@@ -192,7 +198,7 @@ class Cohort:
             changes = select(start, some) if start is not None else None
             if adapter is not None and settings is not None:
                 seeded = replace(settings, seed=settings.seed + seed)
-                changes = both(changes, self.train(adapter, seeded, some, start, progress))
+                changes = both(changes, self.train(adapter, seeded, some, start, progress, begins))
             seconds += time.perf_counter() - began
             each = some.stop - some.start
             images.append(draw(base, changes, each, prompts, noises, strength=method.strength, progress=progress))

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hyperdb.adapters import AdapterConfig, LiDBConfig, LoRAConfig
 from hyperdb.diffusion import DiffusionConfig
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from hyperdb.adapters.layout import Layout
     from hyperdb.diffusion.base import Base
     from hyperdb.formats.native import Personalization
+    from hyperdb.hypernet.e4t import E4TEncoder
     from hyperdb.hypernet.model import Hypernet
+    from hyperdb.tuning.fit import Begin
 
     Picture = str | Path | np.ndarray
+    Network = TypeVar("Network", bound=Hypernet)
 
 
 @dataclass(kw_only=True)
@@ -34,8 +37,8 @@ class PersonalizerConfig:
 
     `adapter` says what is learned of the person. LiDB is the paper's: the hypernetwork predicts it from the photo, and
     the fast fine-tuning trains low-rank factors, `relaxed`, on top of the prediction. No hypernetwork predicts any
-    other adapter, so it is trained on the photo from nothing. In both cases `finetune` says how the training goes, and
-    `prior` which class pictures it keeps as the base draws them.
+    other adapter, so it is trained on the photo from nothing; E4T begins where its `adapter.encoder` says. In each case
+    `finetune` says how the training goes, and `prior` which class pictures it keeps as the base draws them.
 
     `hypernet` is the folder of a trained hypernetwork. `default` means the one that belongs to the base, and null means
     none. Without a hypernetwork the training begins at nothing, or at the adapter that `start` names.
@@ -98,19 +101,28 @@ def hypernet_folder(hypernet: str | None, default: str | None, base: str) -> Pat
     return folder
 
 
+def _for_base(model: Network, what: str, base: Base, layout: Layout) -> Network:
+    layout.require(model.lidb.layout, what)
+    trained_on = model.metadata.get("base")
+    if trained_on and trained_on != base.digest:
+        warnings.warn(
+            f"{what} was trained on base {trained_on}, this is {base.digest}: expect less likeness", stacklevel=4
+        )
+    return model.to(base.device)
+
+
 def load_hypernet(folder: Path, base: Base, layout: Layout) -> Hypernet:
     """Read a hypernetwork for a base; one that was trained on another is warned of."""
     from hyperdb.hypernet.model import Hypernet
 
-    model = Hypernet.load(folder / "hypernet.safetensors").to(base.device)
-    layout.require(model.lidb.layout, f"the hypernetwork {folder}")
-    trained_on = model.metadata.get("base")
-    if trained_on and trained_on != base.digest:
-        warnings.warn(
-            f"the hypernetwork {folder} was trained on base {trained_on}, this is {base.digest}: expect less likeness",
-            stacklevel=3,
-        )
-    return model
+    return _for_base(Hypernet.load(folder / "hypernet.safetensors"), f"the hypernetwork {folder}", base, layout)
+
+
+def load_encoder(file: str, base: Base, layout: Layout) -> E4TEncoder:
+    """Read an encoder of E4T for a base; one that was trained on another is warned of."""
+    from hyperdb.hypernet.e4t import E4TEncoder
+
+    return _for_base(E4TEncoder.load(resolve(file)), f"the encoder {file}", base, layout)
 
 
 class Personalizer:
@@ -152,6 +164,9 @@ class Personalizer:
             self.learned, self.trainable = config.relaxed, config.relaxed.build(self.layout)
         else:
             self.learned, self.trainable = trainable(self.base, config.adapter)
+        self._encoders: dict[str, E4TEncoder] = {}
+        if (file := config.adapter.begins()) is not None:  # what is wrong with it is said before the photo
+            self.encoder(file, self.trainable.layout)
 
     @cached_property
     def prior(self) -> Prior | None:
@@ -185,6 +200,29 @@ class Personalizer:
         with torch.no_grad(), self.base.autocast():
             return self.hypernet(to_images(crops)).mean(0, keepdim=True)
 
+    def encoder(self, file: str, layout: Layout) -> E4TEncoder:
+        """Return E4T's encoder of a file, for the places that E4T changes; it is read once."""
+        if file not in self._encoders:
+            self._encoders[file] = load_encoder(file, self.base, layout)
+        return self._encoders[file]
+
+    def begin(self, file: str | None, layout: Layout, photos: Tensor) -> Begin | None:
+        """Return where E4T begins by the encoder of a file, if there is one, for photos `[I, V, 3, H, W]` uint8.
+
+        A person's word is the mean over their photos.
+        """
+        import torch
+
+        from hyperdb.tuning.fit import Begin
+
+        if file is None:
+            return None
+        with torch.no_grad(), self.base.autocast():
+            begun = self.encoder(file, layout).begin(photos.flatten(0, 1))
+        vector = begun.pop("vector").unflatten(0, photos.shape[:2]).mean(1)
+        shared = {name: value.expand(len(photos), -1) for name, value in begun.items()}
+        return Begin({"vector": vector, **shared}, {})
+
     def tuning(self, photos: int) -> FitConfig:
         """Return the fine-tuning of so many photos: in the iterations of one, two are less like the person."""
         return replace(self.config.finetune, steps=self.config.finetune.steps * photos)
@@ -197,15 +235,16 @@ class Personalizer:
         from hyperdb.adapters.base import moved
         from hyperdb.tuning.fit import fit
 
-        config = self.tuning(len(crops))
-        moments = self.base.moments(config.sides(to_images(crops)))[None]  #          [1, V, 2, c, h, w]
+        config, images = self.tuning(len(crops)), to_images(crops)
+        moments = self.base.moments(config.sides(images))[None]  #                    [1, V, 2, c, h, w]
         begun: Changes = {}
         if self.start is not None:
             begun = self.start.changes()
         elif tokens is not None:
             begun = self.lidb.factors({"tokens": tokens})
         frozen = moved(begun, self.base.device)
-        return fit(self.base, self.trainable, moments, config, frozen, self.prior, progress)
+        begin = self.begin(self.config.adapter.begins(), self.trainable.layout, images[None])
+        return fit(self.base, self.trainable, moments, config, frozen, self.prior, progress, begin)
 
     def wrap(self, tokens: Tensor | None, params: dict[str, Tensor] | None = None) -> Personalization:
         """Make the file's object of tokens and what the fine-tuning trained, beside what the start has."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import kind_of
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import expand
+from hyperdb.runtime.paths import expand, resolve
 from hyperdb.runtime.track import Track
 from hyperdb.tuning.personalizer import Personalizer, crop_face, to_images
 from hyperdb.words import entries
@@ -142,6 +142,8 @@ def personalize(
     weights = None if model.folder is None else hash_files([model.folder / "hypernet.safetensors"])
     begun = None if start is None else hash_files([start])
     contents = {"base": model.base.digest, "hypernet": weights, "start": begun}
+    encoder = config.adapter.begins()
+    contents["encoder"] = None if encoder is None else hash_files([resolve(encoder)])
     contents["photos"] = hashlib.sha256(crops.tobytes()).hexdigest()
     out = claim(config.out, WRITES, {**_made_from(config), **contents})
     lap("load")
@@ -167,6 +169,7 @@ def personalize(
         if model.start is None and tokens is not None:
             written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
         report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
+        report |= {} if encoder is None else {"encoder": encoder}
         report |= {"base": model.base.digest, "bytes": {path.name: path.stat().st_size for path in written}}
         lap("save")
         if config.preview:

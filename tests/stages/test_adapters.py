@@ -15,6 +15,7 @@ from hyperdb.runtime.files import load_json, load_tensors, save_tensors
 WAYS = {
     "dreambooth": "full", "lora": "lora", "textual_inversion": "token", "svdiff": "svdiff", "dora": "dora",
     "foura": "foura", "a1111": "a1111", "lorax": "lorax", "custom_diffusion": "custom",
+    "e4t": "e4t",
 }  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 
@@ -33,6 +34,7 @@ def personalised(tiny_base, tmp_path_factory):
             out = folder / f"{way}{len(made)}"
             run = [f"image={photo}", "align=false", f"adapter={way}", f"out={out}", f"diffusion.path={tiny_base}"]
             run += [*TINY, "finetune.steps=4", "finetune.rate=0.05", "preview=false", *words]
+            run += ["adapter.encoder=null"] if way == "e4t" else []
             made[way, words] = config.run("personalize", run)
         return made[way, words]
 

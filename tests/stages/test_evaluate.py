@@ -27,7 +27,7 @@ from hyperdb.tuning.personalizer import Personalizer
 
 KINDS = {
     "dreambooth": "full", "lora": "lora", "dora": "dora", "foura": "foura", "svdiff": "svdiff",
-    "textual_inversion": "token", "custom_diffusion": "custom", "a1111": "a1111", "lorax": "lorax",
+    "textual_inversion": "token", "custom_diffusion": "custom", "e4t": "e4t", "a1111": "a1111", "lorax": "lorax",
 }  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 FIT = ["steps=3", "rate=0.05", "levels=2"]
@@ -35,9 +35,10 @@ PEOPLE = 3
 
 
 @pytest.fixture(scope="module")
-def words(tiny_base, people):
+def words(tiny_base, people, e4t):
     found = [f"diffusion.path={tiny_base}", *TINY, "hypernet=null", f"data={people}", f"people={PEOPLE}", "views=2"]
     found += ["diffusion.subject_guidance=3"]  # as the text's: how many are drawn at once then changes no bit
+    found += [f"methods.e4t.adapter.encoder={e4t}"]
     return [*found, "images=2", "batch=2", *(f"methods.{row}.finetune.{word}" for row in KINDS for word in FIT)]
 
 
@@ -54,7 +55,7 @@ def pictures(folder, row):
 
 
 @pytest.mark.parametrize("row", KINDS)
-def test_a_row_is_what_personalize_makes(row, evaluated, words, people):
+def test_a_row_is_what_personalize_makes(row, evaluated, words, people, e4t):
     told = load_json(evaluated / "results.json")["rows"][row]
     assert (told["adapter"], told["start"], told["steps"]) == (KINDS[row], None, 3)
     assert told["label"].endswith(", 3 iterations")
@@ -62,7 +63,7 @@ def test_a_row_is_what_personalize_makes(row, evaluated, words, people):
     assert found.shape == (PEOPLE, 2, 3, 32, 32)
     moved = (found.float() - pictures(evaluated, "floor").float()).abs().mean()
     shared = [word for word in words if word.startswith(("diffusion.", "prior.", "hypernet="))]
-    shared += [f"finetune.{word}" for word in FIT]
+    shared += [f"finetune.{word}" for word in FIT] + ([f"adapter.encoder={e4t}"] if row == "e4t" else [])
     settings = config.load("personalize", [*shared, f"adapter={row}", "image=x.png", f"out={evaluated}"])
     model = Personalizer(settings)
     photo = load_people(people, split="test").images[0].permute(1, 2, 0).numpy()[None]

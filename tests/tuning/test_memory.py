@@ -150,10 +150,12 @@ def test_a_dry_run_names_what_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "adapter",
-    ["lora", "dora", "foura", "svdiff", "dreambooth", "textual_inversion", "a1111", "lorax", "custom_diffusion"],
+    ["lora", "dora", "foura", "svdiff", "dreambooth", "textual_inversion", "a1111", "lorax", "custom_diffusion",
+     "e4t"],
 )
 def test_a_dry_run_knows_every_adapter(weightless: Path, adapter: str) -> None:
-    settings = configuration.load("personalize", [*words(weightless), "image=none", f"adapter={adapter}"])
+    asked = ["image=none", f"adapter={adapter}", *(["adapter.encoder=null"] if adapter == "e4t" else [])]
+    settings = configuration.load("personalize", [*words(weightless), *asked])
     found = needed("personalize", settings, "cpu").passes["fast fine-tuning"]
     bare = configuration.load("personalize", [*words(weightless), "image=none", "adapter=textual_inversion"])
     assert found >= needed("personalize", bare, "cpu").passes["fast fine-tuning"] > 0

@@ -1,0 +1,136 @@
+"""Pretrain E4T (Gal et al. 2023): a photo -> a word for its person, and offsets of the weights for such words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyperdb.adapters import E4TConfig
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.hypernet import HypernetConfig
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.paths import FilePath, resolve
+from hyperdb.runtime.track import Track, check_tracker, tracked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FEATURE_PHOTOS = 2048  # that the encoder's features are standardised by
+WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "e4t.safetensors")
+KEPT = "its last checkpoint is kept"
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Whom the encoder learns from, and for how long.
+
+    In each step it sees one photo of each of `batch` people and predicts each one's word. The base, with these words
+    and with offsets of its weights that everybody shares, denoises the same photos under "a [V] face", each at another
+    noise level. Decoder and offsets are trained; the image encoder stays as it is. The loss is that of the denoising
+    and `word_weight` times the squared length of what is added to the class word, before it is scaled down to a tenth:
+    a word near the class word can be used as one.
+    """
+
+    diffusion: DiffusionConfig
+    model: HypernetConfig  # a hypernetwork of one token
+    data: FilePath  # folder of people to learn from
+    people: int | None = None  # how many identities of `data` to use; null: all
+    name: str = "default"  # of the run, the last part of `out`
+    out: FilePath = "runs/train_e4t/default"  # folder that is written
+    word_weight: float = 0.01
+    steps: int  # of the optimiser, in all
+    batch: int  # people in each step
+    rate: float  # AdamW's learning rate
+    warmup: int  # steps over which the rate rises from 0
+    decay: float  # share of the steps, at the end, over which the rate falls as a cosine
+    ema: float  # decay of the running average of the weights, which is what is written
+    save_every: int  # steps from one checkpoint to the next
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
+    seed: int = 0  # of the first weights and the batches
+
+    def __post_init__(self) -> None:
+        check_tracker(self.tracker)
+        if self.steps < 1 or self.batch < 1 or self.rate <= 0 or self.word_weight < 0:
+            raise UserError("steps and batch must be at least 1, rate above 0 and word_weight at least 0")
+        if self.diffusion.dtype == "fp16":
+            raise UserError("diffusion.dtype=fp16 loses the small gradients of this training; use bf16 or fp32")
+
+
+@tracked
+def run(config: Config, track: Track) -> Path:
+    """Write `out/e4t.safetensors`: the averaged weights, fp16, without a frozen image encoder."""
+    import torch
+
+    from hyperdb.adapters.inject import Injection
+    from hyperdb.data.people import latent_moments, load_people
+    from hyperdb.diffusion.loss import diffusion_loss, stratified_timesteps
+    from hyperdb.hypernet.e4t import KIND, E4TEncoder
+    from hyperdb.runtime.files import hash_files, save_json
+    from hyperdb.runtime.loop import train
+    from hyperdb.runtime.optim import EMA, Schedule, adamw
+    from hyperdb.runtime.output import claim
+    from hyperdb.runtime.precision import attention
+    from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import plain, recipe
+    from hyperdb.runtime.seed import derive, generator
+    from hyperdb.tuning.trainable import trainable
+
+    # --- base, people
+    base = config.diffusion.load()
+    settings, adapter = trainable(base, E4TConfig())
+    people = load_people(config.data, limit=config.people, size=config.diffusion.size)
+    photos = [rows for rows in people.photos if len(rows)]
+    if not photos:
+        raise UserError(f"{config.data} holds no photos of people")
+    origin = {"base": base.digest, "data": people.digest}
+    weights = config.model.encoder.weights
+    if weights is not None and resolve(weights).is_file():  # else whoever reads it says so
+        origin["encoder"] = hash_files([resolve(weights)])
+    whole = {**recipe(config), "made_from": origin}
+    out = claim(config.out, WRITES, whole)
+    moments = latent_moments(base, people)
+
+    # --- model
+    injection = Injection(base.sites(adapter.layout.names))
+    torch.manual_seed(derive(config.seed, "e4t weights"))  # the only way to seed the modules' initialisation
+    model = E4TEncoder(config.model, settings.tokens(adapter.layout))
+    model.centre.copy_(adapter.init(1, injection.sites)["vector"])
+    model.to(base.device).standardise_features(people.images.part(torch.cat(photos)[:FEATURE_PHOTOS]))
+    model.encoder.requires_grad_(False)
+    model.train()
+    params = [*model.decoder.parameters(), *model.offsets]
+    ids = base.tokenize([config.diffusion.instance_prompt]).expand(config.batch, -1)
+
+    # --- train
+    def backward(step: int) -> dict[str, Tensor]:
+        g = generator(config.seed, "e4t", step)
+        who = torch.randint(0, len(photos), (config.batch,), generator=g).tolist()
+        shown = torch.stack([photos[i][torch.randint(0, len(photos[i]), (), generator=g)] for i in who])
+        mean, std = moments[shown].float().unbind(1)  #                              [I, c, h, w]
+        jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")
+        t = stratified_timesteps(1, config.batch, base.schedule.config.num_train_timesteps, g)[0]
+        z, noise, t = (x.to(base.device) for x in (mean + std * jitter, noise, t))
+        with base.autocast(), attention(config.diffusion.attention != "eager"):
+            begun = model.begin(people.images[shown])
+        # in use until the backward pass has ended: checkpointing computes with it again
+        with injection.using(adapter.changes(begun)):
+            terms = {
+                "diffusion": diffusion_loss(base, z, noise, t, ids).mean(),
+                "word": config.word_weight * model.penalty(begun["vector"]).mean(),
+            }
+            torch.stack(list(terms.values())).sum().backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    optimizer, ema = adamw(params, config.rate), EMA(params, config.ema)
+    schedule = Schedule(config.steps, config.warmup, config.decay)
+    train("E4T", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every, track=track)
+
+    # --- write
+    injection.remove()
+    told = {"adapter": KIND, **origin, "steps": str(config.steps), "settings": json.dumps(plain(recipe(config)))}
+    file = model.save(out / "e4t.safetensors", told)
+    save_json(out / "report.json", {"config": asdict(config), **origin, **provenance()})
+    print(f"encoder in {file}; next: hyperdb personalize adapter=e4t adapter.encoder={file} image=PHOTO")
+    return out
