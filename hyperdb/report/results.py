@@ -45,6 +45,8 @@ def _wrong(found: Any) -> str | None:
             return f"its {told} are not named"
     if not all(isinstance(how, dict) for how in found.get("methods", {}).values()):
         return "what its methods are is not told"
+    if not _are_values(found.get("values", {})):
+        return "its values are not a number for each row, figure, seed and person"
     further = found.get("paired_further", {})
     for pairs in (found.get("paired"), *(further.values() if isinstance(further, dict) else [further])):
         if not isinstance(pairs, dict):
@@ -54,6 +56,18 @@ def _wrong(found: Any) -> str | None:
             if len(two) != 2 or not set(two) <= rows.keys() or not _is_interval(value):
                 return f"its paired difference {name!r} is not an interval of two rows"
     return None
+
+
+def _are_values(told: Any) -> bool:
+    """Whether it is {row: {figure: a list for each seed of a number for each person}}, all of a figure as long."""
+    if not isinstance(told, dict) or not all(isinstance(figures, dict) for figures in told.values()):
+        return False
+    for seeds in (seeds for figures in told.values() for seeds in figures.values()):
+        if not isinstance(seeds, list) or not seeds or not all(isinstance(people, list) for people in seeds):
+            return False
+        if len({len(people) for people in seeds}) > 1 or not all(_is_number(x) for people in seeds for x in people):
+            return False
+    return True
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -10,12 +10,17 @@ Needs no model. The figures need matplotlib, but for the gallery.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hyperdb.report.plot import PLANES
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
+
+if TYPE_CHECKING:
+    from hyperdb.report.sweep import Axis
 
 WRITES = ("table.md", "table.tex", "table.csv", "gallery.webp", "over.png", *(f"{name}.png" for name in PLANES))
 PACKAGES = "% \\usepackage{booktabs, adjustbox}\n"
@@ -34,7 +39,8 @@ class Config:
     through its points.
 
     Files that differ in one setting, as those of an ablation or a sweep do, are in one further table over its values,
-    which stands first, and in the picture `over.png`.
+    which stands first, and in the picture `over.png`. Where they are of the same people, the table compares each value
+    with the first one, person by person.
 
     `gallery.webp` shows the same people under the same prompts by every row. The pictures are those that `hyperdb
     evaluate` kept beside its results, in `rows`, of the first seed; results without them are not in it.
@@ -64,6 +70,27 @@ def _files(name: str) -> list[str]:
     return found
 
 
+def _beside_the_first(named: Mapping[str, Mapping[str, Any]], along: Axis) -> dict[str, Any]:
+    """Return the paired differences of each value's rows from the first value's, of the same people and seeds."""
+    import numpy as np
+
+    from hyperdb.metrics.score import paired
+
+    every, (first, *others) = list(named.values()), along.order()
+    found: dict[str, dict[str, Any]] = {"cosine": {}}
+    for place in others:
+        one, two = every[place], every[first]
+        if one.get("persons") is None or one["persons"] != two.get("persons"):
+            continue
+        for row, figures in one.get("values", {}).items():
+            before = two.get("values", {}).get(row, {})
+            for figure in (name for name in figures if name in before):
+                a, b = (np.asarray(x[figure], dtype=float).T for x in (figures, before))  # [I, S]
+                if a.shape == b.shape:
+                    found.setdefault(figure, {})[f"{row} {place}-{row} {first}"] = paired(a, b, 0)
+    return {"paired": found.pop("cosine"), "paired_further": found}
+
+
 def run(config: Config) -> Path:
     """Write the tables and those figures that the results have; return `out`."""
     from hyperdb.report.gallery import columns, draw_gallery
@@ -77,7 +104,10 @@ def run(config: Config) -> Path:
     named = {file: load(resolve(file)) for name in config.results for file in _files(name)}
     out = claim(config.out, WRITES, {"results": [hash_files([resolve(file)]) for file in named]})
     along = axis(named) if len(named) > 1 else None
-    shown = named if along is None else {f"over {along.setting}": merged(named, along), **named}
+    shown = named
+    if along is not None:
+        joined = {**merged(named, along), **_beside_the_first(named, along)}
+        shown = {f"over {along.setting}": joined, **named}
     parts = [f"## {title}\n\n{markdown(results, brief=False)}\n" for title, results in shown.items()]
     typeset = [PACKAGES, *(latex(results, title) for title, results in shown.items())]
     written = [

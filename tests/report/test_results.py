@@ -45,6 +45,18 @@ def test_results_are_read_as_they_are(tmp_path):
         (("settings",), ["rate"], "its settings are not named"),
         (("methods",), None, "its methods are not named"),
         (("methods",), {"a": 3}, "what its methods are is not told"),
+        *(
+            (("values",), values, "its values are not a number for each row, figure, seed and person")
+            for values in (
+                [],
+                {"a": 1},
+                {"a": {"cosine": [0.5]}},
+                {"a": {"cosine": [[0.5], [0.5, 1.0]]}},
+                {"a": {"cosine": [["x"]]}},
+                {"a": {"cosine": []}},
+                {"a": {"cosine": [[INTERVAL]]}},
+            )
+        ),
         (("paired",), None, "it has no paired differences"),
         (("paired", "a-c"), INTERVAL, "its paired difference 'a-c' is not an interval of two rows"),
         (("paired", "a-b"), 0.1, "its paired difference 'a-b' is not an interval of two rows"),

@@ -70,7 +70,8 @@ def test_a_folder_of_an_ablation_is_one_table_and_one_picture(small, capsys):
     found = json.loads(small.read_text())
     for rank in (16, 2):
         Path(f"runs/rank={rank}").mkdir(parents=True)
-        told = {**found, "settings": {"relaxed": {"rank": rank}}}
+        told = {**found, "settings": {"relaxed": {"rank": rank}}, "persons": [7, 8, 9]}
+        told["values"] = {"a": {"cosine": [[0.1, 0.2, rank / 16]], "seen": [[rank]]}}
         Path(f"runs/rank={rank}/results.json").write_text(json.dumps(told))
     out = config.run("report", ["results=runs"])
     headings = [line for line in (out / "table.md").read_text().splitlines() if line.startswith(("#", "| a"))]
@@ -79,8 +80,10 @@ def test_a_folder_of_an_ablation_is_one_table_and_one_picture(small, capsys):
         "| a; relaxed.rank 2 | 0.500 [0.400, 0.600] | 0.25 | 5 |",
         "| a; relaxed.rank 16 | 0.500 [0.400, 0.600] | 0.25 | 5 |",
     ]
-    assert headings[3::2] == ["## runs/rank=16/results.json", "## runs/rank=2/results.json"]
-    assert (out / "table.tex").read_text().count(r"\caption") == 3
+    # person by person: 0, 0 and 1 - 2 / 16
+    assert headings[3].startswith("| a; relaxed.rank 16 − a; relaxed.rank 2 | 0.292 [0.000, ")
+    assert headings[4::2] == ["## runs/rank=16/results.json", "## runs/rank=2/results.json"]
+    assert (out / "table.tex").read_text().count(r"\caption") == 4  # the values, their differences, a file each
     assert {p.name for p in out.glob("*.png")} == {"over.png", "bytes.png"}
     Path("empty").mkdir()
     assert cli.main(["report", "results=empty", "out=out"]) == 2
