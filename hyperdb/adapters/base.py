@@ -196,7 +196,7 @@ class AdapterConfig:
 
     def begins(self) -> str | None:
         """Return the file that says where a person's training begins; None: at the adapter's own start."""
-        return getattr(self, "encoder", None)
+        return None
 
     def build(self, layout: Layout) -> Adapter:
         """Return the adapter over `layout`."""

@@ -78,9 +78,9 @@ def merge(weight: Tensor, regular: Tensor, words: Tensor, values: Tensor) -> Ten
     """Return the weight `[m, n]` that makes of the `words` `[s, n]` the `values` `[s, m]`, the paper's equation 5.
 
     It makes of the features `regular` `[c, n]`, those of common captions, what the frozen `weight` makes of them, as
-    nearly as it can. Words and values of several concepts stand one below the other. Computed in float64,
-    on the CPU, with a small ridge, for there may be fewer captions than n. Raises `UserError` for words that depend on
-    each other linearly.
+    nearly as it can. Words and values of several concepts stand one below the other. Computed in float64, on the CPU,
+    with a small ridge, for there may be fewer captions than n. Raises `UserError` for words that depend on each other
+    linearly.
     """
     import torch
 

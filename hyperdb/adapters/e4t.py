@@ -46,6 +46,10 @@ class E4TConfig(CustomConfig):
         """Fill in the rows from the token ids of the two words, and leave out the encoder."""
         return replace(super().bound(rare, noun), encoder=None)  # type: ignore[return-value, call-arg]
 
+    def begins(self) -> str | None:
+        """Return the file of its encoder."""
+        return self.encoder
+
     def build(self, layout: Layout) -> E4T:
         """Return the adapter over `layout`, of which the first place is the embedding of the words."""
         return E4T(*self.parts(layout))

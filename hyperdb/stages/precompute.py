@@ -235,11 +235,10 @@ def run(config: Config) -> Path:
                 config.data, config.average_people, config.split, config.diffusion.size, first=config.first
             )
             shown = _photos(config, some)
-            moments, turned = (
-                latent_moments(base, some, rows=shown.flatten(), mirrored=mirrored).unflatten(0, shown.shape)
-                for mirrored in (False, config.average.flips)
-            )
+            flat = shown.flatten()
+            moments = latent_moments(base, some, rows=flat).unflatten(0, shown.shape)
             if config.average.flips:
+                turned = latent_moments(base, some, rows=flat, mirrored=True).unflatten(0, shown.shape)
                 moments = torch.cat([moments, turned], 1)
             return moments, _predictions(model, base, some, shown) if model is not None else None
 
