@@ -76,6 +76,12 @@ def face_focus(weight: float, height: int, width: int) -> Tensor:
     return focus / focus.mean()
 
 
+def face_mask(radius: float, height: int, width: int) -> Tensor:
+    """Return 1 in the middle of the frame and 0 outside of `radius`, `[h, w]`; 1 is half a side, with a soft edge."""
+    y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    return torch.sigmoid((radius - torch.hypot(y[:, None], x[None, :])) / 0.08)
+
+
 def bad_levels(schedule: DDPMScheduler, errors: Tensor, timesteps: Tensor) -> str:
     """Say at which noise levels the errors of rows are no numbers; "" if all are. The shapes are those of `errors`."""
     found = sorted(set(timesteps.expand_as(errors)[~errors.isfinite()].tolist()))

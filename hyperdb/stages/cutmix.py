@@ -77,6 +77,10 @@ class Config:
                 f"finetune.face_weight={self.finetune.face_weight:g} weighs the middle of a picture, where of two "
                 "people there is none; set it to 0"
             )
+        if self.finetune.masked_prior:
+            raise UserError(
+                f"finetune.masked_prior={self.finetune.masked_prior:g} keeps the sides the base's; set it to 0"
+            )
         if self.finetune.flips:
             raise UserError("finetune.flips=true would put the people on the other sides; set it to false")
         if isinstance(self.adapter, TokenConfig):

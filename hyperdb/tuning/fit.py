@@ -47,6 +47,10 @@ class FitConfig:
     With `flips` the photos' mirror images are learned from too. A mirrored person is that person still, but turned the
     other way: where the person looks is learned less.
 
+    A `masked_prior` above 0 keeps the backdrop the base's (masked prior preservation): outside of a circle of that
+    radius in the middle of the frame, whose half side is 1, the target is what the base predicts without the adapter.
+    So the adapter learns the face of the photo and not what is behind it. Each step has a pass of the base more.
+
     With `merge`, what one person alone trains is added to the weights of the network, not to what its layers make. That
     is the same change, quicker where the layers are small and slower where they are large.
     """
@@ -65,6 +69,7 @@ class FitConfig:
     prior_weight: float = 0.0
     prior_rows: int = 2  # class pictures in each step
     flips: bool = False
+    masked_prior: float = 0.0  # radius of what is learned from; 0: the whole frame
     merge: bool = False
     seed: int = 0
 
@@ -75,6 +80,8 @@ class FitConfig:
             raise UserError(f"warmup={self.warmup}: expected at least 0 steps")
         if len(self.noise) != 2 or not 0 <= self.noise[0] < self.noise[1] <= 1:
             raise UserError(f"noise={self.noise}: expected [low, high] with 0 <= low < high <= 1")
+        if self.masked_prior < 0:
+            raise UserError(f"masked_prior={self.masked_prior:g}: expected a radius, at least 0")
         check_logit_normal(self.logit_normal)
         if self.optimizer not in ("adamw", "sgd"):
             raise UserError(f"optimizer={self.optimizer!r}: expected adamw or sgd")
@@ -120,7 +127,15 @@ def fit(
 
     from hyperdb.adapters.base import both
     from hyperdb.adapters.inject import Injection
-    from hyperdb.diffusion.loss import bad_levels, face_focus, predict, signal_weight, stratified_timesteps, target
+    from hyperdb.diffusion.loss import (
+        bad_levels,
+        face_focus,
+        face_mask,
+        predict,
+        signal_weight,
+        stratified_timesteps,
+        target,
+    )
     from hyperdb.runtime.optim import Schedule, adamw, set_rate
     from hyperdb.runtime.seed import generator
 
@@ -153,6 +168,7 @@ def fit(
     scaler = torch.amp.GradScaler(base.device.type, init_scale=2.0**10, enabled=base.config.dtype == "fp16")
     levels, extra = config.levels, config.prior_rows if guarded else 0
     focus = face_focus(config.face_weight, *moments.shape[4:]).to(base.device)
+    mask = face_mask(config.masked_prior, *moments.shape[4:]).to(base.device) if config.masked_prior else None
     try:
         for step in range(config.steps):
             # one stream for everyone                                               shapes without the identity axis
@@ -168,6 +184,10 @@ def fit(
             z = moments[:, view, 0] + moments[:, view, 1] * jitter  #               [I, S, c, h, w]
             wanted = target(base.schedule, z.flatten(0, 1), *_tile(people, noise, t)).unflatten(0, (people, levels))
             ids = instance.expand(levels, -1) if scenes is None else scenes.ids[view]
+            if mask is not None:
+                with torch.no_grad():
+                    bare = predict(base, z.flatten(0, 1), *_tile(people, noise, t, ids)).unflatten(0, (people, levels))
+                wanted = torch.lerp(bare, wanted, mask)
             if prior is not None and guarded:
                 pz, pnoise, pt, pids, own = prior.rows(extra, config.seed, step)
                 z = torch.cat([z, pz.expand(people, *pz.shape)], 1)

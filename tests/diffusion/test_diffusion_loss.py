@@ -13,7 +13,15 @@ from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
-from hyperdb.diffusion.loss import diffusion_loss, face_focus, predict, signal_weight, stratified_timesteps, target
+from hyperdb.diffusion.loss import (
+    diffusion_loss,
+    face_focus,
+    face_mask,
+    predict,
+    signal_weight,
+    stratified_timesteps,
+    target,
+)
 from hyperdb.runtime import precision
 
 
@@ -78,6 +86,13 @@ def test_face_focus_has_mean_one_and_its_peak_in_the_middle() -> None:
     assert focus.argmax() == 40
     torch.testing.assert_close(focus[4, 4] / focus[0, 0], torch.tensor(3.0), rtol=0.01, atol=0)
     assert torch.equal(face_focus(0.0, 4, 6), torch.ones(4, 6))
+
+
+def test_face_mask_is_one_in_the_middle_and_zero_outside_of_its_radius() -> None:
+    mask = face_mask(0.5, 9, 9)
+    assert mask[4, 4] > 0.99
+    assert mask[4, 6].item() == pytest.approx(0.5)  # on the circle
+    assert max(mask[0].max(), mask[:, -1].max()) < 0.01
 
 
 def test_targets_of_both_prediction_types(base: Base) -> None:

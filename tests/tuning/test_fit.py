@@ -69,6 +69,22 @@ def test_with_flips_a_photo_and_its_mirror_image_teach_the_same_two_pictures():
     assert torch.equal(both[0, 3, 1, 0], photos[0, 1, 1, 0].flip(0))
 
 
+def test_the_masked_prior_holds_what_is_outside_of_it_to_the_base(base, lidb, moments):
+    def first_error(**settings):
+        told = []
+        config = FitConfig(steps=1, levels=8, rate=1e-2, **settings)
+        fit(base, lidb, moments[:1], config, None, None, lambda _, error: told.append(error))
+        return told[0]
+
+    plain = first_error()
+    assert first_error(masked_prior=10.0) == pytest.approx(plain, rel=1e-5)  # the whole frame is inside
+    inside = loss.face_mask(0.6, *moments.shape[4:]).square().mean().item()
+    # an adapter that does nothing yet is the base: it has no error outside, and about everywhere the same inside
+    assert first_error(masked_prior=0.6) == pytest.approx(plain * inside, rel=0.3)
+    with pytest.raises(UserError, match="masked_prior=-1: expected a radius"):
+        FitConfig(steps=1, levels=1, rate=1.0, masked_prior=-1)
+
+
 def test_checkpointing_changes_no_fit(base, lidb, moments):
     config = FitConfig(steps=3, levels=2, rate=1e-2)
     saving = replace(base.config, checkpointing=True).load()
