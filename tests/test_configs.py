@@ -157,7 +157,8 @@ def test_every_method_has_as_many_rates_to_choose_from():
     ("name", "stage", "folders"),
     [
         ("ablation/noise", "evaluate", ["finetune.noise=_0.0_0.5_", "finetune.noise=_0.0_0.65_",
-                                        "finetune.noise=_0.0_0.8_", "finetune.noise=_0.0_1.0_"]),
+                                        "finetune.noise=_0.0_0.8_", "finetune.noise=_0.0_0.9_",
+                                        "finetune.noise=_0.0_1.0_"]),
         ("ablation/beta", "train_hypernet", ["beta=0.0", "beta=0.01", "beta=0.1", "beta=1.0"]),
         ("ablation/people", "train_hypernet", ["people=250", "people=1000", "people=4000", "people=None"]),
     ],

@@ -70,6 +70,7 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "diversity": Column("diversity", 3),
     "seconds": Column("seconds", 3),
     "steps": Column("iterations", 0),
+    "trained": Column("numbers trained", 0),
     "bytes": Column("bytes", 0),
 }
 BAR = r"\|"  # in Markdown

@@ -48,15 +48,17 @@ MADE = {  # the weights of recognisers that bring none
     "facenet": "docs/stable_diffusion.md says how it is made",
     "verifier": "`hyperdb train_judge judge=verifier` trains one",
 }
+COSTS = ("seconds", "trained", "bytes")  # of a person's adapter, kept with a row's pictures
 WRITES = ("rows/*.safetensors", "prior.safetensors")
 KEPT = "the pictures of finished rows are kept"
 
 
 @dataclass(kw_only=True)
 class Config(PersonalizerConfig, Share):
-    """`data`: rendered people, or photos; `photos` of a person from number `reference` on are given, others judge.
-    These are `views` many, of rendered people those in other poses and places than the given ones, without an accessory
-    of theirs (`People.unlike`), else the next. The iterations of a fine-tuning are those told, however many photos.
+    """`data`: rendered people, or photos. A person's `photos`, from number `reference` on, are learned from. `given`
+    are kept from the judges; null is as many, and more are for rows that learn from more (`methods.NAME.photos`). `views`
+    others judge: of rendered people those in other poses and places than the given ones, without an accessory of theirs
+    (`People.unlike`), else the next. The iterations of a fine-tuning are those told, however many photos.
 
     `split`: whose people these must be; settings are chosen on those of validation.
 
@@ -85,6 +87,7 @@ class Config(PersonalizerConfig, Share):
     images: int = 8  # at the same seeds for everyone; of few, the base's own are by luck like the people
     reference: int = 0
     photos: int = 1
+    given: int | None = None  # photos that no judge sees; null: `photos`
     views: int = 4
     styled: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)  # such as 'a photo of a [V] face, on the beach'
@@ -120,6 +123,9 @@ class Config(PersonalizerConfig, Share):
             raise UserError(
                 f"reference={self.reference}, photos={self.photos}, views={self.views}: expected at least 0, 1, 1"
             )
+        most = max([self.photos, *(self.methods[row].photos or 1 for row in self.rows if row in self.methods)])
+        if self.kept_apart() < most:
+            raise UserError(f"given={self.kept_apart()}: {most} photos are learned from; expected at least as many")
         check_subject("changed", self.changed)
         if self.seeds < 1:
             raise UserError(f"seeds={self.seeds}: expected at least 1")
@@ -130,6 +136,10 @@ class Config(PersonalizerConfig, Share):
                 raise UserError(f"recognisers={name!r}: expected {' or '.join(RECOGNISERS)}")
             if name in MADE and getattr(self.judges, name) is None:
                 raise UserError(f"recognisers={name!r} needs judges.{name}=FOLDER; {MADE[name]}")
+
+    def kept_apart(self) -> int:
+        """Return how many photos of a person no judge sees."""
+        return self.photos if self.given is None else self.given
 
     def fit(self, row: str) -> FitConfig | None:
         """Return the fine-tuning of a row; None where nothing is trained. Raises `UserError`."""
@@ -198,7 +208,7 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     from hyperdb.runtime.recipe import recipe
 
     own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers", "judges")
-    what = {k: v for k, v in recipe(config).items() if k not in own and (k != "changed" or v)}
+    what = {k: v for k, v in recipe(config).items() if k not in own and (k not in ("changed", "given") or v)}
     return {**what, "base": model.base.digest, "hypernet": _network_digest(model.hypernet), "data": people.digest}
 
 
@@ -217,6 +227,7 @@ def _described(config: Config, model: Personalizer, row: str, people: int) -> di
     count = method.among(people)
     seldom: dict[str, Any] = {"refinements": method.refinements, "people": None if count == people else count}
     seldom["strength"] = None if method.strength == 1 else method.strength
+    seldom |= {"photos": method.photos, "hybrid": None if method.hybrid else False}
     if method.adapter is not None and (file := method.adapter.begins()) is not None:
         seldom["encoder"] = _network_digest(model.encoder(file, layout_of(model.base, method.adapter)))
     return {**found, **{key: value for key, value in seldom.items() if value is not None}}
@@ -288,7 +299,7 @@ class Pictures:
         if (there := self._there(path, row)) is not None:
             tensors, metadata = there
             self.kept(row, len(tensors["images"]))
-            return tensors["images"], {name: float(metadata[name]) for name in ("seconds", "bytes")}
+            return tensors["images"], {name: float(metadata[name]) for name in COSTS if name in metadata}
         images, cost = self.draw(row, seed, some)
         self._save(path, row, images, cost)
         return images, cost
@@ -316,7 +327,7 @@ class Pictures:
         ]
         images = torch.cat([each for each, _ in found])
         seconds = sum(len(each) * cost["seconds"] for each, cost in found) / len(images)
-        cost = {"seconds": round(seconds, 3), "bytes": found[0][1]["bytes"]}
+        cost = {**found[0][1], "seconds": round(seconds, 3)}
         self._save(path, row, images, cost)
         for part in self._parts(row, seed):
             part.unlink()
@@ -384,7 +395,8 @@ def run(config: Config) -> Path:
         raise UserError(f"rows={begun[0]!r} begins at a prediction, which needs a hypernetwork; set hypernet=FOLDER")
 
     # --- people: one reference, `views` judges, the rest for the ceiling
-    given, used = config.photos, config.photos + config.views
+    given = config.kept_apart()
+    used = given + config.views
     needed = max(used + 1, config.reference + 1)
     people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
     turned = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
@@ -403,7 +415,9 @@ def run(config: Config) -> Path:
     styled = styled_views(people, rows, styles)
     best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, others + styled, 3, H, W]
     model = Personalizer(config)
-    base, cohort = model.base, Cohort(model, shown, config.batch)
+    base = model.base
+    seen = {row: method.photos or config.photos for row, method in methods.items()}
+    cohorts = {count: Cohort(model, shown[:, :count], config.batch) for count in set(seen.values())}
     trained = model.hypernet.config.iterations if model.hypernet is not None else 0
     if odd := [row for row, method in methods.items() if (method.refinements or 0) > trained]:
         count = methods[odd[0]].refinements
@@ -416,7 +430,7 @@ def run(config: Config) -> Path:
     made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
     repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
     # told of few rows; of a row without it, it was not set
-    seldom = dict.fromkeys(("refinements", "strength", "encoder"))
+    seldom = dict.fromkeys(("refinements", "strength", "photos", "hybrid", "encoder"))
     for row, count in repeats.items():
         names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
         out = claim(config.out, names, {**whole, **seldom, **described[row]}, count)
@@ -443,11 +457,11 @@ def run(config: Config) -> Path:
     # --- pictures of every row
     def draw(row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         if row in methods:
-            return cohort.draw(methods[row], fits[row], seed, prompts, bar.update, some)
+            return cohorts[seen[row]].draw(methods[row], fits[row], seed, prompts, bar.update, some)
         sent = (best if row == "ceiling" else shown[:, :1])[some]  # the given photo stands for every picture
         through = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent])
         bar.update(len(sent))
-        return through.expand(-1, best.shape[1], -1, -1, -1), {"seconds": 0.0, "bytes": 0.0}
+        return through.expand(-1, best.shape[1], -1, -1, -1), dict.fromkeys(COSTS, 0.0)
 
     counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
     work = {row: 2 if fit is not None else 1 for row, fit in fits.items()}  # of a person: fine-tuned, drawn

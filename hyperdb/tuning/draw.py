@@ -31,15 +31,16 @@ def draw(
     seeds: list[int],
     steps: int | None = None,
     strength: float = 1.0,
+    hybrid: bool = True,
     batch: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Return images `[I, K, 3, H, W]` uint8: for each of `people` the K prompts at the K seeds, the same for everyone.
 
     `changes` have an identity axis of `people` (or 1, or are None: the base alone). `batch` pictures are drawn at once:
-    64 of 64 px, 4 of 512 px.
+    64 of 64 px, 4 of 512 px. Without `hybrid` the guidance is ordinary, whatever the base's is.
     """
-    injection, guide = Injection(base.sites(changes or ())), base.config.guide(changes is not None)
+    injection, guide = Injection(base.sites(changes or ())), base.config.guide(changes is not None and hybrid)
     alone = changes is not None and identities_of(changes) == 1
     if changes is not None and alone:
         changes = settled(changes, injection.sites)

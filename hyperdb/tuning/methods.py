@@ -43,6 +43,8 @@ class MethodConfig:
     against: list[str] = field(default_factory=list)  # rows that it is compared with, person by person
     people: int | None = None  # the first so many alone, where it is slow; null: all
     strength: float = 1.0  # 0 is the base, 1 the person as trained
+    photos: int | None = None
+    hybrid: bool = True
 
     def __post_init__(self) -> None:
         if self.start not in (None, *STARTS):
@@ -55,6 +57,8 @@ class MethodConfig:
             raise UserError(f"train={self.train} and an adapter: a method trains one of them")
         if self.people is not None and self.people < 2:
             raise UserError(f"people={self.people}: expected at least 2, or null for all")
+        if self.photos is not None and self.photos < 1:
+            raise UserError(f"photos={self.photos}: expected at least 1, or null for as many as the evaluation says")
         if not math.isfinite(self.strength) or (self.strength != 1 and self.start is None and not self.trains):
             raise UserError(f"strength={self.strength}: expected a finite number, of a method that has an adapter")
         try:
@@ -177,7 +181,8 @@ class Cohort:
     ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
         """Personalise some of the people with one seed, then draw the prompts, `[J, K, 3, H, W]` uint8.
 
-        Returns also what one person's adapter costs: its bytes, and its share of the seconds of a batch of people.
+        Returns also what one person's adapter costs: the numbers that are trained, its bytes in fp32, and its share of
+        the seconds of a batch of people.
         """
         import torch
 
@@ -188,7 +193,8 @@ class Cohort:
         count, base = people.stop - people.start, self.model.base
         start, adapter = self.start(method), self.adapter(method)
         begins = method.adapter.begins() if method.adapter is not None else None
-        size = 4 * (0 if start is None else numbers(self.model.lidb)) + 4 * (0 if adapter is None else numbers(adapter))
+        trained = 0 if adapter is None else numbers(adapter)
+        size = 4 * (trained + (0 if start is None else numbers(self.model.lidb)))
         noises = [seed * len(prompts) + k for k in range(len(prompts))]
         together = max(self.batch, HELD // max(1, size))
         images, seconds = [], 0.0
@@ -201,8 +207,9 @@ class Cohort:
                 changes = both(changes, self.train(adapter, seeded, some, start, progress, begins))
             seconds += time.perf_counter() - began
             each = some.stop - some.start
-            images.append(draw(base, changes, each, prompts, noises, strength=method.strength, progress=progress))
+            strength, hybrid = method.strength, method.hybrid
+            images.append(draw(base, changes, each, prompts, noises, None, strength, hybrid, progress=progress))
         seconds /= count
         if method.start in ("own", "another"):  # everybody's average is there before the person
             seconds += self._prediction(method.refinements)[1]
-        return torch.cat(images), {"seconds": round(seconds, 3), "bytes": float(size)}
+        return torch.cat(images), {"seconds": round(seconds, 3), "trained": float(trained), "bytes": float(size)}

@@ -71,7 +71,31 @@ def test_a_row_is_what_personalize_makes(row, evaluated, words, people, e4t):
     own = draw(model.base, changes, 1, [model.base.config.instance_prompt] * 2, [0, 1])
     # people in one pass round otherwise than one alone
     assert (found[:1].float() - own.float()).abs().mean() < 0.1 * moved
-    assert told["bytes"] == 4 * sum(x[0].numel() for x in model.finetune(photo, None).values())
+    assert told["bytes"] == 4 * sum(x[0].numel() for x in model.finetune(photo, None).values()) == 4 * told["trained"]
+
+
+def test_a_row_may_learn_from_more_photos_and_be_drawn_by_ordinary_guidance(words, tmp_path):
+    words = [*words, "views=1", "rows=[lora]", "methods.lora.finetune.steps=2"]
+
+    def made(name, *more):
+        out = tmp_path / name
+        told = load_json(config.run("evaluate", [*words, *more, f"out={out}"]))
+        return pictures(out, "lora"), told["methods"]["lora"], told["rows"]["lora"]["cosine"]
+
+    one, how, _ = made("one", "given=2")
+    assert "photos" not in how
+    two, how, judged = made("two", "given=2", "methods.lora.photos=2")
+    assert how["photos"] == 2
+    whole, _, same = made("whole", "photos=2")
+    assert torch.equal(two, whole)
+    assert judged == same
+    assert not torch.equal(one, two)
+    ordinary, how, _ = made("ordinary", "given=2", "methods.lora.hybrid=false")
+    assert how["hybrid"] is False
+    assert torch.equal(ordinary, made("base", "given=2", "diffusion.subject_guidance=null")[0])
+    assert not torch.equal(ordinary, one)
+    with pytest.raises(UserError, match="given=1: 2 photos are learned from; expected at least as many"):
+        made("few", "methods.lora.photos=2")
 
 
 def test_people_are_drawn_together_as_far_as_their_adapters_fit(evaluated, words, tmp_path, monkeypatch):

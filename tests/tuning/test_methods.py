@@ -29,6 +29,7 @@ def test_a_method_says_how_its_fine_tuning_differs():
         ({"people": 1}, "people=1: expected at least 2, or null for all"),
         ({"strength": 0.5}, "strength=0.5: expected a finite number, of a method that has an adapter"),
         ({"start": "own", "strength": float("nan")}, "strength=nan: expected a finite number"),
+        ({"photos": 0}, "photos=0: expected at least 1, or null"),
         ({"train": "lora"}, "expected of relaxed, lidb"),
         ({"train": "lidb", "adapter": LoRAConfig()}, "trains one of them"),
         ({"label": "{iterations}"}, "the only word in braces is {steps}"),
