@@ -56,9 +56,9 @@ KEPT = "the pictures of finished rows are kept"
 @dataclass(kw_only=True)
 class Config(PersonalizerConfig, Share):
     """`data`: rendered people, or photos. A person's `photos`, from number `reference` on, are learned from. `given`
-    are kept from the judges; null is as many, and more are for rows that learn from more (`methods.NAME.photos`). `views`
-    others judge: of rendered people those in other poses and places than the given ones, without an accessory of theirs
-    (`People.unlike`), else the next. The iterations of a fine-tuning are those told, however many photos.
+    are kept from the judges; null is as many, and more are for rows that learn from more (`methods.NAME.photos`).
+    `views` others judge: of rendered people those in other poses and places than the given ones, without an accessory
+    of theirs (`People.unlike`), else the next. The iterations of a fine-tuning are those told, however many photos.
 
     `split`: whose people these must be; settings are chosen on those of validation.
 
