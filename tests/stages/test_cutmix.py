@@ -64,7 +64,7 @@ def test_any_adapter_of_the_network_learns_two_people(tiny_base, tmp_path, photo
     ("words", "message"),
     [
         (["adapter=custom_diffusion"], "trains one word.*hyperdb merge"),
-        (["adapter=lidb"], "face_weight=16 weighs the middle.*set it to 0"),
+        (["adapter=lidb"], "face_weight=8 weighs the middle.*set it to 0"),
         (["adapter=svdiff", "finetune.masked_prior=0.5"], "keeps the sides the base's"),
         (["adapter=svdiff", "finetune.flips=true"], "put the people on the other sides"),
         (["mix=1"], "mix=1.0: expected a share"),
