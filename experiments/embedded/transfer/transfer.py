@@ -40,7 +40,7 @@ from hyperdb.tuning.draw import draw
 from hyperdb.tuning.methods import Cohort
 from hyperdb.tuning.personalizer import Personalizer
 
-ROWS = "rows=[hyper_only,hyper_40,no_hyper_40,lora,lorax]"
+ROWS = "rows=[hyper_only,hyper_40,lora,lorax]"
 WORDS = ["experiment=sweep/hyper_40", "people=12", "styled=[]", ROWS]
 FITTED = {"hyper_40": "no_hyper_40"}  # what stands for a method on a base without hypernetwork
 
