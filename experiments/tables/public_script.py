@@ -168,9 +168,7 @@ def main(arguments: list[str]) -> None:
     text, least = not given.unet_only, 1 + whole.views
     command(given.script, whole.diffusion, adapter, settings, text)  # says now what is wrong with the script
     people = load_people(whole.data, whole.people, whole.split, whole.diffusion.size, least=least)
-    rows = [torch.cat([r[:1], people.unlike(r[:1], r[1:])])[:least] for r in people.photos if len(r) >= least]
-    if len(rows) < 2:
-        raise UserError(f"{whole.data} needs at least two people with {least} photos each")
+    rows = [r[:least] for r in people.given_first(whole.data, 1, least)]
     images = people.images[torch.stack(rows)]  #                                     [I, 1 + views, 3, H, W]
     shown, views, count = images[:, 0], images[:, 1:], len(images)
     base = whole.diffusion.load()

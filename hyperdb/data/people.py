@@ -81,6 +81,16 @@ class People:
         alike = 4 * worn.any(1) + 2 * place.any(1) + pose.any(1).long()  #            [K]
         return others[alike.argsort(stable=True)]
 
+    def given_first(self, named: str, given: int, least: int, reference: int = 0) -> list[Tensor]:
+        """Return the photos `[K]` of who has `least` or more: `given` from number `reference` on, then the `unlike`.
+
+        Raises `UserError`, with what the data is `named`, if they are not two people, who can be told from each other.
+        """
+        turned = [r.roll(-reference) for r in self.photos if len(r) >= least]
+        if len(turned) < 2:
+            raise UserError(f"{named} needs at least two people with {least} photos each")
+        return [torch.cat([r[:given], self.unlike(r[:given], r[given:])]) for r in turned]
+
     def keys(self, by: str, rows: Tensor) -> Tensor:
         """Return whose fit a picture's is, `[len(rows)]` int64: by `image` a hash of its pixels, by `person` the seed.
 

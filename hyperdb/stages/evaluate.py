@@ -399,10 +399,7 @@ def run(config: Config) -> Path:
     used = given + config.views
     needed = max(used + 1, config.reference + 1)
     people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
-    turned = [r.roll(-config.reference) for r in people.photos if len(r) >= needed]
-    rows = [torch.cat([r[:given], people.unlike(r[:given], r[given:])]) for r in turned]
-    if len(rows) < 2:
-        raise UserError(f"{config.data} needs at least two people with {needed} photos each")
+    rows = people.given_first(config.data, given, needed, config.reference)
     shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
     views = people.images[torch.stack([r[given:used] for r in rows])]  #            [I, K, 3, H, W]
     photos = config.images + len(config.changed)

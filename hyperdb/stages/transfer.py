@@ -57,14 +57,16 @@ class Config:
 
 def _pair(change: Change, site: Site) -> LowRank:
     """Return a change as low-rank factors, exactly. Raises `UserError` for one that cannot be merged."""
+    import torch
+
     from hyperdb.adapters.base import LowRank
     from hyperdb.adapters.site import decomposed
 
     if isinstance(change, LowRank):
         return change
-    (dense,) = change.dense(site.weight())
-    u, s, vt = decomposed(dense)
-    return LowRank((s[:, None] * vt).unflatten(1, dense.shape[1:])[None], u[None])
+    found = [(u, s[:, None] * vt) for u, s, vt in map(decomposed, change.dense(site.weight()))]
+    up, down = (torch.stack(side) for side in zip(*found, strict=True))
+    return LowRank(down.unflatten(2, site.shape[1:]), up)
 
 
 def move(change: Change, site: Site, onto: Site | None, config: Config) -> tuple[LowRank | None, dict[str, Any]]:

@@ -207,8 +207,10 @@ class Cohort:
                 changes = both(changes, self.train(adapter, seeded, some, start, progress, begins))
             seconds += time.perf_counter() - began
             each = some.stop - some.start
-            strength, hybrid = method.strength, method.hybrid
-            images.append(draw(base, changes, each, prompts, noises, None, strength, hybrid, progress=progress))
+            drawn = draw(
+                base, changes, each, prompts, noises, strength=method.strength, hybrid=method.hybrid, progress=progress
+            )
+            images.append(drawn)
         seconds /= count
         if method.start in ("own", "another"):  # everybody's average is there before the person
             seconds += self._prediction(method.refinements)[1]

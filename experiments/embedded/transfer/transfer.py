@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hyperdb import config
-from hyperdb.adapters.base import Changes, LowRank, both, identities_of, select
+from hyperdb.adapters.base import Changes, both, identities_of, select
 from hyperdb.adapters.inject import Injection, settled
 from hyperdb.adapters.site import Site
 from hyperdb.data.people import load_people
@@ -60,19 +60,12 @@ def personalised(settings: Config, model: Personalizer, photos: Tensor, row: str
 def transferred(
     changes: Changes, old: dict[str, Site], new: dict[str, Site], how: transfer.Config
 ) -> tuple[Changes, Any]:
-    """Return the changes on the new base, and what `hyperdb transfer` tells of the first person's layers."""
-    found: dict[str, LowRank] = {}
-    told = {}
+    """Return the changes on the new base, and what `hyperdb transfer` tells of their layers."""
+    found, told = {}, {}
     for name, change in changes.items():
-        parts = []
-        for person in range(identities_of({name: change})):
-            one = select({name: change}, [person])[name]
-            pair, row = transfer.move(one, old[name], new.get(name), how)
-            told.setdefault(name, row)
-            if pair is not None:
-                parts.append(pair)
-        if parts:
-            found[name] = LowRank(*(torch.cat(side) for side in zip(*parts, strict=True)))
+        pair, told[name] = transfer.move(change, old[name], new.get(name), how)
+        if pair is not None:
+            found[name] = pair
     return found, told
 
 
@@ -105,9 +98,7 @@ def main(arguments: list[str]) -> None:
     how = config.load("transfer", [f"to={given.to}", "adapter=none"])
     least = 1 + settings.views
     people = load_people(settings.data, settings.people, settings.split, settings.diffusion.size, least=least)
-    rows = [torch.cat([r[:1], people.unlike(r[:1], r[1:])])[:least] for r in people.photos if len(r) >= least]
-    if len(rows) < 2:
-        raise UserError(f"{settings.data} needs at least two people with {least} photos each")
+    rows = [r[:least] for r in people.given_first(settings.data, 1, least)]
     images = people.images[torch.stack(rows)]  #                                     [I, 1 + views, 3, H, W]
     shown, views, count = images[:, 0], images[:, 1:], len(images)
     here, away = Personalizer(settings), Personalizer(there)
