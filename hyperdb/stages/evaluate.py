@@ -430,7 +430,7 @@ def run(config: Config) -> Path:
     seldom = dict.fromkeys(("refinements", "strength", "photos", "hybrid", "encoder"))
     for row, count in repeats.items():
         names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
-        out = claim(config.out, names, {**whole, **seldom, **described[row]}, count)
+        out = claim(config.out, names, {**seldom, **whole, **described[row]}, count)
     claim(config.out, ("prior.safetensors",), whole)
     file = results_file(config, made_from, described)
     phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone
