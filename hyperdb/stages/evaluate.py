@@ -208,7 +208,7 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     from hyperdb.runtime.recipe import recipe
 
     own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers", "judges")
-    what = {k: v for k, v in recipe(config).items() if k not in own and (k not in ("changed", "given") or v)}
+    what = {key: value for key, value in recipe(config).items() if key not in own}
     return {**what, "base": model.base.digest, "hypernet": _network_digest(model.hypernet), "data": people.digest}
 
 
@@ -385,6 +385,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
+    from hyperdb.runtime.recipe import only_set
     from hyperdb.tuning.methods import Cohort
     from hyperdb.tuning.personalizer import Personalizer
     from hyperdb.tuning.prior import load_prior
@@ -424,7 +425,7 @@ def run(config: Config) -> Path:
 
     whole = _made_from(config, model, people)
     described = {row: _described(config, model, row, len(rows)) for row in config.rows}
-    made_from = _digest(json.dumps(whole, sort_keys=True, default=str).encode())
+    made_from = _digest(json.dumps(only_set(whole), sort_keys=True, default=str).encode())
     repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
     # told of few rows; of a row without it, it was not set
     seldom = dict.fromkeys(("refinements", "strength", "photos", "hybrid", "encoder"))
