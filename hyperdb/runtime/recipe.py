@@ -77,4 +77,3 @@ def _differ(then: Any, now: Any, prefix: str = "") -> Iterator[str]:
             yield from _differ(there, here, f"{prefix}{key}.")
         elif here != there:
             yield prefix + key
-

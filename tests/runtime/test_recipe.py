@@ -8,7 +8,7 @@ import pytest
 
 from hyperdb import config, options
 from hyperdb.runtime.paths import is_path
-from hyperdb.runtime.recipe import AROUND, differences, recipe
+from hyperdb.runtime.recipe import AROUND, differences, only_set, recipe
 
 
 def test_what_is_around_a_training_does_not_count():
@@ -36,6 +36,12 @@ def test_differences_are_those_of_json():
     assert differences({"gone": 1}, {}) == []
     assert differences({}, {"new": 1, "unset": None}) == ["new"]
     assert differences({"a": 1}, {"a": {"b": 1}}) == ["a"]
+
+
+def test_a_setting_that_was_not_set_changes_nothing():
+    had = {"diffusion": {"size": 128, "guidance": 0.0}, "changed": ["a"], "seed": 0}
+    now = {**had, "diffusion": {**had["diffusion"], "quantise": None}, "given": None, "styled": []}
+    assert only_set(now) == had == only_set(had)
 
 
 def test_every_name_that_does_not_count_is_a_setting():
