@@ -72,17 +72,9 @@ class Config:
             raise UserError(f"unmix={self.unmix}: expected a weight, at least 0, and above 0 with compare=true")
         if not 1 <= self.num_images <= 1000:
             raise UserError(f"num_images={self.num_images}: expected 1 to 1000")
-        if self.finetune.face_weight:
-            raise UserError(
-                f"finetune.face_weight={self.finetune.face_weight:g} weighs the middle of a picture, where of two "
-                "people there is none; set it to 0"
-            )
-        if self.finetune.masked_prior:
-            raise UserError(
-                f"finetune.masked_prior={self.finetune.masked_prior:g} keeps the sides the base's; set it to 0"
-            )
-        if self.finetune.flips:
-            raise UserError("finetune.flips=true would put the people on the other sides; set it to false")
+        of_one = {"face_weight": "0", "masked_prior": "0", "flips": "false"}  # in the middle
+        if odd := [f"finetune.{name}={off}" for name, off in of_one.items() if getattr(self.finetune, name)]:
+            raise UserError(f"{', '.join(x.partition('=')[0] for x in odd)}: is for one person; set {' '.join(odd)}")
         if isinstance(self.adapter, TokenConfig):
             raise UserError(
                 "the adapter trains one word, of one person; train each person alone with "
