@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from hyperdb.runtime.files import load_made, save_tensors
 
 
 @runtime_checkable
@@ -30,6 +34,38 @@ class TextFeature(Feature, Protocol):
     def words(self, texts: list[str]) -> Tensor:
         """Encode texts as float32 [N, dim] of length 1, on the CPU."""
         ...
+
+
+class Remembered:
+    """A frozen encoder that keeps what it made of each picture in a file, so that it looks at none twice.
+
+    Pictures are told by their content, whichever run shows them. A file of another encoder is made anew.
+    """
+
+    def __init__(self, feature: Feature, path: Path) -> None:
+        self.feature, self.path = feature, path
+        self.name, self.dim = feature.name, feature.dim
+        self.told = {"name": feature.name, "digest": str(getattr(feature, "digest", ""))}
+        self.seen: dict[int, Tensor] = {}
+        made = load_made(path)
+        if made is not None and made[1] == self.told:
+            self.seen = dict(zip(made[0]["pictures"].tolist(), made[0]["features"], strict=True))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode uint8 [N, 3, H, W] as the encoder does, the new ones alone."""
+        names = [_name(image) for image in images]
+        new = {name: row for row, name in enumerate(names) if name not in self.seen}
+        if new:
+            self.seen |= dict(zip(new, self.feature(images[list(new.values())]), strict=True))
+            every = {"pictures": torch.tensor(list(self.seen)), "features": torch.stack(list(self.seen.values()))}
+            save_tensors(self.path, every, self.told)
+        return torch.stack([self.seen[name] for name in names])
+
+
+def _name(image: Tensor) -> int:
+    """Return 64 bits of what a picture shows, and of its size."""
+    what = str(list(image.shape)).encode() + image.cpu().contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(what).digest()[:8], signed=True)
 
 
 def detection_rate(features: Tensor) -> float:

@@ -49,7 +49,8 @@ MADE = {  # the weights of recognisers that bring none
     "verifier": "`hyperdb train_judge judge=verifier` trains one",
 }
 COSTS = ("seconds", "trained", "bytes")  # of a person's adapter, kept with a row's pictures
-WRITES = ("rows/*.safetensors", "prior.safetensors")
+FACES = "faces-*.safetensors"  # what a recogniser made of each picture, of any run
+WRITES = ("rows/*.safetensors", "prior.safetensors", FACES)
 KEPT = "the pictures of finished rows are kept"
 
 
@@ -380,6 +381,7 @@ def run(config: Config) -> Path:
     from hyperdb.data.people import load_people
     from hyperdb.faces.image import grid, save_png
     from hyperdb.heads import PLACE_PHRASES, Identity, prompt
+    from hyperdb.metrics.feature import Remembered
     from hyperdb.metrics.figures import Standard, closed, differences, slices, summary
     from hyperdb.metrics.obedience import Judge
     from hyperdb.runtime.files import hash_files, save_json
@@ -433,6 +435,7 @@ def run(config: Config) -> Path:
         names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
         out = claim(config.out, names, {**seldom, **whole, **described[row]}, count)
     claim(config.out, ("prior.safetensors",), whole)
+    claim(config.out, (FACES,), {})
     file = results_file(config, made_from, described)
     phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone
     places = [next((p for p, phrase in phrases.items() if phrase in text), None) for text in config.changed]
@@ -442,8 +445,9 @@ def run(config: Config) -> Path:
         return judge(name) if path is None else judge(name, path, base.device)
 
     recognisers, encoders = ([asked(name) for name in names] for names in (config.recognisers, config.judges.asked()))
+    looking = [Remembered(one, out / FACES.replace("*", one.name)) for one in recognisers]
     standard = Standard(  # before the long part: what is missing is said now
-        recognisers,
+        looking,
         Judge.load(resolve("package:embedded/judge.safetensors")) if styles or any(places) else None,
         shown[:, 0], views, styles, {style: renders[:, 1:] for style, renders in styled.items()}, places,
         encoders, [base.config.plain_prompt(text) for text in prompts],

@@ -10,7 +10,7 @@ import torch
 from hyperdb.faces.align import face_crop
 from hyperdb.metrics import face as face_module
 from hyperdb.metrics.face import Dlib, SFace
-from hyperdb.metrics.feature import Feature, detection_rate
+from hyperdb.metrics.feature import Feature, Remembered, detection_rate
 from hyperdb.runtime.errors import UserError
 
 
@@ -34,6 +34,29 @@ def test_sface(pictures):
     assert features[3].isnan().all()
     assert detection_rate(features) == 0.75
     assert torch.equal(sface(pictures[1:2])[0], features[1])  # no dependence on the batch
+
+
+def test_no_picture_is_looked_at_twice(pictures, tmp_path):
+    class Counting(SFace):
+        looked = 0
+
+        def __call__(self, images):
+            self.looked += len(images)
+            return super().__call__(images)
+
+    file, plain = tmp_path / "faces.safetensors", SFace()(pictures)
+    first = Remembered(Counting(), file)
+    assert isinstance(first, Feature)
+    twice = first(pictures[[0, 1, 0]])  # the same picture counts once
+    assert torch.equal(twice, plain[[0, 1, 0]])
+    assert first.feature.looked == 2
+    again = Remembered(Counting(), file)
+    assert torch.equal(again(pictures).nan_to_num(9), plain.nan_to_num(9))
+    assert torch.equal(again(pictures).nan_to_num(9), plain.nan_to_num(9))
+    assert again.feature.looked == 2  # the last two, once
+    other = Counting()
+    other.name = "another"
+    assert Remembered(other, file).seen == {}
 
 
 def test_sface_at_64_and_512_pixels(pictures):
