@@ -47,7 +47,7 @@ class Standard:
       say. The noun stays: "a photo of a [V] face" is compared with "a photo of a face".
     """
 
-    recognisers: list[Feature]  # the figures of the first have no suffix
+    recognisers: Sequence[Feature]  # the figures of the first have no suffix
     judge: Judge | None  # of styles; None: whether a style is obeyed is not asked
     reference: Tensor
     views: Tensor
