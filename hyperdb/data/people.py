@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.digest import digest_latents
 from hyperdb.runtime.cache import kept
 from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import hash_picture
 from hyperdb.runtime.lazy import PART
 
 ONE_POSE = 0.15  # radians by which yaw and pitch may differ
@@ -102,8 +102,7 @@ class People:
         return kept(None, "keys", key, len(rows), lambda: map(self._hashes, rows.split(PART)))
 
     def _hashes(self, rows: Tensor) -> Tensor:
-        hashes = [hashlib.blake2b(image.numpy().data, digest_size=8).digest() for image in self.images[rows]]
-        return torch.tensor([int.from_bytes(value, "big") >> 1 for value in hashes], dtype=torch.long)
+        return torch.tensor([hash_picture(image) for image in self.images[rows]], dtype=torch.long)
 
 
 def _numbered(seed: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from hyperdb.runtime.files import load_made, save_tensors
+from hyperdb.runtime.files import hash_picture, load_made, save_tensors
 
 
 @runtime_checkable
@@ -53,19 +52,13 @@ class Remembered:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Encode uint8 [N, 3, H, W] as the encoder does, the new ones alone."""
-        names = [_name(image) for image in images]
+        names = [hash_picture(image) for image in images]
         new = {name: row for row, name in enumerate(names) if name not in self.seen}
         if new:
             self.seen |= dict(zip(new, self.feature(images[list(new.values())]), strict=True))
             every = {"pictures": torch.tensor(list(self.seen)), "features": torch.stack(list(self.seen.values()))}
             save_tensors(self.path, every, self.told)
         return torch.stack([self.seen[name] for name in names])
-
-
-def _name(image: Tensor) -> int:
-    """Return 64 bits of what a picture shows, and of its size."""
-    what = str(list(image.shape)).encode() + image.cpu().contiguous().numpy().tobytes()
-    return int.from_bytes(hashlib.sha256(what).digest()[:8], signed=True)
 
 
 def detection_rate(features: Tensor) -> float:
