@@ -57,7 +57,7 @@ def recipe(config: Any) -> dict[str, Any]:
 def only_set(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without those that are null or empty, so that a later version's new one changes no digest."""
     kept = {key: only_set(value) if isinstance(value, Mapping) else value for key, value in found.items()}
-    return {key: value for key, value in kept.items() if value is not None and value != []}
+    return {key: value for key, value in kept.items() if value not in (None, [], {})}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

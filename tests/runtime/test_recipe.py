@@ -40,7 +40,8 @@ def test_differences_are_those_of_json():
 
 def test_a_setting_that_was_not_set_changes_nothing():
     had = {"diffusion": {"size": 128, "guidance": 0.0}, "changed": ["a"], "seed": 0}
-    now = {**had, "diffusion": {**had["diffusion"], "quantise": None}, "given": None, "styled": []}
+    unset = {"given": None, "styled": [], "group": {"new": None}}
+    now = {**had, **unset, "diffusion": {**had["diffusion"], "quantise": None}}
     assert only_set(now) == had == only_set(had)
 
 

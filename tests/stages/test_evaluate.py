@@ -89,6 +89,8 @@ def test_a_row_may_learn_from_more_photos_and_be_drawn_by_ordinary_guidance(word
     whole, _, same = made("whole", "photos=2")
     assert torch.equal(two, whole)
     assert judged == same
+    with pytest.raises(UserError, match="of a run with other photos"):
+        made("whole")
     assert not torch.equal(one, two)
     ordinary, how, _ = made("ordinary", "given=2", "methods.lora.hybrid=false")
     assert how["hybrid"] is False
