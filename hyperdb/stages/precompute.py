@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,14 +154,14 @@ def _begun(config: Config) -> dict[str, Any]:
     return {"start": hash_files([hypernet_file(config.start)]), "people": config.average_people}
 
 
-def _photos(config: Config, people: People) -> Tensor:
-    """Return the rows `[I, K]` of the photos of each fit: one image, or some of a person."""
+def _photos(config: Config, people: People, first: int) -> Tensor:
+    """Return the rows `[I, K]` of the photos of each fit: one image, or some of a person from number `first` on."""
     import torch
 
     if config.by == "image":
         rows = torch.nonzero(people.is_style("photo"))
     else:
-        chosen = reference_rows(people, config.fit.views, config.fit.first_view)
+        chosen = reference_rows(people, config.fit.views, first)
         rows = torch.tensor([r for r in chosen if r], dtype=torch.long)
     if len(rows) == 0:
         raise UserError(f"{config.data} holds no photos of these people")
@@ -211,7 +211,7 @@ def run(config: Config) -> Path:
     people = load_people(
         config.data, config.identities, config.split, config.diffusion.size, first=config.first, photos=config.photos
     )
-    rows = _photos(config, people)
+    rows = _photos(config, people, config.fit.first_view)
     origin = {
         **fits.made_from(base, people),
         "by": config.by,
@@ -230,11 +230,12 @@ def run(config: Config) -> Path:
         model = _hypernet(config, lidb).to(base.device) if config.start != "average" else None
 
         def crowd() -> tuple[Tensor, Tensor | None]:
-            # of so many people, however many are fitted: more fits can be added to a store
+            # of so many people, however many are fitted: more fits can be added to a store; of their first photos and
+            # one noise, whatever is fitted: fits repeated on others are of one A, and can be compared
             some = load_people(
                 config.data, config.average_people, config.split, config.diffusion.size, first=config.first
             )
-            shown = _photos(config, some)
+            shown = _photos(config, some, 0)
             flat = shown.flatten()
             moments = latent_moments(base, some, rows=flat).unflatten(0, shown.shape)
             if config.average.flips:
@@ -243,7 +244,8 @@ def run(config: Config) -> Path:
             return moments, _predictions(model, base, some, shown) if model is not None else None
 
         begun, key = out / "start.safetensors", fits.store_key(**origin)
-        start = load_start(base, lidb, crowd, config.average, config.fit, prior, begun, key)
+        noise = replace(config.fit, seed=config.average.seed)
+        start = load_start(base, lidb, crowd, config.average, noise, prior, begun, key)
         origin["start_sha256"] = hash_files([begun])
 
     def begin(photos: Tensor) -> Begin | None:

@@ -250,6 +250,13 @@ def test_of_jobs_that_make_the_start_at_once_the_first_counts(base_words, aligne
     assert files.save_tensors(tmp_path / "x.safetensors", {}, first=True).is_file()
 
 
+def test_fits_repeated_on_other_photos_and_noise_begin_at_the_same(base_words, aligned, tmp_path):
+    once = _precompute(base_words, aligned, tmp_path / "once", *B_ALONE)
+    again = _precompute(base_words, aligned, tmp_path / "again", *B_ALONE, "fit.first_view=1", "fit.seed=1")
+    one, other = (load_tensors(folder / "start.safetensors")[0] for folder in (once, again))
+    assert all(torch.equal(one[name], other[name]) for name in ("average", "moment"))
+
+
 def test_fits_that_begin_at_a_hypernetworks_predictions(base_words, aligned, tmp_path):
     store = _precompute(base_words, aligned, tmp_path / "first", *B_ALONE)
     words = [*base_words, *HYPER, f"data={aligned}", f"weights={store}", "batch=4", "steps=3", "alpha=0"]

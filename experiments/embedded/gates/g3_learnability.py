@@ -75,10 +75,10 @@ def main(out: str = "g3.json", *words: str) -> None:
     keys = people.seed[rows[:, 0]]
     once, twice = (s.tokens[s.rows_of(keys)] for s in (store, again))
     lidb, moving = store.lidb, (once != once[0]).any(0)
+    assert torch.equal(once[:1, ~moving], twice[:1, ~moving]), "the stores differ in what is no person's own, their A"
     assert store.moment is not None, f"{first} does not begin at the average"
     metric = store.moment[moving].sqrt()
     model = Hypernet.load(resolve(hypernet))
-    model.standardise_features(people.images[rows[:, :8].flatten()])
     with torch.no_grad(), base.autocast():
         summary = model.features(people.images[rows[:, 8]])[1].float()
         predicted = model(people.images[rows[:, 0]]).float()

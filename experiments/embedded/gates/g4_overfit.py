@@ -46,8 +46,8 @@ def main() -> None:
     result["passed"] = result["prediction"]["mean"] >= result["fit"]["mean"] - 0.02
     here = Path(__file__)
     save_json(here.with_name("g4.json"), {**result, "base_digest": model.base.digest, **provenance()})
-    pixels = [*photos[:1].repeat(8, 1, 1, 1), *(x for row in rows.values() for x in row[0, :8])]
-    save_png(here.with_name("g4.png"), grid([x.permute(1, 2, 0).numpy() for x in pixels], 8, rows=["photo", *rows]))
+    pixels = [*photos[:1].repeat(4, 1, 1, 1), *(x for row in rows.values() for x in row[0, :4])]
+    save_png(here.with_name("g4.png"), grid([x.permute(1, 2, 0).numpy() for x in pixels], 4, rows=["photo", *rows]))
     print(result)
 
 
