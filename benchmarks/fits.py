@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     shown = people.images[torch.tensor(reference_rows(people, views))]  #              [I, V, 3, H, W]
     unseen = people.images[torch.stack([rows[views : views + UNSEEN] for rows in people.photos])]
     count, sites, layout = people.identities, find_sites(base.unet, base.text_encoder), Layout.of(base.targets())
-    standard = Standard([SFace()], None, shown[:, 0], unseen, [], {}, [])
+    standard = Standard([SFace()], None, shown, unseen, [], {}, [])
 
     def likeness(changes: Changes) -> float:
         pictures = draw(base, changes, count, [base.config.instance_prompt] * IMAGES, list(range(IMAGES)))

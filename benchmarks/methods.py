@@ -17,7 +17,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.precision import cpu_has_bf16
 from hyperdb.runtime.provenance import provenance
-from hyperdb.tuning.methods import Cohort
+from hyperdb.tuning.methods import Cohort, seconds_now
 from hyperdb.tuning.personalizer import Personalizer, to_images
 from hyperdb.tuning.prior import load_prior
 
@@ -54,19 +53,14 @@ def measure(words: list[str], repeats: int, out: str) -> dict[str, Any]:
     nobody = Cohort(model, torch.empty(0), 1)
     adapters = {row: nobody.adapter(method) for row, method in methods.items()}  # made once for a base, not a person
 
-    def now() -> float:
-        if model.base.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def seconds(row: str, photo: torch.Tensor, steps: int | None = None) -> float:
-        began = now()
+        began = seconds_now(model.base)
         cohort = Cohort(model, photo, 1)
         start = cohort.start(methods[row])
         if (fit := fits[row]) is not None:
             fit = replace(fit, steps=steps or fit.steps)
             cohort.train(adapters[row], fit, slice(0, 1), start, lambda _: None)
-        return now() - began
+        return seconds_now(model.base) - began
 
     found: dict[str, list[float]] = {row: [] for row in methods}
     for turn in range(repeats):

@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> None:
     base = whole.diffusion.load()
     sites, moments = find_sites(base.unet, base.text_encoder), base.moments(shown)[:, None]  # [I, 1, 2, c, h, w]
     prompts = [base.config.instance_prompt] * whole.images + whole.changed
-    standard = Standard([SFace()], None, shown, views, [], {}, [None] * len(whole.changed))
+    standard = Standard([SFace()], None, shown[:, None], views, [], {}, [None] * len(whole.changed))
     sha = hashlib.sha256(given.script.read_bytes()).hexdigest()
     own = trainable(base, adapter)[1]
 

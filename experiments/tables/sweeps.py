@@ -11,6 +11,7 @@ end of those that were tried is called so: a further one may be better.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ def choose(method: str, folder: Path) -> dict[str, Any]:
     if along is None or along.setting != f"methods.{method}.finetune.rate":
         raise UserError(f"{folder} holds no sweep; run `hyperdb evaluate -m experiment=sweep/{method}`")
     every = list(named.values())
+    if len({json.dumps(results.get("hypernet")) for results in every}) > 1:
+        raise UserError(f"{folder} holds results of several hypernetworks; delete those of the former ones")
     rows = [{"rate": along.values[i], **every[i]["rows"][method]} for i in along.order()]
     obedience = next((name for name in OBEDIENCE if all(name in row for row in rows)), None)
     obeyed = [row[obedience]["mean"] if obedience else 1.0 for row in rows]
     obedient = [i for i, x in enumerate(obeyed) if x >= OBEYED * max(obeyed)]
     best = max(obedient, key=lambda i: rows[i][LIKENESS]["mean"])
-    told = ("split", "people", "seeds", "base", "data", "commit", "dirty")
+    told = ("split", "people", "seeds", "base", "data", "hypernet", "commit", "dirty")
     return {
         "method": method,
         "rate": rows[best]["rate"],

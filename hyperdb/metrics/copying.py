@@ -1,8 +1,8 @@
-"""Is a likeness a copy? Background and pose taken over from the reference, and how varied a person's pictures are.
+"""Is a likeness a copy? Background and pose taken over from the given photos, and how varied a person's pictures are.
 
-Distances become similarities `1 - d / d0`, d0 the mean distance of people's other photos from their references: 1 is a
-copy, 0 as unlike as another photo. Drawing the average of all photos scores some .3 without copying, so compare with a
-row that cannot copy (another person's adapter).
+Distances become similarities `1 - d / d0`, d0 the mean distance of people's other photos from the given ones: 1 is a
+copy, 0 as unlike as another photo. Of several photos given the nearest one counts, on both sides. Drawing the average
+of all photos scores some .3 without copying, so compare with a row that cannot copy (another person's adapter).
 """
 
 from __future__ import annotations
@@ -43,19 +43,25 @@ def pose(images: Tensor) -> Tensor:
     return found
 
 
-def similarity(pictures: Tensor, reference: Tensor, others: Tensor) -> Tensor:
-    """Compare features of pictures `[J, K, C]` with the reference's `[I, C]`; `others [I, L, C]` set the scale. `[J]`.
+def _nearest(features: Tensor, given: Tensor) -> Tensor:
+    """Return the distance of features `[I, K, C]` from the nearest photo of those given `[I, V, C]`; NaN without."""
+    found = (features[:, :, None] - given[:, None]).norm(dim=-1).nan_to_num(torch.inf).amin(-1)
+    return torch.where(found.isfinite(), found, torch.nan)
 
-    The pictures are of all people or of the first J. Missing ones (NaN) are left out; a person with none counts 0.
+
+def similarity(pictures: Tensor, given: Tensor, others: Tensor) -> Tensor:
+    """Compare features of pictures `[J, K, C]` with those of the nearest photo given `[I, V, C]`, `[J]`.
+
+    `others [I, L, C]` set the scale. The pictures are of all people or of the first J. Missing ones (NaN) are left
+    out; a person with none counts 0.
     """
-    d = (pictures - reference[: len(pictures), None]).norm(dim=-1).nanmean(1)
-    d0 = (others - reference[:, None]).norm(dim=-1).nanmean()
-    return (1 - d / d0).nan_to_num(0.0)
+    d = _nearest(pictures, given[: len(pictures)]).nanmean(1)
+    return (1 - d / _nearest(others, given).nanmean()).nan_to_num(0.0)
 
 
 def diversity(images: Tensor) -> Tensor:
-    """Return the mean root mean square between a person's pictures `[I, K, 3, H, W]`, `[I]`, in 0 .. 1."""
+    """Return the mean root mean square between a person's pictures `[I, K, 3, H, W]`, K >= 2, `[I]`, in 0 .. 1."""
     cells = _cells(images.flatten(0, 1)).flatten(1).unflatten(0, images.shape[:2])
     k = cells.shape[1]
     distances = torch.cdist(cells, cells) / cells.shape[-1] ** 0.5
-    return distances.sum((1, 2)) / max(1, k * (k - 1))
+    return distances.sum((1, 2)) / (k * (k - 1))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import cv2
 import torch
 from torch import Tensor
 
 from hyperdb.runtime.files import hash_picture, load_made, save_tensors
+from hyperdb.runtime.version import __version__
 
 
 @runtime_checkable
@@ -38,13 +40,15 @@ class TextFeature(Feature, Protocol):
 class Remembered:
     """A frozen encoder that keeps what it made of each picture in a file, so that it looks at none twice.
 
-    Pictures are told by their content, whichever run shows them. A file of another encoder is made anew.
+    Pictures are told by their content, whichever run shows them. A file of another encoder, or of another version of
+    what finds faces, is made anew.
     """
 
     def __init__(self, feature: Feature, path: Path) -> None:
         self.feature, self.path = feature, path
         self.name, self.dim = feature.name, feature.dim
-        self.told = {"name": feature.name, "digest": str(getattr(feature, "digest", ""))}
+        by = {"hyperdb": __version__, "opencv": cv2.__version__}  # what finds and aligns a face
+        self.told = {"name": feature.name, "digest": str(getattr(feature, "digest", "")), **by}
         self.seen: dict[int, Tensor] = {}
         made = load_made(path)
         if made is not None and made[1] == self.told:

@@ -30,10 +30,10 @@ RATES = ("rank1", "detected")  # figures that are summarised by their mean alone
 class Standard:
     """What people's pictures are measured against.
 
-    `reference [I, 3, H, W]` is the photo of each that was given, `views [I, K, 3, H, W]` are further ones. The last
-    pictures of a person are drawn in `styles`, one each; `styled` has views of everybody in each style. Those before
-    them, one for each of `changed`, are photos under other prompts than the plain one: in the place that is named, or
-    in none (None).
+    `given [I, V, 3, H, W]` are the photos of each that could be learned from, and a row has learned from the first
+    `photos[row]` of them, from one if it is not named; `views [I, K, 3, H, W]` are further ones. The last pictures of a
+    person are drawn in `styles`, one each; `styled` has views of everybody in each style. Those before them, one for
+    each of `changed`, are photos under other prompts than the plain one: in the place that is named, or in none (None).
 
     `encoders` judge whole pictures by two figures, both over all prompts of a person, each of which counts once: the
     plain pictures are of one prompt, so their mean is one value. Beside them stands each kind of prompt alone, with
@@ -41,7 +41,7 @@ class Standard:
 
     - Likeness, `dino`, `vicreg` and `clip_i`: the mean cosine of a picture with each of the `views`, as DreamBooth
       (Ruiz et al. 2023) has it. The views are always photos, so a picture in a style loses by it: compare rows, not
-      prompts. The reference is not among them.
+      prompts. The given photos are not among them.
     - Fidelity, `clip_t`: the cosine of a picture with its prompt, from which the identifier is taken out, for it means
       nothing to CLIP. Textual Inversion (Gal et al. 2022) does so too ("a photo of on the moon"); DreamBooth does not
       say. The noun stays: "a photo of a [V] face" is compared with "a photo of a face".
@@ -49,13 +49,14 @@ class Standard:
 
     recognisers: Sequence[Feature]  # the figures of the first have no suffix
     judge: Judge | None  # of styles; None: whether a style is obeyed is not asked
-    reference: Tensor
+    given: Tensor
     views: Tensor
     styles: list[str]
     styled: Mapping[str, Tensor]
     changed: list[str | None] = field(default_factory=list)
     encoders: list[Feature] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)  # one a picture, without [V]; only encoders read them
+    photos: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def _galleries(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -72,7 +73,7 @@ class Standard:
     def measure(self, pictures: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return {row: {figure: `[J]`}} of each row's pictures `[J, K, 3, H, W]` uint8, of all people or the first."""
         return {
-            row: self._likeness(images) | self._further(images) | self._whole(images)
+            row: self._likeness(images) | self._further(images, self.photos.get(row, 1)) | self._whole(images)
             for row, images in pictures.items()
         }
 
@@ -99,13 +100,14 @@ class Standard:
                 score[f"detected_styled{suffix}"] = rest.isfinite().all(-1).float().mean(1)
         return score
 
-    def _further(self, images: Tensor) -> dict[str, Tensor]:
+    def _further(self, images: Tensor, photos: int) -> dict[str, Tensor]:
         score: dict[str, Tensor] = {}
         photo, changed, rest = self._apart(images)
         for name, what in (("background", copying.background), ("pose", copying.pose)):
-            others = _each(what, self.views)
-            score[f"copy_{name}"] = copying.similarity(_each(what, photo), what(self.reference), others)
-        score["diversity"] = copying.diversity(photo)
+            drawn, given, others = (_each(what, x) for x in (photo, self.given[:, :photos], self.views))
+            score[f"copy_{name}"] = copying.similarity(drawn, given, others)
+        if photo.shape[1] > 1:
+            score["diversity"] = copying.diversity(photo)
         for figure, label, pictures, words in (
             ("style_accuracy", "style", rest, self.styles),
             ("place_accuracy", "place", changed, self.changed),

@@ -43,17 +43,24 @@ def _methods(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
-    """Return the setting in which results differ; None if there are several or none, or the same value twice.
+    """Return the setting in which results of one base and the same data differ.
+
+    None if there are several or none, or the same value twice.
 
     Settings that follow from each other, such as the rate of the fine-tuning and that of a row, count as one, by the
     first name. A setting that only some of the results have differs too.
     """
-    told = [_flat({**found.get("settings", {}), "methods": _methods(found)}) for found in named.values()]
+    every = list(named.values())
+    if len(every) < 2 or any(found.get(name) != every[0].get(name) for found in every for name in ("base", "data")):
+        return None
+    common = set.intersection(*(set(_methods(found)) for found in every))  # a row more is no setting
+    methods = [{row: how for row, how in _methods(found).items() if row in common} for found in every]
+    told = [_flat({**found.get("settings", {}), "methods": m}) for found, m in zip(every, methods, strict=True)]
     columns: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for one in told for key in one):
         columns[key] = [json.dumps(one.get(key)) for one in told]
     differ = {key: values for key, values in columns.items() if len(set(values)) > 1}
-    if not all("settings" in found for found in named.values()) or len({tuple(v) for v in differ.values()}) != 1:
+    if not all("settings" in found for found in every) or len({tuple(v) for v in differ.values()}) != 1:
         return None
     setting, values = next(iter(differ.items()))
     return Axis(setting, [json.loads(value) for value in values]) if len(set(values)) == len(values) else None

@@ -406,6 +406,7 @@ def run(config: Config) -> Path:
     shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
     views = people.images[torch.stack([r[given:used] for r in rows])]  #            [I, K, 3, H, W]
     photos = config.images + len(config.changed)
+    repeated = any(len(r) - used < config.images for r in rows)  # then they are no measure of how varied photos are
     cycled = [[r[used + k % (len(r) - used)] for k in range(photos)] for r in rows]
     others = people.images[torch.tensor(cycled)]  #                                 [I, images + changed, 3, H, W]
     pairs = [word.partition("/")[::2] for word in config.styled]
@@ -413,6 +414,7 @@ def run(config: Config) -> Path:
     if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
         raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
     styled = styled_views(people, rows, styles)
+    unasked = {**UNASKED, "ceiling": (*UNASKED["ceiling"], "diversity")} if repeated else UNASKED
     best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, others + styled, 3, H, W]
     model = Personalizer(config)
     base = model.base
@@ -449,8 +451,8 @@ def run(config: Config) -> Path:
     standard = Standard(  # before the long part: what is missing is said now
         looking,
         Judge.load(resolve("package:embedded/judge.safetensors")) if styles or any(places) else None,
-        shown[:, 0], views, styles, {style: renders[:, 1:] for style, renders in styled.items()}, places,
-        encoders, [base.config.plain_prompt(text) for text in prompts],
+        shown, views, styles, {style: renders[:, 1:] for style, renders in styled.items()}, places,
+        encoders, [base.config.plain_prompt(text) for text in prompts], seen,
     )  # fmt: skip
     fits = {row: config.fit(row) for row in config.rows}
     if model.prior is None and any(fit is not None and fit.prior_weight > 0 for fit in fits.values()):
@@ -496,7 +498,7 @@ def run(config: Config) -> Path:
         of_seed = {row: images[seed] for row, images in drawn.items() if seed < len(images)}
         for row, score in standard.measure(of_seed).items():
             for name, values in score.items():
-                if name not in UNASKED.get(row, ()):
+                if name not in unasked.get(row, ()):
                     found[row].setdefault(name, []).append(values.double().numpy().round(6))
     scores = {row: {name: np.stack(v, 1) for name, v in score.items()} for row, score in found.items()}  # [I, S] each
     figures = ["cosine", *(name for name in FURTHER if any(name in score for score in scores.values()))]

@@ -71,16 +71,22 @@ def _files(name: str) -> list[str]:
 
 
 def _beside_the_first(named: Mapping[str, Mapping[str, Any]], along: Axis) -> dict[str, Any]:
-    """Return the paired differences of each value's rows from the first value's, of the same people and seeds."""
+    """Return the paired differences of each value's rows from the first's, of the same people, photos and seeds."""
     import numpy as np
 
     from hyperdb.metrics.score import paired
 
     every, (first, *others) = list(named.values()), along.order()
     found: dict[str, dict[str, Any]] = {"cosine": {}}
+
+    def judged(results: Mapping[str, Any]) -> tuple[Any, ...]:
+        told = results.get("settings", {})
+        kept = told.get("given") or told.get("photos")
+        return results.get("persons"), told.get("views"), told.get("reference"), kept
+
     for place in others:
         one, two = every[place], every[first]
-        if one.get("persons") is None or one["persons"] != two.get("persons"):
+        if one.get("persons") is None or judged(one) != judged(two):
             continue
         for row, figures in one.get("values", {}).items():
             before = two.get("values", {}).get(row, {})

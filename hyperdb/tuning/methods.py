@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hyperdb.adapters.base import Adapter, Changes, Factors
+    from hyperdb.diffusion.base import Base
     from hyperdb.tuning.personalizer import Personalizer
 
 STARTS = ("own", "average", "another")
@@ -110,6 +111,15 @@ def _joined(adapter: Adapter, parts: list[dict[str, Tensor]]) -> Changes:
     }
 
 
+def seconds_now(base: Base) -> float:
+    """Return the seconds of a clock, once the base's device has done all that it was given."""
+    import torch
+
+    if base.device.type == "cuda":
+        torch.cuda.synchronize(base.device)
+    return time.perf_counter()
+
+
 class Cohort:
     """I people, whose V photos each `[I, V, 3, H, W]` uint8 are given; `batch` of them are trained in one pass."""
 
@@ -126,10 +136,10 @@ class Cohort:
         if refinements not in self._predictions:
             trained = hypernet.config.iterations
             hypernet.refine(trained if refinements is None else refinements)
-            began = time.perf_counter()
+            began = seconds_now(base)
             with torch.no_grad(), base.autocast():
                 tokens = hypernet(self.photos.flatten(0, 1)).unflatten(0, self.photos.shape[:2]).mean(1)
-            self._predictions[refinements] = tokens, (time.perf_counter() - began) / len(self.photos)
+            self._predictions[refinements] = tokens, (seconds_now(base) - began) / len(self.photos)
             hypernet.refine(trained)
         return self._predictions[refinements]
 
@@ -200,12 +210,12 @@ class Cohort:
         images, seconds = [], 0.0
         for first in range(people.start, people.stop, together):
             some = slice(first, min(people.stop, first + together))
-            began = time.perf_counter()
+            began = seconds_now(base)
             changes = select(start, some) if start is not None else None
             if adapter is not None and settings is not None:
                 seeded = replace(settings, seed=settings.seed + seed)
                 changes = both(changes, self.train(adapter, seeded, some, start, progress, begins))
-            seconds += time.perf_counter() - began
+            seconds += seconds_now(base) - began
             each = some.stop - some.start
             drawn = draw(
                 base, changes, each, prompts, noises, strength=method.strength, hybrid=method.hybrid, progress=progress

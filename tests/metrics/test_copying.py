@@ -12,14 +12,25 @@ from hyperdb.metrics import copying
 def features():
     g = torch.Generator().manual_seed(0)
     reference = torch.randn(5, 4, generator=g)
-    return reference, reference[:, None] + torch.randn(5, 6, 4, generator=g)
+    return reference[:, None], reference[:, None] + torch.randn(5, 6, 4, generator=g)
 
 
 def test_similarity_is_zero_for_other_photos_and_one_for_a_copy(features):
     reference, others = features
     assert copying.similarity(others, reference, others).mean().item() == pytest.approx(0, abs=1e-5)
-    copies = reference[:, None].repeat(1, 3, 1)
+    copies = reference.repeat(1, 3, 1)
     assert torch.allclose(copying.similarity(copies, reference, others), torch.ones(5))
+
+
+def test_of_several_photos_the_nearest_one_counts(features):
+    _, photos = features
+    given, others = photos[:, :2], photos[:, 2:]
+    assert torch.allclose(copying.similarity(given.flip(1), given, others), torch.ones(5))  # of another one
+    assert copying.similarity(others, given, others).mean().item() == pytest.approx(0, abs=1e-5)
+    unseen = given.clone()
+    unseen[:, 1] = float("nan")  # no face in the second one: the first is left
+    one = copying.similarity(others[:, :1], given[:, :1], others)
+    assert torch.allclose(copying.similarity(others[:, :1], unseen, others), one)
 
 
 def test_missing_faces_are_left_out(features):

@@ -49,7 +49,7 @@ def standard():
     """Two people, a red and a green one, who are blue and red in sketches and cartoons."""
     styled = {"sketch": colours("b", "r"), "cartoon": colours("b", "r")}
     views = colours("rr", "gg")
-    return Standard([Mean(), Second()], Word(), views[:, 0], views, ["sketch", "cartoon"], styled)
+    return Standard([Mean(), Second()], Word(), views[:, :1], views, ["sketch", "cartoon"], styled)
 
 
 def test_pictures_are_measured_person_by_person(standard):
@@ -82,7 +82,7 @@ def test_pictures_under_changed_prompts_are_judged_apart(standard):
 
 
 def test_without_styles_nothing_is_asked_of_them(standard):
-    alone = Standard([Mean()], None, standard.reference, standard.views, [], {})
+    alone = Standard([Mean()], None, standard.given, standard.views, [], {})
     found = alone.measure({"row": colours("rrrr", "gggg")})["row"]
     assert set(found) == {"cosine", "detected", "rank1", "copy_background", "copy_pose", "diversity"}
 

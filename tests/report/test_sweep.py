@@ -48,6 +48,13 @@ def test_a_row_that_names_no_strength_was_drawn_as_trained():
     assert (along.setting, along.values) == ("methods.lora.strength", [0.5, 1.0, 0.0])
 
 
+def test_a_row_that_only_some_of_the_results_have_is_no_setting():
+    how = {"finetune": {"steps": 5}}
+    more = result(a=2, methods={"lora": how, "floor": {"start": None}})
+    assert found(result(a=1, methods={"lora": how}), more).setting == "a"
+    assert found(result(methods={"lora": how}), result(methods={"lora": how, "copy": {}})) is None
+
+
 def test_a_row_is_followed_along_the_number_of_its_own_method():
     """Beside rows that stay as they are, and files that do not have it: so several methods' sweeps are one picture."""
     steps = (40, 5, 160)
@@ -71,6 +78,8 @@ def test_a_row_is_followed_along_the_number_of_its_own_method():
         [result(a=1), result(a=1)],  # none
         [result(a=1), result(a=2), result(a=1)],  # a value twice
         [result(a=1), {**result(a=2), "settings": {}}, {"rows": {}, "people": 3}],  # no settings: an older file
+        [{**result(a=1), "base": "b"}, {**result(a=2), "base": "c"}],  # another base, other data
+        [{**result(a=1), "data": "b"}, {**result(a=2), "data": "c"}],
     ],
 )
 def test_results_that_do_not_differ_in_one_setting(results):
@@ -105,7 +114,7 @@ def test_the_picture_is_the_same_again_and_differs_with_the_figures(tmp_path):
 
 def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_path):
     choose = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "tables" / "sweeps.py"))["choose"]
-    told = {"split": "validation", "seeds": 1, "base": "b", "data": "d", "commit": None, "dirty": None}
+    told = {"split": "validation", "seeds": 1, "base": "b", "data": "d", "hypernet": {}, "commit": "c", "dirty": None}
     for rate, changed, obeyed in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.95), (1e-3, 0.45, 0.92)):
         one = result(methods={"lora": {"finetune": {"rate": rate}}}) | told
         for figure, value in (("cosine_changed", changed), ("place_accuracy", obeyed)):
@@ -116,6 +125,10 @@ def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_pat
     assert (found["rate"], found["at_an_end"]) == (1e-4, False)  # .003 repeats the photo
     assert [one["rate"] for one in found["rates"]] == [1e-5, 1e-4, 1e-3, 3e-3]
     assert found["chosen_by"]["obedience"] == "place_accuracy"
+    former = {**one, "hypernet": {"digest": "f"}, "methods": {"lora": {"finetune": {"rate": 1e-5}}}}
+    (tmp_path / "sweep" / "rate=1e-05" / "results.json").write_text(json.dumps(former))
+    with pytest.raises(UserError, match="holds results of several hypernetworks"):
+        choose("lora", tmp_path / "sweep")
     (tmp_path / "sweep" / "rate=1e-05" / "results.json").unlink()
     assert choose("lora", tmp_path / "sweep")["at_an_end"]
     for method, folder in (("svdiff", "sweep"), ("lora", "none")):

@@ -90,6 +90,20 @@ def test_a_folder_of_an_ablation_is_one_table_and_one_picture(small, capsys):
     assert "results=empty: this folder holds no results.json" in capsys.readouterr().err
 
 
+def test_values_that_other_photos_judge_are_not_compared_person_by_person(small):
+    found = json.loads(small.read_text())
+    for photos in (1, 4):
+        Path(f"runs/{photos}").mkdir(parents=True)
+        told = {**found, "settings": {"photos": photos, "given": None}, "persons": [7, 8, 9]}
+        told["values"] = {"a": {"cosine": [[0.1, 0.2, photos / 16]]}}
+        Path(f"runs/{photos}/results.json").write_text(json.dumps(told))
+    assert " − " not in (config.run("report", ["results=runs"]) / "table.md").read_text()
+    for file in Path("runs").glob("*/results.json"):
+        told = json.loads(file.read_text())
+        file.write_text(json.dumps({**told, "settings": {**told["settings"], "given": 4}}))
+    assert "a; photos 4 − a; photos 1" in (config.run("report", ["results=runs", "name=same"]) / "table.md").read_text()
+
+
 def test_without_matplotlib_there_are_tables(small, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = config.run("report", [f"results={small}"])

@@ -200,7 +200,7 @@ def test_a_trained_judge_judges(name, tiny_base, rendered, tmp_path):
     assert found(torch.zeros(1, 3, 50, 70, dtype=torch.uint8)).isfinite().all()  # no face, another size
     photos = people.images[torch.stack([rows[:1] for rows in people.photos])]
     recognised, whole = ([found], []) if name == "verifier" else ([], [found])
-    standard = Standard(recognised, None, photos[:, 0], photos, [], {}, [], whole, ["a photo of a face"])
+    standard = Standard(recognised, None, photos, photos, [], {}, [], whole, ["a photo of a face"])
     score = standard.measure({"photos": photos})["photos"]
     figure = {"clip": "clip_i", "vicreg": "vicreg", "verifier": "cosine"}[name]
     assert torch.allclose(score[figure], torch.ones(4, dtype=score[figure].dtype), atol=1e-5)

@@ -64,7 +64,7 @@ def main(specs: list[str]) -> None:
     prior = load_prior(base, whole.prior, Path("runs/gates/prior.safetensors"))
     feature, judge = SFace(), Judge.load(resolve("package:embedded/judge.safetensors"))
     some = {style: renders[:PEOPLE] for style, renders in styled.items()}
-    standard = Standard([feature], judge, reference[:PEOPLE], views[:PEOPLE], STYLED, some)
+    standard = Standard([feature], judge, reference[:PEOPLE, None], views[:PEOPLE], STYLED, some)
     gallery = galleries(feature, views)
     prompts = [base.config.instance_prompt] * PHOTOS + [prompt(style, "[V]") for style in STYLED]
     path = here.with_name("g2.json")

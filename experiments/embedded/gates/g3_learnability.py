@@ -98,10 +98,12 @@ def main(out: str = "g3.json", *words: str) -> None:
     cosines = {k: face_cosine(judge, v, known).mean(1) for k, v in drawn.items()}
     result["face_cosine"] = {k: v.mean().item() for k, v in cosines.items()}
     result["fit_minus"] = {k: paired(cosines["fit"].numpy(), v.numpy(), 0) for k, v in cosines.items() if k != "fit"}
+    views = settings.fit.views
     for name, feature in (("pose", pose), ("background", background)):
-        reference, others = feature(people.images[rows[:, 0]]), feature(unseen.flatten(0, 1)).unflatten(0, (-1, 5))
+        given = feature(people.images[rows[:, :views].flatten()]).unflatten(0, (-1, views))
+        others = feature(unseen.flatten(0, 1)).unflatten(0, (-1, 5))
         pictures = {k: feature(v.flatten(0, 1)).unflatten(0, v.shape[:2]) for k, v in drawn.items()}
-        result[f"{name}_copied"] = {k: similarity(v, reference, others).mean().item() for k, v in pictures.items()}
+        result[f"{name}_copied"] = {k: similarity(v, given, others).mean().item() for k, v in pictures.items()}
     save_json(Path(__file__).parent / out, {**result, "base": base.digest, "index": store.index, **provenance()})
     print({k: v for k, v in result.items() if k != "index"})
 

@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> None:
         if settings.methods[instead].start is None:
             show(f"{row}-fitted", new, personalised(settings, away, shown, instead))
 
-    standard = Standard([SFace()], None, shown, views, [], {}, [None] * len(settings.changed))
+    standard = Standard([SFace()], None, shown[:, None], views, [], {}, [None] * len(settings.changed))
     scores = {
         row: {name: values.double().numpy().round(6)[:, None] for name, values in score.items()}
         for row, score in standard.measure(pictures).items()

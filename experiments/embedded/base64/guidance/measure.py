@@ -125,7 +125,7 @@ class Studio:
         styled = {k: v[:, 1:] for k, v in styled_views(everyone, rows[:people], words_only).items()}
         self.standard = Standard(
             [RECOGNISERS[name]() for name in self.config.recognisers],
-            Judge.load(resolve("package:embedded/judge.safetensors")), self.shown, views, words_only, styled,
+            Judge.load(resolve("package:embedded/judge.safetensors")), self.shown[:, None], views, words_only, styled,
         )  # fmt: skip
         self.model = Personalizer(self.config)
         self.base = self.model.base

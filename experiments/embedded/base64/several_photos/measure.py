@@ -16,7 +16,7 @@ import torch
 from hyperdb import config
 from hyperdb.data.people import load_people
 from hyperdb.faces.image import grid, save_png
-from hyperdb.metrics.copying import background, pose
+from hyperdb.metrics.copying import background, pose, similarity
 from hyperdb.metrics.face import SFace
 from hyperdb.metrics.likeness import galleries
 from hyperdb.metrics.score import bootstrap, cosine, paired
@@ -40,16 +40,10 @@ SHOWN = 6  # people in the picture
 def copied(what: Any, pictures: torch.Tensor, given: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
     """Compare pictures `[I, K, ...]` with the nearest photo given `[I, V, ...]`: 1 is a copy, 0 as another photo.
 
-    As `hyperdb.metrics.copying.similarity`, which knows of one photo; the other photos `[I, L, ...]` set the scale.
+    The other photos `[I, L, ...]` set the scale.
     """
     drawn, photos, further = (what(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in (pictures, given, others))
-
-    def nearest(features: torch.Tensor) -> torch.Tensor:
-        distance = (features[:, :, None] - photos[:, None]).norm(dim=-1)  #          [I, K, V]
-        found = distance.nan_to_num(torch.inf).amin(-1)
-        return torch.where(found.isfinite(), found, torch.nan)
-
-    return bootstrap((1 - nearest(drawn).nanmean(1) / nearest(further).nanmean()).nan_to_num(0.0).numpy(), seed=0)
+    return bootstrap(similarity(drawn, photos, further).numpy(), seed=0)
 
 
 def main() -> None:
