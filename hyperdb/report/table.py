@@ -138,7 +138,7 @@ def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
     """Return the table of rows and, if there are some, that of paired differences."""
     rows, pairs = results["rows"], _pairs(results)
     columns = {name: column for name, column in _columns(rows.values()).items() if column.brief or not brief}
-    table = [["embedded base" if brief else "way to personalise", *(column.label for column in columns.values())]]
+    table = [["way to personalise", *(column.label for column in columns.values())]]
     for name, row in rows.items():
         cells = [_cell(row, figure, column.digits) for figure, column in columns.items() if figure != "cosine"]
         table.append([_label(results, name), _interval(row["cosine"]), *cells])

@@ -24,7 +24,7 @@ def test_what_a_row_was_not_asked_is_a_dash():
     rows = {"floor": row(label="base", cosine_changed=changed, style_accuracy=styled),
             "copy": row(label="photo", cosine_changed={**changed, "mean": 0.8})}  # fmt: skip
     table = markdown({"rows": rows, "paired": {}}).splitlines()
-    assert table[0] == "| embedded base | face cosine | rank-1 | face cosine, changed prompt | style obeyed |"
+    assert table[0] == "| way to personalise | face cosine | rank-1 | face cosine, changed prompt | style obeyed |"
     assert table[2].endswith("| 0.25 | 0.457 | 0.99 |")
     assert table[3].endswith("| 0.25 | 0.800 | — |")
 
@@ -126,7 +126,7 @@ def test_rows_of_fewer_people_say_so():
     rows = {"all": row(people=50), "few": row(people=10)}
     found = {"rows": rows, "paired": {"few-all": rows["all"]["cosine"]}, "people": 50}
     lines = markdown(found).splitlines()
-    assert lines[0] == "| embedded base | face cosine | people | rank-1 |"
+    assert lines[0] == "| way to personalise | face cosine | people | rank-1 |"
     assert lines[3] == "| few | 0.500 [0.400, 0.600] | 10 | 0.25 |"
     assert lines[-3] == "| paired difference | mean [95 % interval over people] | people |"
     assert lines[-1] == "| few − all | 0.500 [0.400, 0.600] | 10 |"
