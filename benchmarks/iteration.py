@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from hyperdb.runtime.files import save_json
 from hyperdb.runtime.precision import cpu_has_bf16
 from hyperdb.runtime.provenance import provenance
 from hyperdb.tuning.fit import fit
+from hyperdb.tuning.methods import seconds_now
 
 WARM = 3  # turns before the first that counts: until then the C library's heap still grows
 
@@ -47,24 +47,19 @@ def measure(words: list[str]) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"iteration": [], "bare": []}
     embedding = base.text_encoder.get_input_embeddings()
 
-    def now() -> float:
-        if base.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    clock = now()
+    clock = seconds_now(base)
 
     def bare(step: int, _: float) -> None:
         nonlocal clock
-        seconds["iteration"].append(now() - clock)
-        began = now()
+        seconds["iteration"].append(seconds_now(base) - clock)
+        began = seconds_now(base)
         reach = embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
         z = latents.clone().requires_grad_()
         predict(base, z, noise, t, ids).square().mean().backward()
         reach.remove()
-        seconds["bare"].append(now() - began)
+        seconds["bare"].append(seconds_now(base) - began)
         print(f"{step:3d}  iteration {seconds['iteration'][-1]:.3f} s  bare {seconds['bare'][-1]:.3f} s", flush=True)
-        clock = now()
+        clock = seconds_now(base)
 
     first = latents[None, :1]
     moments = torch.stack([first, torch.zeros_like(first)], 2)  #                   [1, 1, 2, c, h, w]

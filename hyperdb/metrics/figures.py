@@ -56,7 +56,7 @@ class Standard:
     changed: list[str | None] = field(default_factory=list)
     encoders: list[Feature] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)  # one a picture, without [V]; only encoders read them
-    photos: Mapping[str, int] = field(default_factory=dict)
+    photos: Mapping[str, int] = field(default_factory=dict)  # of those given, by the row
 
     @cached_property
     def _galleries(self) -> list[tuple[Tensor, dict[str, Tensor]]]:

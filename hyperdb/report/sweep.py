@@ -43,9 +43,9 @@ def _methods(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
-    """Return the setting in which results of one base and the same data differ.
+    """Return the setting in which results of one base and the same data differ, None for others.
 
-    None if there are several or none, or the same value twice.
+    None too if there are several or none, or the same value twice.
 
     Settings that follow from each other, such as the rate of the fine-tuning and that of a row, count as one, by the
     first name. A setting that only some of the results have differs too.
@@ -53,9 +53,12 @@ def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
     every = list(named.values())
     if len(every) < 2 or any(found.get(name) != every[0].get(name) for found in every for name in ("base", "data")):
         return None
-    common = set.intersection(*(set(_methods(found)) for found in every))  # a row more is no setting
-    methods = [{row: how for row, how in _methods(found).items() if row in common} for found in every]
-    told = [_flat({**found.get("settings", {}), "methods": m}) for found, m in zip(every, methods, strict=True)]
+    methods = [_methods(found) for found in every]
+    common = set.intersection(*map(set, methods))  # a row more is no setting
+    told = [
+        _flat({**found.get("settings", {}), "methods": {row: how for row, how in each.items() if row in common}})
+        for found, each in zip(every, methods, strict=True)
+    ]
     columns: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for one in told for key in one):
         columns[key] = [json.dumps(one.get(key)) for one in told]

@@ -406,7 +406,6 @@ def run(config: Config) -> Path:
     shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
     views = people.images[torch.stack([r[given:used] for r in rows])]  #            [I, K, 3, H, W]
     photos = config.images + len(config.changed)
-    repeated = any(len(r) - used < config.images for r in rows)  # then they are no measure of how varied photos are
     cycled = [[r[used + k % (len(r) - used)] for k in range(photos)] for r in rows]
     others = people.images[torch.tensor(cycled)]  #                                 [I, images + changed, 3, H, W]
     pairs = [word.partition("/")[::2] for word in config.styled]
@@ -414,7 +413,6 @@ def run(config: Config) -> Path:
     if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
         raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
     styled = styled_views(people, rows, styles)
-    unasked = {**UNASKED, "ceiling": (*UNASKED["ceiling"], "diversity")} if repeated else UNASKED
     best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, others + styled, 3, H, W]
     model = Personalizer(config)
     base = model.base
@@ -493,6 +491,8 @@ def run(config: Config) -> Path:
         return out
 
     # --- scores: a value a person and seed
+    repeated = any(len(r) - used < config.images for r in rows)  # photos that tell nothing of how varied they are
+    unasked = {**UNASKED, "ceiling": (*UNASKED["ceiling"], "diversity")} if repeated else UNASKED
     found: dict[str, dict[str, list[Any]]] = {row: {} for row in config.rows}
     for seed in range(config.seeds):
         of_seed = {row: images[seed] for row, images in drawn.items() if seed < len(images)}
