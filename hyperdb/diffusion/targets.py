@@ -104,7 +104,10 @@ def find_sites(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]
     return {name: module for name, module in found.items() if isinstance(module, nn.Linear | nn.Conv2d)}
 
 
-SETS = ("attention", "unet_attention", "cross_kv", "kv", "unet", "everything", "token", "custom", "e4t")
+SETS = (
+    *("attention", "attention_unet", "without_geglu", "unet_attention", "cross_kv", "kv", "unet", "everything"),
+    *("token", "custom", "e4t"),
+)
 TOKENS = "text_encoder.embeddings.token_embedding"
 
 
@@ -124,14 +127,18 @@ def _places(part: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]:
     """Return a set of places, in the order of the modules. Raises `UserError` for a name that is none of `SETS`.
 
-    attention: the paper's layers (`find_targets`); unet_attention: of these, query, key, value and output of the UNet's
-    attention; cross_kv: keys and values of its attention to the text (Custom Diffusion, without its word); kv: those of
+    attention: the paper's layers (`find_targets`); attention_unet: of these, those of the UNet; without_geglu: all but the
+    GEGLUs' projections; unet_attention: query, key, value and output of the UNet's attention; cross_kv: keys and values of its attention to the text (Custom Diffusion, without its word); kv: those of
     its attention to itself as well (A1111's hypernetworks); unet: every weight and bias of the UNet (DreamBooth);
     everything: the text encoder's as well; token: the embedding of the words (Textual Inversion); custom: this
     embedding, then cross_kv; e4t: this embedding, then unet_attention.
     """
     if which == "attention":
         return dict(find_targets(unet, text_encoder))
+    if which == "attention_unet":
+        return {name: m for name, m in find_targets(unet, text_encoder).items() if name.startswith("unet.")}
+    if which == "without_geglu":
+        return {name: m for name, m in find_targets(unet, text_encoder).items() if not name.endswith(".proj")}
     if which in ("cross_kv", "kv", "unet_attention"):
         attentions = [(f"unet.{path}", m) for path, m in _modules(unet) if isinstance(m, Attention)]
         paths = [path for path, m in attentions if m.is_cross_attention or which != "cross_kv"]

@@ -324,6 +324,17 @@ def test_targets_are_every_attention_and_geglu_by_name(base: Base) -> None:
     assert (cross.out_features, cross.in_features) == (32, 32)
 
 
+def test_sets_leave_out_what_they_say(base: Base) -> None:
+    every = set(base.places("attention"))
+    geglu = {name for name in every if name.endswith(".net.0.proj")}
+    words = {name for name in every if name.startswith("text_encoder.")}
+    assert geglu
+    assert words
+    assert set(base.places("attention_unet")) == every - words
+    assert set(base.places("without_geglu")) == every - geglu
+    assert set(base.places("unet_attention")) == every - words - geglu
+
+
 def test_base_hash_is_the_same_in_every_dtype_and_not_after_fine_tuning(config: DiffusionConfig) -> None:
     base = config.load()
     before = base_hash(base.targets())
