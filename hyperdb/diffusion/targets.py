@@ -127,11 +127,12 @@ def _places(part: str, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]:
     """Return a set of places, in the order of the modules. Raises `UserError` for a name that is none of `SETS`.
 
-    attention: the paper's layers (`find_targets`); attention_unet: of these, those of the UNet; without_geglu: all but the
-    GEGLUs' projections; unet_attention: query, key, value and output of the UNet's attention; cross_kv: keys and values of its attention to the text (Custom Diffusion, without its word); kv: those of
-    its attention to itself as well (A1111's hypernetworks); unet: every weight and bias of the UNet (DreamBooth);
-    everything: the text encoder's as well; token: the embedding of the words (Textual Inversion); custom: this
-    embedding, then cross_kv; e4t: this embedding, then unet_attention.
+    attention: the paper's layers (`find_targets`); attention_unet: of these, those of the UNet; without_geglu: all
+    but the GEGLUs' projections; unet_attention: query, key, value and output of the UNet's attention; cross_kv:
+    keys and values of its attention to the text (Custom Diffusion, without its word); kv: those of its attention to
+    itself as well (A1111's hypernetworks); unet: every weight and bias of the UNet (DreamBooth); everything: the
+    text encoder's as well; token: the embedding of the words (Textual Inversion); custom: this embedding, then
+    cross_kv; e4t: this embedding, then unet_attention.
     """
     if which == "attention":
         return dict(find_targets(unet, text_encoder))
