@@ -178,6 +178,8 @@ def test_settings(in_tmp, capsys, words, said):
         (["edit", "adapter=a", "out=Zo\udceb"], "is not UTF-8"),
         (["personalize", "image="], "image is empty"),
         (["personalize", "image=a.png", "start="], "start is empty"),
+        (["personalize", "image=a.png", "adapter=textual_inversion", "start=b"], "begins at the class word, not at"),
+        (["personalize", "image=a.png", "adapter=e4t", "start=b"], "leave out start, or choose one"),
         (["edit", "adapter=[a,'']"], "adapter is empty"),
         (["personalize", "image=a.png", "finetune.rate=nan"], "finetune.rate=nan: expected a finite number"),
         (["edit", "adapter=[a,b]", "shares=[inf,0]"], "shares=inf: expected a finite number"),

@@ -65,7 +65,8 @@ class Subspace(DenseChange):
         return moved.pair(*site.svd, site.shape).settled(site)
 
     def check(self, site: Site) -> None:
-        """Raise `UserError` for no matrix, or for more numbers than it has singular values."""
+        """Raise `UserError` for no matrix, for more numbers than singular values, for a weight stored in fewer bits."""
+        site.require_whole()
         rank = self.tensors[0].shape[1]
         if site.kind not in ("linear", "conv") or rank > values(site.shape):
             raise UserError(f"{site.name} {list(site.shape)} has not {rank} singular values")
@@ -104,10 +105,10 @@ def energy(pair: LowRank) -> float:
 
 
 # dW_t = U_t U_t^T dW V_t V_t^T
-def projected(pair: LowRank, u: Tensor, vt: Tensor, rank: int) -> LowRank:
+def projected(pair: LowRank, u: Tensor, vt: Tensor, rank: int | None) -> LowRank:
     """Return a change between the singular vectors `u [m, k]` and `vt [k, n]`, as factors of at most `rank`.
 
-    Of more the largest singular values are kept: the nearest change of that rank.
+    Of more the largest singular values are kept: the nearest change of that rank; with None all.
     """
     import torch
 

@@ -47,6 +47,19 @@ class Site:
         found = found.get_original_weight() if hasattr(found, "get_original_weight") else found.dequantize()
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
+    def require_whole(self) -> None:
+        """Raise `UserError` for a parameter that is stored in fewer bits than it was trained in.
+
+        Its singular vectors are not the weight's: numbers along them would mean something else on the base as it is.
+        """
+        import torch
+
+        if type(self.parameter.data) is not torch.Tensor:
+            raise UserError(
+                "this adapter's numbers are along the singular vectors of the base's weights, which a base in fewer "
+                "bits does not have: leave out diffusion.quantise"
+            )
+
     @cached_property
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """The singular value decomposition of the weight, see `decomposed`; computed once, in float32."""

@@ -53,7 +53,8 @@ class Spectral(DenseChange):
         return self._of(*decomposed(weight), tuple(weight.shape))
 
     def check(self, site: Site) -> None:
-        """Raise `UserError` if there is not one shift a singular value."""
+        """Raise `UserError` if there is not one shift a singular value, or the weight is stored in fewer bits."""
+        site.require_whole()
         if (found := self.tensors[0].shape[1]) != (wanted := values(site.shape)):
             raise UserError(f"{site.name} has {wanted} singular values, not {found}")
 

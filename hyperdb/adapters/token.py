@@ -111,6 +111,10 @@ class Token(Frozen):
 
     def __init__(self, layout: Layout, row: int, start: int, vectors: int = 1) -> None:
         super().__init__(layout)
+        words = layout.layers[0].shape[0]
+        for name, value in (("row", row), ("start", start)):
+            if value >= words:
+                raise UserError(f"adapter.{name}={value}: the base has {words} words, the last is {words - 1}")
         self.row, self.start, self.vectors = row, start, vectors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """A base in fewer bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): the weights of its linear layers, by torchao.
 
 Adapters are trained on top as on any base: `hyperdb.adapters.site.Site.weight` lends them the weight that is computed
-with. What the base is called, its digest and its hash, is that of the weights before.
+with. SVDiff and LoRA-X cannot be: their numbers are along the singular vectors of the weights as they were. What the
+base is called, its digest and its hash, is that of the weights before.
 """
 
 from __future__ import annotations

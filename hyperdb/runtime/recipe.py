@@ -44,10 +44,13 @@ def recipe(config: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(type(config), include_extras=True)
     # who does which part; `shard` of another stage is how many people are in a file
     divided = {field.name for field in dataclasses.fields(Share)} if isinstance(config, Share) else set()
+    left_out = AROUND | divided
+    if not hasattr(config, "out"):
+        left_out -= {"name"}  # not a run's but a network's
     found = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in AROUND | divided or is_path(hints[field.name]):
+        if field.name in left_out or is_path(hints[field.name]):
             continue
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
         found[field.name] = recipe(value) if nested else value

@@ -169,7 +169,8 @@ def run(config: Config) -> Path:
             params = fit(base, adapter, moments, tuning, None, prior, progress, scenes=replace(shows, unmix=unmix))
         seconds = round(time.perf_counter() - began, 1)
         changes: Changes = moved(adapter.changes(params))
-        pictures = draw(base, changes, 1, [prompt] * len(seeds), seeds)[0]
+        # ordinary guidance: hybrid guidance would take one of the two words for the person, and leave the other
+        pictures = draw(base, changes, 1, [prompt] * len(seeds), seeds, hybrid=False)[0]
         results[name] = {**shown(feature, pictures, gallery), "seconds": seconds}
         sheet = grid(list(pictures.permute(0, 2, 3, 1).numpy()), 8)
         text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompt}
@@ -185,5 +186,6 @@ def run(config: Config) -> Path:
     told = {"words": list(words), "prompt": prompt, "people": len(everybody), "pictures": len(seeds)}
     save_json(out / "report.json", {**told, "base": base.digest, "results": results, "provenance": provenance()})
     print(f"adapter in {out / 'adapter.safetensors'}, pictures in {out / 'pictures.png'}")
-    print(f"next: hyperdb generate adapter={config.out} prompt='{of_two(config.prompt, '[V]', config.second)}'")
+    words = of_two(config.prompt, "[V]", config.second)
+    print(f"next: hyperdb generate adapter={config.out} prompt='{words}' diffusion.subject_guidance=null")
     return out

@@ -6,7 +6,7 @@
 
 Each person keeps the word that it was trained with; `q` is one token of the embedded base, and in none of its captions.
 The keys and values of the attention to the text become those that each person's own adapter makes of the person's
-words, and stay what the base makes of other captions.
+words and of the end of their prompt, and stay what the base makes of other captions.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def _captions(base: Base, prompts: list[str]) -> Tensor:
 
 
 def _words(base: Base, person: Personalization, word: Changes, row: int) -> Tensor:
-    """Return the features `[s, C]` of a person's words in the instance prompt: the rare token and the class word.
+    """Return the features `[s, C]` of a person's words in the instance prompt: rare token, class word and prompt's end.
 
+    The end has read both words, and stands for the whole prompt in every place after it.
     Raises `UserError` for a person whose vector is not the rare token's.
     """
     ids, features = encoded(base, [f"a {person.rare_token} {person.class_word}"], word)
@@ -105,7 +106,7 @@ def _words(base: Base, person: Personalization, word: Changes, row: int) -> Tens
         )
     first = int((ids[0] == row).nonzero()[0])
     noun = base.tokenizer(person.class_word, add_special_tokens=False).input_ids
-    return features[0, first : first + 1 + len(noun)]
+    return features[0, first : first + 2 + len(noun)]
 
 
 def run(config: Config) -> Path:
@@ -175,5 +176,6 @@ def run(config: Config) -> Path:
     print(f"adapter in {out / 'adapter.safetensors'}; the words that call the people: {', '.join(map(repr, calls))}")
     together_moved, *alone = moves.sqrt().tolist()
     print(f"the layers move {together_moved / max(max(alone), 1e-12):.2g} times as far as the furthest person's own")
-    print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a {' and a '.join(calls)}'")
+    prompt = f"a photo of a {' and a '.join(calls)}"
+    print(f"next: hyperdb generate adapter={config.out} prompt='{prompt}' diffusion.subject_guidance=null")
     return out

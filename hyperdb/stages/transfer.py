@@ -42,15 +42,15 @@ class Config:
     to: FilePath = "???"
     subspace: int = 320  # the reference's
     least: float = 0.8  # similarity of the layers that are moved; 0 moves all
-    rank: int = 16  # of the result at most; the least of what goes beyond is left out
+    rank: int | None = None  # of the result at most; the least of what goes beyond is left out. null: all of it
     diffusion: DiffusionConfig
     name: str = "default"
     out: FilePath = "runs/transfer/default"
 
     def __post_init__(self) -> None:
         for name in ("subspace", "rank"):
-            if not 1 <= getattr(self, name) <= 4096:
-                raise UserError(f"{name}={getattr(self, name)}: expected 1 to 4096")
+            if (value := getattr(self, name)) is not None and not 1 <= value <= 4096:
+                raise UserError(f"{name}={value}: expected 1 to 4096")
         if not 0 <= self.least <= 1:
             raise UserError(f"least={self.least}: expected a similarity, 0 to 1")
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hyperdb.adapters import AdapterConfig, LiDBConfig, LoRAConfig
+from hyperdb.adapters import AdapterConfig, LiDBConfig, LoRAConfig, TokenConfig
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
@@ -78,6 +78,11 @@ class PersonalizerConfig:
                     f"start={self.start} takes the place of the prediction of hypernet={self.hypernet}; leave out one"
                 )
             self.hypernet = None
+            if isinstance(self.adapter, TokenConfig):
+                raise UserError(
+                    f"start={self.start}: an adapter that trains the word's vector begins at the class word, not at "
+                    "another adapter; leave out start, or choose one that changes layers alone, as adapter=lora"
+                )
         if not isinstance(self.adapter, LiDBConfig):
             if self.hypernet not in (None, "default"):
                 raise UserError(f"hypernet={self.hypernet} predicts LiDB, which this adapter is not; set hypernet=null")
@@ -201,9 +206,18 @@ class Personalizer:
             return self.hypernet(to_images(crops)).mean(0, keepdim=True)
 
     def encoder(self, file: str, layout: Layout) -> E4TEncoder:
-        """Return E4T's encoder of a file, for the places that E4T changes; it is read once."""
+        """Return E4T's encoder of a file, for the places that E4T changes; it is read once.
+
+        Raises `UserError` for one that was trained near another word than the one that the settings begin at.
+        """
         if file not in self._encoders:
             self._encoders[file] = load_encoder(file, self.base, layout)
+        found, asked = self._encoders[file].lidb.config.start, getattr(self.learned, "start", None)
+        if asked is not None and found != asked:
+            raise UserError(
+                f"{file} predicts words near token {found}, and this training begins at token {asked}: leave out "
+                "adapter.start and diffusion.class_word, or train an encoder with them"
+            )
         return self._encoders[file]
 
     def begin(self, file: str | None, layout: Layout, photos: Tensor) -> Begin | None:

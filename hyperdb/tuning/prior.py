@@ -70,6 +70,8 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
     how = base.config
     key = f"{base.digest} {config.prompts} {config.images} {config.levels} {config.seed}"
     key += f" {how.steps} {how.guidance} {how.size} {how.dtype}"
+    if how.quantise is not None:
+        key += f" {how.quantise}"
     start = start_noise(base, [config.seed + i for i in range(config.images)])
     key += f" {hashlib.sha256(start.numpy().tobytes()).hexdigest()[:8]}"
     prompts = [config.prompts[i % len(config.prompts)] for i in range(config.images)]

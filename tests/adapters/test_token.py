@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from hyperdb.adapters import TokenConfig
+from hyperdb.adapters import CustomConfig, E4TConfig, TokenConfig
 from hyperdb.adapters.base import NotMergeableError
 from hyperdb.adapters.inject import Injection
-from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.layout import Layer, Layout
 from hyperdb.adapters.site import Site
+from hyperdb.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("identities", [1, 2])
@@ -34,3 +35,12 @@ def test_a_word_of_several_vectors_takes_as_many_places(identities: int) -> None
     assert vector.grad.flatten(1).any(dim=1).all()
     with pytest.raises(NotMergeableError, match="3 vectors"):
         adapter.changes({"vector": vector})["words"].dense(w)
+
+
+@pytest.mark.parametrize(("row", "start", "named"), [(9, 0, "adapter.row=9"), (0, 9, "adapter.start=9")])
+@pytest.mark.parametrize("kind", [TokenConfig, CustomConfig, E4TConfig])
+def test_a_word_that_the_base_does_not_have_is_named(kind: type[TokenConfig], row: int, start: int, named: str) -> None:
+    layers = (Layer("words", (9, 4)), Layer("keys", (4, 4)))
+    layout = Layout(layers[:1] if kind is TokenConfig else layers)
+    with pytest.raises(UserError, match=f"{named}: the base has 9 words, the last is 8"):
+        kind(row=row, start=start).build(layout)

@@ -29,6 +29,9 @@ def test_what_counts(changed):
     assert differences(recipe(one), recipe(dataclasses.replace(one, **changed))) == list(changed)
     other = dataclasses.replace(one, diffusion=dataclasses.replace(one.diffusion, size=256))
     assert differences(recipe(one), recipe(other)) == ["diffusion.size"]
+    encoder = dataclasses.replace(one.model.encoder, name="resnet18")
+    other = dataclasses.replace(one, model=dataclasses.replace(one.model, encoder=encoder))
+    assert differences(recipe(one), recipe(other)) == ["model.encoder.name"]
 
 
 def test_differences_are_those_of_json():

@@ -63,7 +63,7 @@ def test_each_word_has_its_own_keys_and_values_and_captions_keep_theirs(make, ba
         found = module(base.text_encoder(ids)[0])[0]
         if handle is not None:
             handle.remove()
-        return found[1 : (ids[0] == base.tokenizer.eos_token_id).nonzero()[0]]
+        return found[1 : (ids[0] == base.tokenizer.eos_token_id).nonzero()[0] + 1]  # the end is the person's, too
 
     with torch.no_grad():
         for file in files:

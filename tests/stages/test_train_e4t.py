@@ -104,6 +104,12 @@ def test_the_tuning_begins_at_what_is_predicted(words, photo, e4t, tmp_path):
         config.run("personalize", [*words, f"out={tmp_path}", "finetune.rate=1e-9", "adapter.encoder=null"])
 
 
+def test_a_word_that_begins_elsewhere_is_refused(words):
+    """What the encoder predicts is near the class word of its training."""
+    with pytest.raises(UserError, match=r"predicts words near token \d+, and this training begins at token 5"):
+        Personalizer(config.load("personalize", [*words, "adapter.start=5"]))
+
+
 def test_photos_of_a_person_have_the_mean_of_their_words(words):
     model = Personalizer(config.load("personalize", words))
     images = torch.randint(0, 256, (2, 3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()

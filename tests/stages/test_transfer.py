@@ -121,7 +121,7 @@ def test_whatever_can_be_merged_becomes_a_lora_of_its_own_base(tiny_base, person
     start = settings.build(layout).init(1, sites)
     params = {name: x + 0.3 * torch.randn(x.shape, generator=g) for name, x in start.items()}
     own = replace(person, tokens=None, relaxed={}, parts=[Part(settings, layout, params)])
-    out = transfer(tiny_base, own, tiny_base, tmp_path, "rank=64")
+    out = transfer(tiny_base, own, tiny_base, tmp_path)
     factors = Personalization.load(out / "adapter.safetensors").factors()
     for name, change in own.changes().items():
         weight = sites[name].weight()
