@@ -52,9 +52,7 @@ class Site:
 
         Its singular vectors are not the weight's: numbers along them would mean something else on the base as it is.
         """
-        import torch
-
-        if type(self.parameter.data) is not torch.Tensor:
+        if type(self.parameter.data).__module__.startswith("torchao."):
             raise UserError(
                 "this adapter's numbers are along the singular vectors of the base's weights, which a base in fewer "
                 "bits does not have: leave out diffusion.quantise"

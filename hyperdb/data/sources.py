@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 SPLITS = ("train", "validation", "test")
+LIKE_SPLITS = {*SPLITS, "training", "valid", "val", "dev", "eval", "testing"}  # as others call such folders
 CAPTION = "a photo of a face"
 READ = ("image", "identity", "caption", "config", "revision")  # what can be set after the question mark of a place
+NONE = ("identity", "caption")  # of these what can be set to nothing: everybody is somebody else, no captions
 BUILDERS = ("arrow", "cache", "imagefolder", "parquet")  # of datasets: how data on the hub may be stored
 SAMPLE = 256  # pictures whose bytes count in a digest; of all others the lengths do
 
@@ -90,7 +92,13 @@ def _folder(path: Path) -> Source | None:
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     if not names:
         return None
-    divided = all(name.parts[0] in SPLITS for name in names) and len(names[0].parts) > 1
+    tops = {name.parts[0] for name in names if len(name.parts) > 1}
+    divided = tops <= set(SPLITS) and all(name.parts[0] in tops for name in names)
+    if not divided and tops and all(top.lower() in LIKE_SPLITS for top in tops):
+        raise UserError(
+            f"{path} is divided into {', '.join(sorted(tops))}: call these folders {', '.join(SPLITS)} and put no "
+            "picture beside them, or each would be taken for one person"
+        )
     inside = [Path(*name.parts[1:]) if divided else name for name in names]
     identity = [name.parts[0] if len(name.parts) > 1 else name.stem for name in inside]
     split = [name.parts[0] if divided else split_of(who) for name, who in zip(names, identity, strict=True)]
@@ -226,7 +234,8 @@ def _of_table(where: str, splits: Mapping[str, Dataset], settings: Mapping[str, 
     captions = _of(where, table, caption).to_pylist() if caption else [CAPTION] * table.num_rows
     if not all(isinstance(text, str) for text in captions):
         raise UserError(
-            f"{where}: the column {caption} holds {table.column(caption).type}, expected a text in each row"
+            f"{where}: the column {caption} holds {table.column(caption).type}, expected a text in each "
+            "row; name another with ?caption=COLUMN after it, or none with ?caption="
         )
     labels, names = _labels(table, features) if mine else ({}, {})
     photo = labels["style"] == names["style"].index("photo") if mine else np.ones(len(seed), dtype=np.bool_)
@@ -303,7 +312,7 @@ def _settings(place: str) -> tuple[str, dict[str, str]]:
     """Divide `PLACE?image=COLUMN&identity=COLUMN` into the place and its settings."""
     where, _, query = place.partition("?")
     pairs = parse_qsl(query, keep_blank_values=True)
-    if query and (not pairs or any(key not in READ or (key != "identity" and not value) for key, value in pairs)):
+    if query and (not pairs or any(key not in READ or (key not in NONE and not value) for key, value in pairs)):
         raise UserError(
             f"{place}: after the question mark stand {', '.join(f'{key}=...' for key in READ)}, joined by &"
         )

@@ -54,10 +54,24 @@ def pick_device(name: str = "auto") -> torch.device:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"diffusion.device={name!r}: PyTorch sees no such device here; use auto or cpu") from error
-        return torch.device("cuda", card % torch.cuda.device_count()) if name == "cuda" else device
+        return _own_card(card) if name == "cuda" else device
     if torch.cuda.is_available():
-        return torch.device("cuda", card % torch.cuda.device_count())
+        return _own_card(card)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _own_card(rank: int) -> torch.device:
+    """Return the card of a process. Raises `UserError` if the machine has fewer cards than processes.
+
+    A launcher that shows each process one card alone is believed.
+    """
+    count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 1 < count < processes:
+        raise UserError(
+            f"{processes} processes were started on a machine with {count} cards: launch again with "
+            f"--num_processes={count}"
+        )
+    return torch.device("cuda", rank % count)
 
 
 def _find(config: DiffusionConfig) -> tuple[str, Path | None]:

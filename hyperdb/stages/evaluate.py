@@ -295,6 +295,12 @@ class Pictures:
         told = {name: str(value) for name, value in cost.items()}
         save_tensors(path, {"images": images}, {"made_from": self.made_from[row], **told})
 
+    def _saved(self, path: Path, row: str, images: Tensor, cost: dict[str, float]) -> Tensor:
+        """Write pictures and return them as they lie on the disk: all rows of a table can be more than the memory."""
+        self._save(path, row, images, cost)
+        there = self._there(path, row)
+        return there[0]["images"] if there is not None else images
+
     def _load(self, path: Path, row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         """Return what a file holds of some people, which is drawn if it is not there."""
         if (there := self._there(path, row)) is not None:
@@ -302,8 +308,7 @@ class Pictures:
             self.kept(row, len(tensors["images"]))
             return tensors["images"], {name: float(metadata[name]) for name in COSTS if name in metadata}
         images, cost = self.draw(row, seed, some)
-        self._save(path, row, images, cost)
-        return images, cost
+        return self._saved(path, row, images, cost), cost
 
     def make(self, row: str, seed: int, some: slice, number: int, of: int) -> None:
         """Draw the share `number` of a row, unless it is there or the whole row is."""
@@ -329,7 +334,7 @@ class Pictures:
         images = torch.cat([each for each, _ in found])
         seconds = sum(len(each) * cost["seconds"] for each, cost in found) / len(images)
         cost = {**found[0][1], "seconds": round(seconds, 3)}
-        self._save(path, row, images, cost)
+        images = self._saved(path, row, images, cost)
         for part in self._parts(row, seed):
             part.unlink()
         return images, cost
@@ -407,13 +412,16 @@ def run(config: Config) -> Path:
     views = people.images[torch.stack([r[given:used] for r in rows])]  #            [I, K, 3, H, W]
     photos = config.images + len(config.changed)
     cycled = [[r[used + k % (len(r) - used)] for k in range(photos)] for r in rows]
-    others = people.images[torch.tensor(cycled)]  #                                 [I, images + changed, 3, H, W]
     pairs = [word.partition("/")[::2] for word in config.styled]
     styles = [style for style, _ in pairs]
     if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
         raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
     styled = styled_views(people, rows, styles)
-    best = torch.cat([others, *(styled[style][:, :1] for style in styles)], 1)  #   [I, others + styled, 3, H, W]
+
+    def best(some: slice) -> Tensor:  #                                             [I, images + changed + styled, ...]
+        others = people.images[torch.tensor(cycled[some])]
+        return torch.cat([others, *(styled[style][some, :1] for style in styles)], 1)
+
     model = Personalizer(config)
     base = model.base
     seen = {row: method.photos or config.photos for row, method in methods.items()}
@@ -460,10 +468,10 @@ def run(config: Config) -> Path:
     def draw(row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         if row in methods:
             return cohorts[seen[row]].draw(methods[row], fits[row], seed, prompts, bar.update, some)
-        sent = (best if row == "ceiling" else shown[:, :1])[some]  # the given photo stands for every picture
+        sent = best(some) if row == "ceiling" else shown[some, :1]  # the given photo stands for every picture
         through = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent])
         bar.update(len(sent))
-        return through.expand(-1, best.shape[1], -1, -1, -1), dict.fromkeys(COSTS, 0.0)
+        return through.expand(-1, len(prompts), -1, -1, -1), dict.fromkeys(COSTS, 0.0)
 
     counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
     work = {row: 2 if fit is not None else 1 for row, fit in fits.items()}  # of a person: fine-tuned, drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,7 @@ def reference_rows(people: People, views: int, first: int = 0) -> list[list[int]
 def passes(config: Config, sketch: Sketch) -> None:
     """Count the people; measure what encodes the photos and a batch of fits."""
     from hyperdb.tuning.memory import rows
+    from hyperdb.tuning.start import LEVELS, together
 
     sketch.read(config.data, config.identities, config.split, first=config.first, photos=config.photos)
     with sketch.measure("encoding photos"):
@@ -136,6 +138,13 @@ def passes(config: Config, sketch: Sketch) -> None:
     with sketch.measure("fits"):
         factors = sketch.factors(config.batch, config.adapter.tokens(sketch.layout).rank, trained=True)
         sketch.denoise(config.batch * rows(config.fit), factors)
+    if config.start != "template":
+        rank = config.adapter.tokens(sketch.layout).rank
+        people = together(config.fit, config.batch)
+        with sketch.measure("where the fits begin"):
+            sketch.denoise(people * LEVELS, sketch.factors(people, rank, trained=True))
+            if config.start == "average":
+                sketch.denoise(rows(config.average), sketch.factors(1, rank, trained=True))
 
 
 def _kept(config: Config) -> list[float]:
@@ -245,7 +254,7 @@ def run(config: Config) -> Path:
 
         begun, key = out / "start.safetensors", fits.store_key(**origin)
         noise = replace(config.fit, seed=config.average.seed)
-        start = load_start(base, lidb, crowd, config.average, noise, prior, begun, key)
+        start = load_start(base, lidb, crowd, config.average, noise, prior, begun, key, config.batch)
         origin["start_sha256"] = hash_files([begun])
 
     def begin(photos: Tensor) -> Begin | None:
@@ -255,23 +264,24 @@ def run(config: Config) -> Path:
         tokens = own_starts(start, lidb, predicted, len(photos), config.fit.trained)
         return Begin({"tokens": tokens}, {"tokens": start.gain(lidb, config.fit.trained)})
 
-    keys = people.keys(config.by, rows[:, 0])
-    files = list(zip(rows.split(config.batch), keys.split(config.batch), strict=True))
-    made = [fits.store_key(**origin, keys=theirs.tolist()) for _, theirs in files]
+    files = rows.split(config.batch)
+    keys = cache(lambda i: people.keys(config.by, files[i][:, 0]))  # of an image they need its pixels
+    made = cache(lambda i: fits.store_key(**origin, keys=keys(i).tolist()))
     number, of = config.share()
     losses: list[float] = []
-    with tqdm(total=sum(len(r) for r, _ in files[number::of]), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
+    with tqdm(total=sum(map(len, files[number::of])), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
         for i in range(number, len(files), of):
-            photos, theirs = files[i]
-            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made[i])):
+            photos = files[i]
+            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made(i))):
                 losses.clear()
                 seen = config.fit.sides(people.images[photos.flatten()].unflatten(0, photos.shape))
                 moments = base.moments(seen.flatten(0, 1)).half().unflatten(0, seen.shape[:2])
                 params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x), begin(photos))
-                fits.save_shard(out, i, params["tokens"].cpu(), theirs, made[i])
+                fits.save_shard(out, i, params["tokens"].cpu(), keys(i), made(i))
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
-            bar.update(len(theirs))
-    if not all(fits.shard_is_done(out, i, key) for i, key in enumerate(made)):
+            bar.update(len(photos))
+    there = all(fits.shard_path(out, i).is_file() for i in range(len(files)))
+    if not (there and all(fits.shard_is_done(out, i, made(i)) for i in range(len(files)))):
         print(f"shard {number} of {of} is done, others are not: {out} is no store yet")
         return out
     fits.finish(out, len(files), lidb, {**origin, **provenance()})

@@ -219,8 +219,15 @@ def _hint(config: Config, pictures: list[Path]) -> str | None:
     """Say so when folders are taken for people whose names speak against it."""
     if config.kind != "folder" or config.identity_file is not None:
         return None
+    from hyperdb.data.sources import LIKE_SPLITS
+
     people = sorted({p.parts[0] for p in pictures if len(p.parts) > 1})
     own = "if each picture is another person, as in FFHQ, set kind=sfhq"
+    if people and all(name.lower() in LIKE_SPLITS for name in people):
+        return (
+            f"{', '.join(people)} are taken for one person each; if they divide people, run this for each of "
+            f"them, with source={Path(config.source) / people[0]} and so on; {own}"
+        )
     numbers = [name for name in people if name.isdecimal()]
     if numbers:
         return f"{len(numbers)} folders named by numbers ({numbers[0]}, ...) are taken for one person each; {own}"

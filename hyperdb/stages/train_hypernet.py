@@ -170,7 +170,9 @@ def passes(config: Config, sketch: Sketch) -> None:
     """Count the people; measure a step and a validation; count what the optimizer keeps of each network."""
     from hyperdb.tuning.draw import together
     from hyperdb.tuning.memory import rows
+    from hyperdb.tuning.validation import LEVELS, group
 
+    rank = config.adapter.tokens(sketch.layout).rank
     hypernet = sketch.add_hypernet(config.model, config.adapter.tokens(sketch.layout))
     hypernet.encoder.requires_grad_(config.encoder_rate > 0 and not config.model.encoder.frozen)
     people = config.batch
@@ -182,11 +184,12 @@ def passes(config: Config, sketch: Sketch) -> None:
     with sketch.measure("training step"):
         tokens = sketch.predict(people, trained=True)
         if config.alpha > 0:
-            rank = config.adapter.tokens(sketch.layout).rank
             sketch.denoise(people * rows(config), sketch.factors(people, rank, trained=True))
         tokens.float().square().mean().backward()
     if config.validation is not None:
         with sketch.measure("validation"):
+            people = min(group(config.diffusion.size), config.validation_people or 1)
+            sketch.denoise(people * LEVELS, sketch.factors(people, rank, trained=False))
             sketch.draw(together(config.diffusion.size))
     sketch.keep_training("image encoder", "hypernetwork decoder")
 
@@ -285,7 +288,7 @@ class Batches:
         who = [int(group[torch.randint(0, len(group), (), generator=g)]) for group in groups]
         given = [(self.fitted_photos if k < few else self.photos)[i] for k, i in enumerate(who)]
         shown, wanted = _views(given, [self.pictures[i] for i in who], levels, config.target_view, g)  # [I], [I, S]
-        images, mirror = self.people.images[shown], torch.zeros(count, dtype=torch.bool)  #   [I, 3, H, W]
+        mirror = torch.zeros(count, dtype=torch.bool)
         rows, goal = [], torch.empty(0)
         if self.latents is not None:
             ids = self.ids[wanted] if self.ids is not None else self.instance.expand(count, levels, -1)
@@ -293,7 +296,7 @@ class Batches:
             latents = self.latents[wanted]  #                                        [I, S, 2, c, h, w]
             if self.turned is not None:  # a turned photo is another image: those drawn for their fit stay as they are
                 mirror[few:] = torch.rand(count - few, generator=g) < 0.5
-                latents[mirror], images[mirror] = self.turned[wanted[mirror]], images[mirror].flip(-1)
+                latents[mirror] = self.turned[wanted[mirror]]
             mean, std = latents.float().unbind(2)  #                                 [I, S, c, h, w]
             jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")
             if config.prompt_dropout > 0:
@@ -306,12 +309,14 @@ class Batches:
                 kept = self.prior.rows(len(mixed), config.seed, step)
                 each = [x[mixed].unflatten(0, (count, -1))[part] for x in kept]
                 *rows, goal = (torch.cat(pair, 1) for pair in zip((*rows, goal), each, strict=True))  # [I, S + P, ...]
+        images, turned = self.people.images[shown[part]], mirror[part]  #  [I, 3, H, W], decodes no other
+        images[turned] = images[turned].flip(-1)
         some = who[: config.identity_people] if config.identity_weight > 0 else []
         portraits = [self.people.images[self.photos[i]] for i in some]
         # a photo's prompt: that of the first photo among what is denoised, else that of what conditions
         rows_of = [torch.cat([row[self.is_photo[row]], shown[i, None]])[0] for i, row in enumerate(wanted[: len(some)])]
         return Batch(
-            images=images[part],
+            images=images,
             rows=rows,
             goal=goal,
             fit_rows=self.fit_rows[shown].where(~mirror, -1)[part],
@@ -580,7 +585,8 @@ def run(config: Config, track: Track) -> Path:
     out = claim(config.out, WRITES, whole) if main else Path(config.out)
     fit_rows = torch.full((len(people),), -1)  # whose fit belongs to which photo
     if fits is not None and config.beta > 0:
-        fit_rows[photos] = fits.rows_of(people.keys(fits.by, photos))
+        with accelerator.main_process_first():  # the others read what it has looked at
+            fit_rows[photos] = fits.rows_of(people.keys(fits.by, photos))
         if (fit_rows < 0).all():
             raise UserError(f"{config.weights} holds no fit of the people in {config.data}; set weights=null or refit")
     with accelerator.main_process_first():  # the others read what it has drawn and encoded

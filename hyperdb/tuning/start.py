@@ -59,10 +59,15 @@ def own_starts(start: Start, lidb: LiDB, predicted: Tensor | None, people: int, 
     return torch.where(lidb.part("B").cpu(), predicted, everybody) if trained == "B" else predicted
 
 
-def _gradients(base: Base, lidb: LiDB, tokens: Tensor, moments: Tensor, config: FitConfig) -> Tensor:
+def together(config: FitConfig, batch: int) -> int:
+    """Return the gradients of how many people are computed in one pass, where `batch` people are fitted in one."""
+    return max(1, min(16, batch * config.levels // LEVELS))
+
+
+def _gradients(base: Base, lidb: LiDB, tokens: Tensor, moments: Tensor, config: FitConfig, batch: int) -> Tensor:
     """Return each person's gradient `[I, N, D]` at the same `tokens [N, D]`.
 
-    It is what one step of gradient descent at a rate of 1 takes away.
+    It is what one step of gradient descent at a rate of 1 takes away. A pass has no more rows than one of `batch` fits.
     """
     import torch
 
@@ -70,7 +75,7 @@ def _gradients(base: Base, lidb: LiDB, tokens: Tensor, moments: Tensor, config: 
 
     once = replace(config, steps=1, warmup=0, rate=1.0, levels=LEVELS, optimizer="sgd", prior_weight=0.0)
     found = []
-    for part in moments.split(16):
+    for part in moments.split(together(config, batch)):
         at = tokens.expand(len(part), -1, -1)
         begin = Begin({"tokens": at}, {"tokens": torch.ones_like(tokens)})
         found.append(at - fit(base, lidb, part, once, begin=begin)["tokens"].cpu())
@@ -79,14 +84,15 @@ def _gradients(base: Base, lidb: LiDB, tokens: Tensor, moments: Tensor, config: 
 
 def load_start(
     base: Base, lidb: LiDB, crowd: Callable[[], tuple[Tensor, Tensor | None]], average: FitConfig, fit: FitConfig,
-    prior: Prior | None, path: Path, key: str,
+    prior: Prior | None, path: Path, key: str, batch: int,
 ) -> Start:  # fmt: skip
     """Make the start of a store once and keep it at `path`, under `key`.
 
     `crowd` returns the photos of some people, `moments [I, K, 2, c, h, w]`, and what a hypernetwork has
     `predicted [I, N, D]` for them, or None; it is called if the start is not there. The start is the mean of the
     predictions. Without predictions, it is one adapter fitted with the settings `average` to the photos of everybody at
-    once: what portraits of this crop have in common. The gradients are those of the loss of `fit`. Of several jobs that
+    once: what portraits of this crop have in common. The gradients are those of the loss of `fit`, of
+    which `batch` are made in one pass. Of several jobs that
     make it at once, all take what the first has written.
     """
     from tqdm import tqdm
@@ -106,7 +112,7 @@ def load_start(
         with tqdm(total=average.steps, desc="everybody's average", unit="step", dynamic_ncols=True) as bar:
             together, advance = moments.flatten(0, 1)[None], lambda _step, _loss: bar.update()
             tokens = fitted(base, lidb, together, average, None, prior, advance)["tokens"][0].cpu()
-    moment = _gradients(base, lidb, tokens, moments[:PEOPLE], fit).square().mean(0)
+    moment = _gradients(base, lidb, tokens, moments[:PEOPLE], fit, batch).square().mean(0)
     save_tensors(path, {"average": tokens, "moment": moment}, {"key": key}, first=True)
     tensors, _ = load_tensors(path)
     return Start(tensors["average"], tensors["moment"])

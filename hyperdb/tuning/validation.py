@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hyperdb.adapters.base import Changes, select
+from hyperdb.adapters.base import Changes, identities_of, select
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.data.fits import FitStore
@@ -25,11 +25,16 @@ from hyperdb.metrics.face import SFace
 from hyperdb.metrics.likeness import face_cosine, galleries
 from hyperdb.metrics.score import paired
 from hyperdb.runtime.seed import generator
-from hyperdb.tuning.draw import draw
+from hyperdb.tuning.draw import draw, together
 
 LEVELS = 4  # noise levels for each person
 PLAIN = 2  # pictures of each person under the instance prompt
 SHOWN = 10  # people on the sheet
+
+
+def group(size: int) -> int:
+    """Return of how many people the losses are computed in one pass, at pictures of `size` px."""
+    return max(1, together(size) // LEVELS)
 
 
 @dataclass(kw_only=True)
@@ -111,7 +116,7 @@ class Validation:
         return scores, pairs
 
     def _losses(self, ways: Mapping[str, Changes]) -> dict[str, Tensor]:
-        """Return each person's diffusion loss `[I]` in each of the ways."""
+        """Return each person's diffusion loss `[I]` in each of the ways, as many people in a pass as `group` says."""
         base, count, schedule = self.base, len(self.shown), self.base.schedule
         g = generator(self.seed, "validation")
         t = stratified_timesteps(count, LEVELS, schedule.config.num_train_timesteps, g, self.logit_normal)
@@ -124,9 +129,16 @@ class Validation:
         losses = {}
         injection = Injection(base.targets())
         for name, changes in ways.items():
-            with torch.no_grad(), injection.using(changes):
-                error = weight * (predict(base, z, noise, t, ids) - target(schedule, z, noise, t)).square()
-            losses[name] = error.flatten(1).mean(1).view(count, LEVELS).mean(1).cpu()
+            found = []
+            for first in range(0, count, group(base.config.size)):
+                people = slice(first, first + group(base.config.size))
+                part = slice(people.start * LEVELS, people.stop * LEVELS)
+                theirs = changes if identities_of(changes) == 1 else select(changes, people)
+                rows = z[part], noise[part], t[part]
+                with torch.no_grad(), injection.using(theirs):
+                    error = weight[part] * (predict(base, *rows, ids[part]) - target(schedule, *rows)).square()
+                found.append(error.flatten(1).mean(1).view(-1, LEVELS).mean(1).cpu())
+            losses[name] = torch.cat(found)
         injection.remove()
         return losses
 

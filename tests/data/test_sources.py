@@ -97,6 +97,14 @@ def test_folders_called_after_splits_are_splits(folder: Path, images: list[Image
         load_people(tmp_path / "split")
 
 
+def test_folders_called_like_splits_are_nobody(folder: Path, tmp_path: Path) -> None:
+    for name, split in (("ada", "train"), ("ben", "val"), ("cy", "test")):
+        (tmp_path / "split" / split).mkdir(parents=True)
+        (folder / name).rename(tmp_path / "split" / split / name)
+    with pytest.raises(UserError, match="is divided into test, train, val: call these folders train, validation, test"):
+        load_people(tmp_path / "split")
+
+
 def test_pictures_in_no_folder_are_a_person_each(images: list[Image.Image], tmp_path: Path) -> None:
     for i, image in enumerate(images):
         image.save(tmp_path / f"{i}.png")
@@ -198,6 +206,12 @@ def test_columns_have_any_names(table: datasets.Dataset, images: list[Image.Imag
     same(people, images, NAMES)
     assert people.captions == list("abcd")
     assert load_people(f"{tmp_path / 'other'}?identity=", split=None).identities == 4
+    several = other.remove_columns("said").add_column("caption", [["a", "b"]] * 4)
+    several.save_to_disk(tmp_path / "several")
+    with pytest.raises(UserError, match=r"caption holds .*expected a text in each row; .* none with \?caption=$"):
+        load_people(f"{tmp_path / 'several'}?identity=who")
+    none = load_people(f"{tmp_path / 'several'}?identity=who&caption=", split=None)
+    assert none.captions == ["a photo of a face"] * 4
     two = other.add_column("more", [b"1", b"2", b"3", b"4"]).cast_column("more", datasets.Image())
     two.save_to_disk(tmp_path / "two")
     with pytest.raises(UserError, match="several columns of pictures, photo, more; name one with"):

@@ -88,6 +88,12 @@ def test_each_process_of_a_machine_has_its_own_card(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", card)
         assert pick_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for name in ("auto", "cuda"):
+        with pytest.raises(UserError, match=r"3 processes .* with 2 cards: launch again with --num_processes=2"):
+            pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a launcher shows each process its own
+    assert pick_device("auto") == torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("name", ["cuda:99", pytest.param("mps", marks=NO_MPS)])

@@ -232,6 +232,7 @@ def test_a_face_that_would_become_somebody_else_is_rejected(tmp_path, photo, cap
     [
         (["00000/00000.png", "00000/00001.png", "01000/01000.png"], "2 folders named by numbers (00000, ...)"),
         (["faces/00000/1.png", "faces/01000/2.png"], "all 2 pictures are taken for one person, faces"),
+        (["train/ada/1.png", "val/bob/2.png"], "train, val are taken for one person each; if they divide people"),
         (["ada/1.png", "bob/2.png"], None),
         (["1.png", "2.png"], None),
         (["ada/1.png", "ada/2.png"], None),

@@ -98,7 +98,7 @@ def test_more_people_need_more_and_computing_again_needs_less(weightless: Path) 
     assert one < two
 
 
-def test_a_card_keeps_weights_in_bf16_and_a_trained_network_its_moments(weightless: Path) -> None:
+def test_a_card_keeps_weights_in_bf16_and_a_trained_network_its_moments(weightless: Path, in_tmp: Path) -> None:
     told = ["model.encoder.size=32", "diffusion.dtype=bf16"]
     settings = configuration.load("train_hypernet", words(weightless, *told))
     here, there = needed("train_hypernet", settings, "cpu"), needed("train_hypernet", settings, "cuda")

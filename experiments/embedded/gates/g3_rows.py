@@ -72,7 +72,7 @@ def main(*words: str) -> None:
     fitted = settings.start == "average"
     start = load_start(
         base, lidb, lambda: (moments(0), None if fitted else predicted), settings.average, settings.fit, prior,
-        OUT / f"start{'' if fitted else '_hypernet'}.safetensors", f"{base.digest} {people.digest}",
+        OUT / f"start{'' if fitted else '_hypernet'}.safetensors", f"{base.digest} {people.digest}", settings.batch,
     )  # fmt: skip
     begin = Begin({"tokens": start.average.expand(PEOPLE, -1, -1)}, {"tokens": start.gain(lidb, "B")})
     fits: dict[int, list[Tensor]] = {}
