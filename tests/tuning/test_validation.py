@@ -12,6 +12,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.data.fits import FitStore
 from hyperdb.data.people import load_people
 from hyperdb.hypernet.loss import WeightSpace
+from hyperdb.tuning import validation as validation_module
 from hyperdb.tuning.validation import Validation, verdict
 
 
@@ -71,6 +72,15 @@ def test_unseen_people_are_the_same_and_their_own_adapters_differ(make, tokens, 
     assert pairs["diffusion_own-shuffled"]["mean"] == pytest.approx(
         scores["diffusion_own"] - scores["diffusion_shuffled"], abs=2e-5
     )
+
+
+def test_the_losses_are_the_same_however_many_people_share_a_pass(make, lidb, tokens, monkeypatch):
+    ways = {"own": lidb.factors({"tokens": tokens}), "mean": lidb.factors({"tokens": tokens.mean(0, keepdim=True)})}
+    together = make()._losses(ways)
+    monkeypatch.setattr(validation_module, "together", lambda size: 3 * validation_module.LEVELS)  # three, then one
+    for name, apart in make()._losses(ways).items():
+        assert apart.shape == (4,)
+        torch.testing.assert_close(apart, together[name], rtol=1e-4, atol=1e-6)
 
 
 def test_those_who_have_a_fit_are_compared_with_it(make, lidb, tokens, rendered, tmp_path):
