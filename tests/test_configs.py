@@ -209,6 +209,13 @@ def test_bases_say_the_same_settings(group):
     assert all(keys == said[0] for keys in said), [sorted(keys ^ said[0]) for keys in said]
 
 
+def test_the_paper_s_training_has_its_two_losses_alone():
+    ours = config.load("train_hypernet", ["experiment=paper"])
+    assert (ours.weight_loss, ours.alpha > 0, ours.beta > 0) == ("plain", True, True)
+    assert (ours.prior_weight, ours.identity_weight) == (0, 0)
+    assert (ours.target_view, ours.target_style, ours.target_prompt) == ("same", "same", "instance")
+
+
 def test_a_base_is_chosen_in_one_word():
     """Every stage takes from the groups of recipes what is of its base."""
     for path in CONF.glob("*.yaml"):

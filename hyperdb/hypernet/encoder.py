@@ -90,7 +90,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Encode images `[I, 3, H, W]` in [0, 255] as features `[I, P, C]`."""
         x = self.pixels(images)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (not self.frozen or x.requires_grad)):
             tokens = self.net.forward_features(x)
             if tokens.ndim == 4:  # a convolutional network's map [I, C, h, w]
                 tokens = tokens.flatten(2).mT

@@ -111,7 +111,7 @@ class Hypernet(nn.Module):
             raise UserError(f"model.summary={size}: only that of a hypernetwork with model.linear can be cut")
         if size < 1:
             raise UserError(f"model.summary={size}: expected at least 1 of the hypernetwork's {self.config.summary}")
-        moving = decoder.linear * (self.spread * self.mask != 0)
+        moving = decoder.linear * self.spread * self.mask
         axes = torch.linalg.svd(moving.flatten(1), full_matrices=False).U[:, :size]  # [K, size]
         decoder.linear = nn.Parameter(torch.einsum("ks,knd->snd", axes, decoder.linear))
         entry = nn.Linear(size, decoder.summary.out_features, device=axes.device)

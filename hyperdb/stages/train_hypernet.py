@@ -158,8 +158,14 @@ class Config:
             raise UserError("validation_weights needs validation, weights and beta > 0")
         if not 0 <= self.prompt_dropout < 1:
             raise UserError(f"prompt_dropout={self.prompt_dropout}: expected 0 to less than 1")
-        if self.alpha <= 0 and (self.flips or self.prompt_dropout > 0):
-            raise UserError("flips and prompt_dropout concern the diffusion loss: set alpha > 0")
+        if self.alpha <= 0 and (self.flips or self.prompt_dropout > 0 or self.prior_weight > 0):
+            raise UserError("flips, prompt_dropout and prior_weight concern the diffusion loss: set alpha > 0")
+        if self.prior_weight > 0 and self.prior_rows < 1:
+            raise UserError(f"prior_weight={self.prior_weight:g} needs prior_rows of at least 1")
+        if self.encoder_rate > 0 and self.model.encoder.frozen:
+            raise UserError(f"encoder_rate={self.encoder_rate:g}: it is frozen; set model.encoder.frozen=false")
+        if self.init is None and self.model.linear != (self.linear_rate is not None):
+            raise UserError("model.linear=true and linear_rate need each other, or the map stays as it begins, at zero")
         if not 0 <= self.fit_share <= 1:
             raise UserError(f"fit_share={self.fit_share}: expected 0 to 1")
         if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):
@@ -186,6 +192,10 @@ def passes(config: Config, sketch: Sketch) -> None:
         if config.alpha > 0:
             sketch.denoise(people * rows(config), sketch.factors(people, rank, trained=True))
         tokens.float().square().mean().backward()
+    if config.identity_weight > 0:
+        with sketch.measure("identity loss"):
+            people = min(config.identity_people, config.batch)
+            sketch.draw(people, sketch.factors(people, rank, trained=True))
     if config.validation is not None:
         with sketch.measure("validation"):
             people = min(group(config.diffusion.size), config.validation_people or 1)
@@ -408,6 +418,17 @@ class Objective:
         return term
 
 
+def _require_form(config: Config, model: Hypernet) -> None:
+    """Raise `UserError` if the hypernetwork of `init` has another form than the settings ask for."""
+    names = ("iterations", "width", "heads", "layers", "head") if model.config.iterations else ()
+    odd = [name for name in names if getattr(model.config, name) != getattr(config.model, name)]
+    if config.model.linear and not model.config.linear:
+        odd.append("linear")
+    if odd:
+        form = " ".join(f"model.{name}={str(getattr(model.config, name)).lower()}" for name in odd)
+        raise UserError(f"{config.init} was made with {form}; set the same")
+
+
 def _fused(config: Config) -> bool:
     """Whether the hypernetwork's attention may be fused, as the base's is (`DiffusionConfig.attention`)."""
     return config.diffusion.attention != "eager"
@@ -602,6 +623,7 @@ def run(config: Config, track: Track) -> Path:
             model.begin_refining(config.model)
         if config.model.summary < model.config.summary:
             model.cut(config.model.summary)
+        _require_form(config, model)
     else:
         model = Hypernet(config.model, lidb, config.default_spread)
         if fits is not None and len(fits.tokens) > 1:

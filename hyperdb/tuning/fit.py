@@ -76,6 +76,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.levels < 1 or self.rate <= 0:
             raise UserError("steps and levels must be at least 1 and rate above 0")
+        if self.prior_weight > 0 and self.prior_rows < 1:
+            raise UserError(f"prior_weight={self.prior_weight:g} needs prior_rows of at least 1")
         if self.warmup < 0:
             raise UserError(f"warmup={self.warmup}: expected at least 0 steps")
         if len(self.noise) != 2 or not 0 <= self.noise[0] < self.noise[1] <= 1:

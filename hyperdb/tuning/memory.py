@@ -230,12 +230,20 @@ class Sketch:
         with torch.no_grad():
             self.base.vae.encode(torch.empty(self.base.pictures_a_pass, 3, size, size))
 
-    def draw(self, pictures: int) -> None:
-        """Run the UNet on so many pictures, guided; then the autoencoder's decoder."""
+    def draw(self, pictures: int, changes: Changes | None = None) -> None:
+        """Run the UNet on so many pictures, guided; then the autoencoder's decoder.
+
+        With `changes` that are trained, one for each picture, backward through both, all pictures in one pass.
+        """
         guide = self.base.config.guide()
-        self.denoise(len(guide.blocks) * pictures, self.factors(1, 5, trained=False))
-        with torch.no_grad():
-            self.base.pixels(torch.empty(min(pictures, self.base.pictures_a_pass), *self.base.latent_shape))
+        if changes is None:
+            self.denoise(len(guide.blocks) * pictures, self.factors(1, 5, trained=False))
+            with torch.no_grad():
+                self.base.pixels(torch.empty(min(pictures, self.base.pictures_a_pass), *self.base.latent_shape))
+            return
+        self.denoise(len(guide.blocks) * pictures, changes, repeat=len(guide.blocks))
+        latents = torch.empty(pictures, *self.base.latent_shape, requires_grad=True)
+        self.base.pixels(latents).square().mean().backward()
 
     def predict(self, people: int, trained: bool = False) -> Tensor:
         """Run the hypernetwork on so many photos."""

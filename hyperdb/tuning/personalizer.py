@@ -152,7 +152,10 @@ class Personalizer:
         self.base_hash = base_hash(self.base.targets())
         self.hypernet = load_hypernet(folder, self.base, self.layout) if folder is not None else None
         empty = config.adapter if isinstance(config.adapter, LiDBConfig) else LiDBConfig()
-        self.lidb = self.hypernet.lidb if self.hypernet is not None else empty.build(self.layout)
+        self.lidb = empty.build(self.layout)
+        if self.hypernet is not None:
+            self.hypernet.require(self.lidb, str(folder))
+            self.lidb = self.hypernet.lidb
         if self.start is not None:
             self.layout.require(self.start.layout, self.start.source)
             if self.start.base not in ("", self.base_hash):
@@ -238,8 +241,12 @@ class Personalizer:
         return Begin({"vector": vector, **shared}, {})
 
     def tuning(self, photos: int) -> FitConfig:
-        """Return the fine-tuning of so many photos: in the iterations of one, two are less like the person."""
-        return replace(self.config.finetune, steps=self.config.finetune.steps * photos)
+        """Return the fine-tuning of so many photos: in the iterations of one, two are less like the person.
+
+        `seed` is added to that of the fine-tuning: another one is another stream of noise.
+        """
+        config = self.config.finetune
+        return replace(config, steps=config.steps * photos, seed=config.seed + self.config.seed)
 
     def finetune(self, crops: np.ndarray, tokens: Tensor | None, progress: Any = None) -> dict[str, Tensor]:
         """Train what is `trainable`, on top of the prediction if any (paper section 4.3), on crops as in `predict`.

@@ -96,6 +96,11 @@ def test_a_preview_decomposes_each_weight_once(personalised, monkeypatch):
     assert len(found) == len(person.parts[0].changes()) > 0
 
 
+def test_another_seed_is_another_training(personalised):
+    one, two = (Personalization.load(personalised("lora", f"seed={s}") / "adapter.safetensors") for s in (0, 1))
+    assert any(not torch.equal(one.parts[0].params[k], v) for k, v in two.parts[0].params.items())
+
+
 def test_another_adapter_lies_under_the_one_that_is_trained(personalised):
     under = personalised("svdiff")
     person = Personalization.load(personalised("lora", f"start={under}") / "adapter.safetensors")

@@ -331,8 +331,9 @@ def test_a_hypernetwork_file_can_be_trained_on(made, tmp_path):
     configuration.run("train_hypernet", [*words, f"out={tmp_path / 'out'}", "rate=1e-9", "matrix_rate=1e-9"])
     before, after = (load_tensors(f)[0] for f in (file, tmp_path / "out" / "hypernet.safetensors"))
     assert all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in before)
-    with pytest.raises(UserError, match="lidb"):
-        configuration.run("train_hypernet", [*words, f"out={tmp_path / 'other'}", "adapter.seed=1"])
+    for setting, said in (("adapter.seed=1", "lidb"), ("model.iterations=7", r"model.iterations=\d; set the same")):
+        with pytest.raises(UserError, match=said):
+            configuration.run("train_hypernet", [*words, f"out={tmp_path / 'other'}", setting])
 
 
 def test_people_personalised_one_after_the_other_do_not_mix(made, photo, tmp_path):

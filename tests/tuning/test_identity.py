@@ -49,6 +49,15 @@ def test_descending_it_brings_pictures_nearer_to_the_person(base, model, photos)
     assert found[-1].sum() < 0.6 * found[0].sum()
 
 
+def test_a_frozen_encoder_passes_the_gradient_to_the_pictures(base, model, photos):
+    model.encoder.frozen, images = True, photos[0].float().requires_grad_()
+    try:
+        (step,) = torch.autograd.grad(model.features(images)[1].square().sum(), images)
+    finally:
+        model.encoder.frozen = False
+    assert step.any()
+
+
 def test_it_is_zero_for_what_is_as_near_as_a_photo(base, model, photos, monkeypatch):
     """Of pictures that are photos of the person some are nearer than expected; those of another person are farther."""
     with torch.no_grad():

@@ -69,8 +69,9 @@ def test_the_sketch_of_a_pass_holds_what_the_pass_holds(tiny_base: Path) -> None
         ("personalize", ["image=none", "hypernet=null"], {"encoding photos", "fast fine-tuning", "drawing"}),
         ("personalize", ["image=none", "hypernet=null", "preview=false"], {"encoding photos", "fast fine-tuning"}),
         ("generate", [], {"drawing"}),
-        ("precompute", [], {"encoding photos", "fits"}),
+        ("precompute", [], {"encoding photos", "fits", "where the fits begin"}),
         ("train_hypernet", ["model.encoder.size=32"], {"encoding photos", "training step", "validation"}),
+        ("train_hypernet", ["model.encoder.size=32", "identity_weight=0.1"], {"training step", "identity loss"}),
         ("evaluate", ["hypernet=null"], {"encoding photos", "row shuffled_40", "drawing"}),
     ],
 )
