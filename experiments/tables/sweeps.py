@@ -29,12 +29,11 @@ OBEYED = 0.9
 def choose(method: str, folder: Path) -> dict[str, Any]:
     """Return the rates of a method's sweep with their figures, and the best. Raises `UserError` for another folder."""
     named = {str(path): load(path) for path in sorted(folder.glob("*/results.json"))}
-    along = axis(named)
-    if along is None or along.setting != f"methods.{method}.finetune.rate":
-        raise UserError(f"{folder} holds no sweep; run `hyperdb evaluate -m experiment=sweep/{method}`")
-    every = list(named.values())
+    every, along = list(named.values()), axis(named)
     if len({json.dumps(results.get("hypernet")) for results in every}) > 1:
         raise UserError(f"{folder} holds results of several hypernetworks; delete those of the former ones")
+    if along is None or along.setting != f"methods.{method}.finetune.rate":
+        raise UserError(f"{folder} holds no sweep; run `hyperdb evaluate -m experiment=sweep/{method}`")
     rows = [{"rate": along.values[i], **every[i]["rows"][method]} for i in along.order()]
     obedience = next((name for name in OBEDIENCE if all(name in row for row in rows)), None)
     obeyed = [row[obedience]["mean"] if obedience else 1.0 for row in rows]

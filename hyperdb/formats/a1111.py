@@ -43,8 +43,13 @@ def _activation(path: Path, told: Mapping[str, str]) -> str:
         raise UserError(f"{path} has the activation {activation[:40]!r}: expected one of {', '.join(ACTIVATIONS)}")
     if told.get("is_layer_norm", "False") == "True":
         raise UserError(f"{path} is a hypernetwork with layer normalisation, which is not read")
-    if activation != "linear" and told.get("activate_output", "False") == "True":
-        raise UserError(f"{path} is a hypernetwork with an activation after its last layer, which is not read")
+    if activation != "linear" and (last := told.get("activate_output")) != "False":
+        if last == "True":
+            raise UserError(f"{path} is a hypernetwork with an activation after its last layer, which is not read")
+        raise UserError(
+            f"{path} does not say activate_output, without which A1111 has an activation after its last layer and "
+            "ComfyUI has none: state it in the file's header, True or False"
+        )
     return activation
 
 

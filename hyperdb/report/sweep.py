@@ -43,7 +43,7 @@ def _methods(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
-    """Return the setting in which results of one base and the same data differ, None for others.
+    """Return the setting in which results of one base, the same data and judges differ, None for others.
 
     None too if there are several or none, or the same value twice.
 
@@ -51,7 +51,11 @@ def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
     first name. A setting that only some of the results have differs too.
     """
     every = list(named.values())
-    if len(every) < 2 or any(found.get(name) != every[0].get(name) for found in every for name in ("base", "data")):
+
+    def differs(name: str) -> bool:
+        return any(found.get(name) != every[0].get(name) for found in every)
+
+    if len(every) < 2 or any(map(differs, ("base", "data", "recognisers", "judges"))):
         return None
     methods = [_methods(found) for found in every]
     common = set.intersection(*map(set, methods))  # a row more is no setting
@@ -66,6 +70,8 @@ def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
     if not all("settings" in found for found in every) or len({tuple(v) for v in differ.values()}) != 1:
         return None
     setting, values = next(iter(differ.items()))
+    if differs("hypernet") and not setting.startswith("hypernet."):  # another one, trained alike
+        return None
     return Axis(setting, [json.loads(value) for value in values]) if len(set(values)) == len(values) else None
 
 

@@ -164,7 +164,9 @@ def comma_separated(named: Mapping[str, Mapping[str, Any]]) -> str:
     entries = []
     for title, results in named.items():
         for name, figures in (results["rows"] | _pairs(results)).items():
-            told = [_label(results, name), figures.get("people", results["people"]), results.get("seeds", 1)]
+            values = results.get("values", {}).get(name)  # a row in which nothing is drawn by chance has one seed
+            seeds = len(next(iter(values.values()))) if values else results.get("seeds", 1)
+            told = [_label(results, name), figures.get("people", results["people"]), seeds]
             entries.append(([title, name, *told], {k: v for k, v in figures.items() if k != "people"}))
     columns = []
     for figure in _columns(figures for _, figures in entries):

@@ -17,6 +17,8 @@ from hyperdb.runtime.errors import UserError, first_line
 from hyperdb.runtime.paths import FilePath
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
     from torch import Tensor
 
     from hyperdb.formats.native import Part, Personalization
@@ -43,8 +45,9 @@ class Config:
     strength.
 
     With `push_to_hub=org/name` what was written goes into that repository of the Hugging Face hub, with a model card
-    and the pictures that `hyperdb personalize` drew of the person, without the photo. The token is the one of `hf auth
-    login` or of HF_TOKEN. With `upload=false` only what would be sent is said.
+    and the pictures that `hyperdb personalize` drew of the person, without the photo. A repository that is there
+    already keeps a card and pictures of something else, and is refused if it is public without `private=false`. The
+    token is the one of `hf auth login` or of HF_TOKEN. With `upload=false` only what would be sent is said.
     """
 
     adapter: FilePath = "???"  # a file of `hyperdb personalize`, or its folder
@@ -92,6 +95,7 @@ def run(config: Config) -> Path:
     import torch
 
     from hyperdb.adapters.base import LowRank, scale
+    from hyperdb.faces.image import read_text
     from hyperdb.formats import a1111, embedding, lora
     from hyperdb.formats.native import Personalization, find_adapter
     from hyperdb.runtime.files import hash_files, save_text
@@ -130,6 +134,9 @@ def run(config: Config) -> Path:
                 "ss_base_model_version": "sd_v1",
                 "ss_v2": "False",
             }
+        elif any(layer.name.endswith("attn2.to_k") and layer.in_ == 1024 for layer in person.layout.layers):
+            # A1111 lists a file beside Stable Diffusion 2 by these
+            metadata |= {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
         if config.format == "textual_inversion":
             embedding.write(written, config.name, _vector(person, config.strength), metadata, dtype)
         elif config.format == "a1111":
@@ -144,9 +151,9 @@ def run(config: Config) -> Path:
     print(f"{config.format} adapter in {written}; the words that call the person: {words!r}")
     if config.push_to_hub is not None:
         files = {path.relative_to(out).as_posix(): path for name in names[:-1] for path in sorted(out.glob(name))}
-        if (pictures := file.parent / PICTURES).is_file():
-            files[PICTURES] = pictures
-        _push(config, files, _card(config, person, words, PICTURES in files))
+        pictures = file.parent / PICTURES
+        ours = pictures.is_file() and read_text(pictures).get("software") == "hyperdb"
+        _push(config, files, pictures if ours else None, lambda shown: _card(config, person, words, shown))
     return out
 
 
@@ -160,25 +167,46 @@ def _require_token() -> None:
         raise UserError("push_to_hub: there is no token of the hub; run `hf auth login`, or set HF_TOKEN")
 
 
-def _push(config: Config, files: dict[str, Path], card: str) -> None:
-    """Upload files, by their names in the repository, and the card in one commit, or say which they are."""
+def _push(config: Config, files: dict[str, Path], pictures: Path | None, card: Callable[[str | None], str]) -> None:
+    """Upload files, by their names in the repository, pictures and the card in one commit, or say which they are.
+
+    `card` makes the card that shows pictures of a name. Where the repository has a card of something else, this one and
+    its pictures are called after the adapter. Raises `UserError` for a public repository that should be private.
+    """
     import httpx
     from huggingface_hub import CommitOperationAdd, HfApi
 
     from hyperdb.runtime.version import __version__
 
     to = config.push_to_hub or ""
-    contents: dict[str, str | bytes] = {"README.md": card.encode(), **{name: str(path) for name, path in files.items()}}
+
+    def contents(there: Collection[str] = ()) -> dict[str, str | bytes]:
+        known, own = "README.md" in there, f"{config.name}.md"
+        other = known and (own in there or not any(name in there for name in files))
+        sheet = None if pictures is None else f"{config.name}.png" if other else PICTURES
+        found: dict[str, str | bytes] = {own if other else "README.md": card(sheet).encode()}
+        found |= {name: str(path) for name, path in files.items()}
+        return found if sheet is None else {**found, sheet: str(pictures)}
+
     if not config.upload:
         print(f"would be uploaded to {to}, which would be {'private' if config.private else 'public'} if it is new:")
-        for name, what in contents.items():
-            print(f"  {name}, {len(what) if isinstance(what, bytes) else files[name].stat().st_size:,} bytes")
+        for name, what in contents().items():
+            print(f"  {name}, {len(what) if isinstance(what, bytes) else Path(what).stat().st_size:,} bytes")
         return
     api = HfApi(library_name="hyperdb", library_version=__version__)
     try:
         api.create_repo(to, private=config.private, exist_ok=True)
-        operations = [CommitOperationAdd(name, what) for name, what in contents.items()]
+        there = api.repo_info(to)
+        if config.private and not there.private:
+            raise UserError(
+                f"push_to_hub={to} is there and public, and nothing was uploaded: name another repository, or allow "
+                f"it with private=false; the files stay in {config.out}"
+            )
+        names = {file.rfilename for file in there.siblings or ()}
+        operations = [CommitOperationAdd(name, what) for name, what in contents(names).items()]
         done = api.create_commit(to, operations, commit_message=f"{config.name}, written by hyperdb {__version__}")
+    except UserError:
+        raise
     except (OSError, ValueError, httpx.HTTPError) as error:
         why = first_line(error)
         raise UserError(f"push_to_hub={to} was not uploaded ({why}); the files stay in {config.out}") from error
@@ -221,8 +249,8 @@ def _scaled(person: Personalization, strength: float) -> Personalization:
     )
 
 
-def _card(config: Config, person: Personalization, words: str, pictures: bool = False) -> str:
-    """Return a model card in the hub's form, which shows the `pictures` that stand beside it."""
+def _card(config: Config, person: Personalization, words: str, pictures: str | None = None) -> str:
+    """Return a model card in the hub's form, which shows the `pictures` of that name beside it."""
     files = "the folders unet/ and text_encoder/" if config.format == "peft" else f"`{config.name}.safetensors`"
     use = {
         "peft": 'PeftModel.from_pretrained(pipe.unet, "unet")  # and the same for pipe.text_encoder',
@@ -237,7 +265,7 @@ instance_prompt: {words}
 ---
 
 # {config.name}
-{f"{chr(10)}![Pictures of the person]({PICTURES}){chr(10)}" if pictures else ""}
+{f"{chr(10)}![Pictures of the person]({pictures}){chr(10)}" if pictures else ""}
 One person, personalised from one photo with hyperdb (HyperDreamBooth, arXiv 2307.06949): {files}, format
 {config.format}, {config.dtype}, strength {config.strength:g} baked in. Base model: {person.base or "unknown"}.
 

@@ -238,8 +238,9 @@ class Session:
             is_one = upload.parent.parent == self.folder.parent and UPLOAD.fullmatch(upload.parent.name)
             if not is_one or upload.name in ("", ".", "..") or upload.is_symlink() or not upload.is_file():
                 raise UserError("this is no file that was uploaded here; choose the photo again")
-            taken = self._new("photo")
-            shutil.move(upload, taken)
+            with self._open():  # a visit that ends meanwhile leaves nothing
+                taken = self._new("photo")
+                shutil.move(upload, taken)
             shutil.rmtree(upload.parent, ignore_errors=True)
             if taken.stat().st_size > self.config.upload * 1e6:
                 taken.unlink()
@@ -256,7 +257,9 @@ class Session:
         with self._looking:
             self._keep(None)
             rendered = render(Identity(person), View(), size=256)
-            return self._look(save_png(self._new("photo"), rendered), aligned=True, agreed=True)
+            with self._open():
+                path = save_png(self._new("photo"), rendered)
+            return self._look(path, aligned=True, agreed=True)
 
     def _look(self, path: Path, aligned: bool, agreed: bool) -> Photo:
         """Read a photo, find its faces, and keep it; one that is refused is removed."""
@@ -321,8 +324,10 @@ class Session:
             raise UserError("personalise only people who agreed to it: tick the line of consent, if this one did")
         if photo.chosen.crop is None:
             raise UserError(photo.chosen.said)
-        crop, name, folder = photo.chosen.crop, self._free_name(name), self._new("person")
-        cut = save_png(folder / "crop.png", crop)
+        name = self._free_name(name)
+        with self._open():  # a visit that ends meanwhile leaves no face behind
+            folder = self._new("person")
+            cut = save_png(folder / "crop.png", photo.chosen.crop)
         how = dataclasses.replace(self.config, image=str(cut), align=False, preview=False, out=str(folder))
 
         def task(model: Personalizer, tell: Tell) -> Person:

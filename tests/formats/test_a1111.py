@@ -102,6 +102,8 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tiny_base, in_tmp):
         (lambda t, m: m.update(activation_func="sine"), "the activation 'sine'"),
         (lambda t, m: m.update(is_layer_norm="True"), "layer normalisation"),
         (lambda t, m: m.update(activate_output="True"), "after its last layer"),
+        (lambda t, m: m.update(activate_output="None"), "does not say activate_output"),
+        (lambda t, m: m.pop("activate_output"), "does not say activate_output"),
         (lambda t, m: t.pop("16.k.linear.0.weight"), "a bias without its weight"),
         (lambda t, m: t.update({"16.k.linear.0.weight": torch.ones(16)}), "no matrix"),
         (lambda t, m: t.update({"16.k.linear.0.weight": torch.ones(4, 16)}), "several structures"),

@@ -86,6 +86,15 @@ def test_results_that_do_not_differ_in_one_setting(results):
     assert found(*results) is None
 
 
+@pytest.mark.parametrize("other", [{"recognisers": ["dlib"]}, {"judges": {"clip": "b"}}, {"hypernet": {"digest": "b"}}])
+def test_other_judges_or_another_hypernetwork_are_no_value_of_a_setting(other):
+    same = {"recognisers": ["sface"], "judges": {"clip": "a"}, "hypernet": {"digest": "a"}}
+    assert found({**result(steps=5), **same}, {**result(steps=40), **same}).setting == "steps"
+    assert found({**result(steps=5), **same}, {**result(steps=40), **same, **other}) is None
+    trained = ({**result(hypernet={"beta": beta}), "hypernet": {"digest": str(beta)}} for beta in (0, 1))
+    assert found(*trained).setting == "hypernet.beta"
+
+
 def test_the_table_has_the_values_of_a_row_below_each_other():
     named = {"b": result(0.75, steps=20), "a": result(0.5, steps=5)}
     named["b"]["rows"]["floor"] = {"cosine": named["b"]["rows"]["lora"]["cosine"]}

@@ -151,3 +151,13 @@ def test_every_special_character_of_latex_is_text():
 def test_csv_has_full_precision_the_ends_and_all_files():
     other = {"rows": {"lora": {"label": "LoRA, 7", **row(steps=7)}}, "paired": {}, "people": 9}
     assert comma_separated({"a.json": RESULTS, "b.json": other}) == CSV.lstrip()
+
+
+def test_a_row_in_which_nothing_is_drawn_by_chance_has_one_seed():
+    values = {"hyper_40": {"cosine": [[0.5], [0.6], [0.7]]}, "copy": {"cosine": [[0.9]]}}
+    rows = {name: {"label": name, "people": 1, "cosine": 0.6} for name in values}
+    lines = comma_separated({"a": {"rows": rows, "paired": {}, "people": 1, "seeds": 3, "values": values}}).splitlines()
+    assert [line.split(",")[:5] for line in lines[1:]] == [
+        ["a", "hyper_40", "hyper_40", "1", "3"],
+        ["a", "copy", "copy", "1", "1"],
+    ]

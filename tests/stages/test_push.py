@@ -71,6 +71,11 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self._answer({"error": f"no such route: {self.path}"}, 404)
 
+    def do_GET(self):
+        hub = self.server
+        there = [{"rfilename": name} for name in hub.files]
+        self._answer({"id": "me/ada", "private": hub.private, "siblings": there})
+
     def do_PUT(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         name = self.path.rpartition("/")[2]
@@ -82,7 +87,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.files, server.stored, server.repository = {}, {}, None
+        server.files, server.stored, server.repository, server.private = {}, {}, None, True
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -98,7 +103,7 @@ def person(in_tmp):
     made = Personalization(layout, torch.randn(lidb.build(layout).mask.shape, generator=g), lidb, "0123", "zwx", "face")
     made.save(in_tmp / "ada" / "adapter.safetensors")
     for name in ("preview.png", "pictures.png"):
-        save_png(in_tmp / "ada" / name, torch.zeros(8, 8, 3, dtype=torch.uint8).numpy())
+        save_png(in_tmp / "ada" / name, torch.zeros(8, 8, 3, dtype=torch.uint8).numpy(), {"software": "hyperdb"})
     return in_tmp / "ada"
 
 
@@ -129,6 +134,33 @@ def test_adapter_card_and_pictures_arrive(person, hub):
     again = _export(person, hub, "private=false")  # neither this nor where it goes decides what is written
     assert again.returncode == 0, again.stderr
     assert hub.repository["visibility"] == "public"
+
+
+def test_a_repository_that_is_there_keeps_its_card_and_its_pictures(person, hub):
+    hub.files = {"README.md": b"of the owner", "bob.safetensors": b"bob", "pictures.png": b"of bob"}
+    for _ in range(2):  # the second time too
+        done = _export(person, hub)
+        assert done.returncode == 0, done.stderr
+        assert hub.files["README.md"] == b"of the owner"
+        assert hub.files["pictures.png"] == b"of bob"
+        assert b"![Pictures of the person](ada.png)" in hub.files["ada.md"]
+        assert hub.files["ada.png"] == (person / "pictures.png").read_bytes()
+
+
+def test_pictures_of_others_stay_here(person, hub):
+    save_png(person / "pictures.png", torch.zeros(8, 8, 3, dtype=torch.uint8).numpy())
+    done = _export(person, hub)
+    assert done.returncode == 0, done.stderr
+    assert set(hub.files) == {"ada.safetensors", "README.md"}
+
+
+def test_a_face_does_not_become_public_by_the_repository_that_is_there(person, hub):
+    hub.private = False
+    done = _export(person, hub)
+    assert done.returncode == 2
+    assert "is there and public, and nothing was uploaded" in done.stderr
+    assert hub.files == {}
+    assert _export(person, hub, "private=false").returncode == 0
 
 
 @pytest.mark.parametrize("token", ["hf_of_another", ""])
