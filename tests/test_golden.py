@@ -104,7 +104,7 @@ def fits(tiny_base, rendered, tmp_path_factory):
     [
         ("diffusion", ["weights=null", "prior_weight=0.5", "flips=true", "prompt_dropout=0.3", "target_style=any",
                        "target_prompt=instance"]),
-        ("weights", ["alpha=0", "target_style=same"]),
+        ("weights", ["alpha=0", "prior_weight=0", "target_style=same"]),
         ("identity", ["identity_weight=1", "identity_people=2", "identity_steps=2", "matrix_rate=0.005",
                       "encoder_rate=0.0003", "beta=0.5", "fit_share=0.5"]),
     ],

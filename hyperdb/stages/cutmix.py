@@ -186,6 +186,6 @@ def run(config: Config) -> Path:
     told = {"words": list(words), "prompt": prompt, "people": len(everybody), "pictures": len(seeds)}
     save_json(out / "report.json", {**told, "base": base.digest, "results": results, "provenance": provenance()})
     print(f"adapter in {out / 'adapter.safetensors'}, pictures in {out / 'pictures.png'}")
-    words = of_two(config.prompt, "[V]", config.second)
-    print(f"next: hyperdb generate adapter={config.out} prompt='{words}' diffusion.subject_guidance=null")
+    both = of_two(config.prompt, "[V]", config.second)
+    print(f"next: hyperdb generate adapter={config.out} prompt='{both}' diffusion.subject_guidance=null")
     return out

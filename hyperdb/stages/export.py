@@ -196,7 +196,7 @@ def _push(config: Config, files: dict[str, Path], pictures: Path | None, card: C
     api = HfApi(library_name="hyperdb", library_version=__version__)
     try:
         api.create_repo(to, private=config.private, exist_ok=True)
-        there = api.repo_info(to)
+        there = api.model_info(to)
         if config.private and not there.private:
             raise UserError(
                 f"push_to_hub={to} is there and public, and nothing was uploaded: name another repository, or allow "

@@ -215,7 +215,7 @@ class Personalizer:
         """
         if file not in self._encoders:
             self._encoders[file] = load_encoder(file, self.base, layout)
-        found, asked = self._encoders[file].lidb.config.start, getattr(self.learned, "start", None)
+        found, asked = (getattr(which, "start", None) for which in (self._encoders[file].lidb.config, self.learned))
         if asked is not None and found != asked:
             raise UserError(
                 f"{file} predicts words near token {found}, and this training begins at token {asked}: leave out "

@@ -130,14 +130,15 @@ def trained(made, tmp_path_factory):
     ("under", "word"),
     [
         *(([], word) for word in (
-            "weight_loss=plain", "target_view=same", "target_style=any", "target_prompt=caption", "alpha=0", "beta=0",
+            "weight_loss=plain", "target_view=same", "target_style=any", "target_prompt=caption", "beta=0",
             "fit_share=0", "prior_weight=0", "prior_rows=2", "face_weight=2", "signal_weight=0.5",
             "logit_normal=[0.2,1.0]", "levels=1", "matrix_rate=0.01", "encoder_rate=1e-4", "flips=true",
             "prompt_dropout=0.5", "identity_weight=0.1", "decay=0", "ema=0.05", "seed=1",
         )),
+        (["prior_weight=0"], "alpha=0"),
         (["weights=null"], "default_spread=0.1"),  # fits have a spread of their own
         (IDENTITY, "identity_people=1"), (IDENTITY, "identity_steps=1"), (IDENTITY, "flips=true"),
-        ([*IDENTITY, "alpha=0", "fit_share=1"], "target_prompt=caption"),
+        ([*IDENTITY, "alpha=0", "prior_weight=0", "fit_share=1"], "target_prompt=caption"),
     ],
 )  # fmt: skip
 def test_every_setting_of_the_training_counts(trained, under, word):
@@ -170,7 +171,8 @@ def test_weight_loss_alone_draws_only_people_who_have_a_fit(made, tmp_path):
     words = [made["base"], *TINY, f"data={made['data']}", "identities=1", "average.steps=2"]
     words += ["fit.steps=2", "fit.levels=2"]
     fits = configuration.run("precompute", [*words, f"out={tmp_path / 'fits'}"])
-    words = [made["base"], *HYPER, f"data={made['data']}", f"weights={fits}", "alpha=0", "steps=3", "batch=2"]
+    words = [made["base"], *HYPER, f"data={made['data']}", f"weights={fits}", "steps=3", "batch=2"]
+    words += ["alpha=0", "prior_weight=0"]
     configuration.run("train_hypernet", [*words, f"out={tmp_path / 'out'}"])  # one fit among four people
 
 
@@ -333,7 +335,7 @@ def test_a_hypernetwork_file_can_be_trained_on(made, tmp_path):
     assert all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in before)
     for setting, said in (("adapter.seed=1", "lidb"), ("model.iterations=7", r"model.iterations=\d; set the same")):
         with pytest.raises(UserError, match=said):
-            configuration.run("train_hypernet", [*words, f"out={tmp_path / 'other'}", setting])
+            configuration.run("train_hypernet", [*words, f"out={tmp_path / setting}", setting])
 
 
 def test_people_personalised_one_after_the_other_do_not_mix(made, photo, tmp_path):
