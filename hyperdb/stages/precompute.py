@@ -130,17 +130,17 @@ def reference_rows(people: People, views: int, first: int = 0) -> list[list[int]
 def passes(config: Config, sketch: Sketch) -> None:
     """Count the people; measure what encodes the photos and a batch of fits."""
     from hyperdb.tuning.memory import rows
-    from hyperdb.tuning.start import LEVELS, together
+    from hyperdb.tuning.start import LEVELS, people_a_pass
+
+    rank = config.adapter.tokens(sketch.layout).rank
 
     sketch.read(config.data, config.identities, config.split, first=config.first, photos=config.photos)
     with sketch.measure("encoding photos"):
         sketch.encode()
     with sketch.measure("fits"):
-        factors = sketch.factors(config.batch, config.adapter.tokens(sketch.layout).rank, trained=True)
-        sketch.denoise(config.batch * rows(config.fit), factors)
+        sketch.denoise(config.batch * rows(config.fit), sketch.factors(config.batch, rank, trained=True))
     if config.start != "template":
-        rank = config.adapter.tokens(sketch.layout).rank
-        people = together(config.fit, config.batch)
+        people = people_a_pass(config.fit, config.batch)
         with sketch.measure("where the fits begin"):
             sketch.denoise(people * LEVELS, sketch.factors(people, rank, trained=True))
             if config.start == "average":

@@ -214,13 +214,14 @@ class Personalizer:
         Raises `UserError` for one that was trained near another word than the one that the settings begin at.
         """
         if file not in self._encoders:
-            self._encoders[file] = load_encoder(file, self.base, layout)
-        found, asked = (getattr(which, "start", None) for which in (self._encoders[file].lidb.config, self.learned))
-        if asked is not None and found != asked:
-            raise UserError(
-                f"{file} predicts words near token {found}, and this training begins at token {asked}: leave out "
-                "adapter.start and diffusion.class_word, or train an encoder with them"
-            )
+            read = load_encoder(file, self.base, layout)
+            found, asked = (getattr(which, "start", None) for which in (read.lidb.config, self.learned))
+            if asked is not None and found != asked:
+                raise UserError(
+                    f"{file} predicts words near token {found}, and this training begins at token {asked}: leave out "
+                    "adapter.start and diffusion.class_word, or train an encoder with them"
+                )
+            self._encoders[file] = read
         return self._encoders[file]
 
     def begin(self, file: str | None, layout: Layout, photos: Tensor) -> Begin | None:

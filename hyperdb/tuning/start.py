@@ -59,7 +59,7 @@ def own_starts(start: Start, lidb: LiDB, predicted: Tensor | None, people: int, 
     return torch.where(lidb.part("B").cpu(), predicted, everybody) if trained == "B" else predicted
 
 
-def together(config: FitConfig, batch: int) -> int:
+def people_a_pass(config: FitConfig, batch: int) -> int:
     """Return the gradients of how many people are computed in one pass, where `batch` people are fitted in one."""
     return max(1, min(16, batch * config.levels // LEVELS))
 
@@ -75,7 +75,7 @@ def _gradients(base: Base, lidb: LiDB, tokens: Tensor, moments: Tensor, config: 
 
     once = replace(config, steps=1, warmup=0, rate=1.0, levels=LEVELS, optimizer="sgd", prior_weight=0.0)
     found = []
-    for part in moments.split(together(config, batch)):
+    for part in moments.split(people_a_pass(config, batch)):
         at = tokens.expand(len(part), -1, -1)
         begin = Begin({"tokens": at}, {"tokens": torch.ones_like(tokens)})
         found.append(at - fit(base, lidb, part, once, begin=begin)["tokens"].cpu())
@@ -92,8 +92,7 @@ def load_start(
     `predicted [I, N, D]` for them, or None; it is called if the start is not there. The start is the mean of the
     predictions. Without predictions, it is one adapter fitted with the settings `average` to the photos of everybody at
     once: what portraits of this crop have in common. The gradients are those of the loss of `fit`, of
-    which `batch` are made in one pass. Of several jobs that
-    make it at once, all take what the first has written.
+    which `batch` are made in one pass. Of several jobs that make it at once, all take what the first has written.
     """
     from tqdm import tqdm
 

@@ -126,12 +126,12 @@ class Validation:
         ids = base.tokenize([base.config.instance_prompt]).expand(len(t), -1)
         weight = signal_weight(schedule, t, self.signal_weight)[:, None, None, None]
         weight = weight * face_focus(self.face_weight, *base.latent_shape[1:]).to(base.device)
-        losses = {}
+        losses, each = {}, group(base.config.size)
         injection = Injection(base.targets())
         for name, changes in ways.items():
             found = []
-            for first in range(0, count, group(base.config.size)):
-                people = slice(first, first + group(base.config.size))
+            for first in range(0, count, each):
+                people = slice(first, first + each)
                 part = slice(people.start * LEVELS, people.stop * LEVELS)
                 theirs = changes if identities_of(changes) == 1 else select(changes, people)
                 rows = z[part], noise[part], t[part]
