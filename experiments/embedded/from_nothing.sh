@@ -7,25 +7,25 @@
 #
 # What parts of it took on an H200 with 16 cores is in experiments/embedded/base128; it has not been run to its end.
 #
-# Parts, in their order: few people faces autoencoder encoder sharp base hypernet judge clip vicreg
-# verifier. All of them by default. The results lie in runs/from_nothing; a length can be set from outside, such as
+# Parts, in their order: few people faces autoencoder encoder sharp base map hypernet judge clip
+# vicreg verifier. All of them by default. The results lie in runs/from_nothing; a length can be set from outside, such as
 # BASE_STEPS=4000.
 set -eu
 KIND=${1:?cpu or gpu}
 shift
-PARTS=${*:-few people faces autoencoder encoder sharp base hypernet judge clip vicreg verifier}
+PARTS=${*:-few people faces autoencoder encoder sharp base map hypernet judge clip vicreg verifier}
 OUT=${OUT_FOLDER:-runs/from_nothing}
 PYTHON=${PYTHON:-python3}
 case $KIND in
   gpu) : "${WORKERS:=$(nproc)}" "${PEOPLE:=10000}" "${BATCH:=1024}"
        : "${AUTOENCODER_STEPS:=2500}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=1500}" "${AUTOENCODER_BATCH:=256}"
        : "${FACES:=40000}" "${ENCODER_STEPS:=8000}" "${ENCODER_BATCH:=256}"
-       : "${BASE_STEPS:=6000}" "${LINEAR_STEPS:=1500}" "${PEOPLE_A_STEP:=192}" "${JUDGE_STEPS:=1500}"
+       : "${BASE_STEPS:=6000}" "${LINEAR_STEPS:=1500}" "${DECODER_STEPS:=1500}" "${PEOPLE_A_STEP:=192}" "${JUDGE_STEPS:=1500}"
        : "${IMAGES_STEPS:=6000}" "${IMAGES_BATCH:=512}" ;;
   cpu) : "${WORKERS:=2}" "${PEOPLE:=10000}" "${BATCH:=64}"
        : "${AUTOENCODER_STEPS:=6000}" "${WHOLE_STEPS:=600}" "${SHARP_STEPS:=900}" "${AUTOENCODER_BATCH:=32}"
        : "${FACES:=20000}" "${ENCODER_STEPS:=12000}" "${ENCODER_BATCH:=96}"
-       : "${BASE_STEPS:=25000}" "${LINEAR_STEPS:=210}" "${PEOPLE_A_STEP:=48}" "${JUDGE_STEPS:=600}"
+       : "${BASE_STEPS:=25000}" "${LINEAR_STEPS:=210}" "${DECODER_STEPS:=1500}" "${PEOPLE_A_STEP:=48}" "${JUDGE_STEPS:=600}"
        : "${IMAGES_STEPS:=3000}" "${IMAGES_BATCH:=128}" ;;
   *) echo "from_nothing.sh: expected cpu or gpu, not $KIND" >&2; exit 2 ;;
 esac
@@ -79,11 +79,16 @@ base() {
 }
 
 BASE="diffusion.path=$OUT/base/base diffusion.size=128"
-hypernet() { # where predictions begin; the linear map
+map() { # where predictions begin; the linear map
   once "$OUT/fits/default/index.json" precompute $BASE data="$HEADS" identities=16 out="$OUT/fits/default"
-  once "$OUT/hypernet/report.json" train_hypernet $BASE experiment=linear data="$HEADS" validation="$OUT/heads_validation" \
+  once "$OUT/map/report.json" train_hypernet $BASE experiment=linear data="$HEADS" validation="$OUT/heads_validation" \
     weights="$OUT/fits/default" batch="$PEOPLE_A_STEP" steps="$LINEAR_STEPS" \
-    model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/hypernet"
+    model.encoder.weights="$OUT/encoder/encoder.safetensors" out="$OUT/map"
+}
+
+hypernet() { # the decoder on the map
+  once "$OUT/hypernet/report.json" train_hypernet $BASE experiment=decoder data="$HEADS" validation="$OUT/heads_validation" \
+    init="$OUT/map/hypernet.safetensors" batch="$PEOPLE_A_STEP" steps="$DECODER_STEPS" out="$OUT/hypernet"
 }
 
 judge() {
