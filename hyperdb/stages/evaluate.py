@@ -217,7 +217,6 @@ def _described(config: Config, model: Personalizer, row: str, people: int) -> di
     """Return all of a row's method that decides its pictures of `people`: its start, adapter and training, and whom."""
     from hyperdb.adapters import kind_of
     from hyperdb.runtime.recipe import recipe
-    from hyperdb.tuning.trainable import layout_of
 
     if row in PHOTOS:
         return {"start": None, "adapter": None, "finetune": None}
@@ -229,8 +228,8 @@ def _described(config: Config, model: Personalizer, row: str, people: int) -> di
     seldom: dict[str, Any] = {"refinements": method.refinements, "people": None if count == people else count}
     seldom["strength"] = None if method.strength == 1 else method.strength
     seldom |= {"photos": method.photos, "hybrid": None if method.hybrid else False}
-    if method.adapter is not None and (file := method.adapter.begins()) is not None:
-        seldom["encoder"] = _network_digest(model.encoder(file, layout_of(model.base, method.adapter)))
+    if method.adapter is not None and method.adapter.begins() is not None:
+        seldom["encoder"] = _network_digest(model.encoder(method.adapter))
     return {**found, **{key: value for key, value in seldom.items() if value is not None}}
 
 

@@ -165,11 +165,11 @@ class Cohort:
 
     def train(
         self, adapter: Adapter, settings: FitConfig, some: slice, start: Factors | None,
-        progress: Callable[[int], Any], begins: str | None = None,
+        progress: Callable[[int], Any], begins: AdapterConfig | None = None,
     ) -> Changes:  # fmt: skip
         """Return the trained changes of some people, without the start `[I, ...]` on top of which they were trained.
 
-        `begins` names the file that says where each training begins (`AdapterConfig.begins`).
+        `begins` are the settings that say where each training begins (`AdapterConfig.begins`).
         """
         from hyperdb.adapters.base import select
         from hyperdb.tuning.fit import fit
@@ -180,7 +180,7 @@ class Cohort:
             photos = settings.sides(self.photos[chosen])
             moments = base.moments(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])
             under = select(start, chosen) if start is not None else None
-            begin = self.model.begin(begins, adapter.layout, self.photos[chosen])
+            begin = self.model.begin(begins, self.photos[chosen])
             parts.append(fit(base, adapter, moments, settings, under, self.model.prior, begin=begin))
             progress(len(photos))
         return _joined(adapter, parts)
@@ -202,7 +202,6 @@ class Cohort:
 
         count, base = people.stop - people.start, self.model.base
         start, adapter = self.start(method), self.adapter(method)
-        begins = method.adapter.begins() if method.adapter is not None else None
         trained = 0 if adapter is None else numbers(adapter)
         size = 4 * (trained + (0 if start is None else numbers(self.model.lidb)))
         noises = [seed * len(prompts) + k for k in range(len(prompts))]
@@ -214,7 +213,7 @@ class Cohort:
             changes = select(start, some) if start is not None else None
             if adapter is not None and settings is not None:
                 seeded = replace(settings, seed=settings.seed + seed)
-                changes = both(changes, self.train(adapter, seeded, some, start, progress, begins))
+                changes = both(changes, self.train(adapter, seeded, some, start, progress, method.adapter))
             seconds += seconds_now(base) - began
             each = some.stop - some.start
             drawn = draw(

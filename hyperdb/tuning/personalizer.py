@@ -173,8 +173,8 @@ class Personalizer:
         else:
             self.learned, self.trainable = trainable(self.base, config.adapter)
         self._encoders: dict[str, E4TEncoder] = {}
-        if (file := config.adapter.begins()) is not None:  # what is wrong with it is said before the photo
-            self.encoder(file, self.trainable.layout)
+        if config.adapter.begins() is not None:  # what is wrong with its file is said before the photo
+            self.encoder(config.adapter)
 
     @cached_property
     def prior(self) -> Prior | None:
@@ -208,35 +208,38 @@ class Personalizer:
         with torch.no_grad(), self.base.autocast():
             return self.hypernet(to_images(crops)).mean(0, keepdim=True)
 
-    def encoder(self, file: str, layout: Layout) -> E4TEncoder:
-        """Return E4T's encoder of a file, for the places that E4T changes; it is read once.
+    def encoder(self, settings: AdapterConfig) -> E4TEncoder:
+        """Return E4T's encoder, of the file that settings name, for the places that they change; it is read once.
 
         Raises `UserError` for one that was trained near another word than the one that the settings begin at.
         """
+        from hyperdb.tuning.trainable import trainable
+
+        file, (learned, adapter) = str(settings.begins()), trainable(self.base, settings)
         if file not in self._encoders:
-            read = load_encoder(file, self.base, layout)
-            found, asked = (getattr(which, "start", None) for which in (read.lidb.config, self.learned))
-            if asked is not None and found != asked:
-                raise UserError(
-                    f"{file} predicts words near token {found}, and this training begins at token {asked}: leave out "
-                    "adapter.start and diffusion.class_word, or train an encoder with them"
-                )
-            self._encoders[file] = read
-        return self._encoders[file]
+            self._encoders[file] = load_encoder(file, self.base, adapter.layout)
+        read = self._encoders[file]
+        found, asked = (getattr(which, "start", None) for which in (read.lidb.config, learned))
+        if asked is not None and found != asked:
+            raise UserError(
+                f"{file} predicts words near token {found}, and this training begins at token {asked}: leave out "
+                "adapter.start and diffusion.class_word, or train an encoder with them"
+            )
+        return read
 
-    def begin(self, file: str | None, layout: Layout, photos: Tensor) -> Begin | None:
-        """Return where E4T begins by the encoder of a file, if there is one, for photos `[I, V, 3, H, W]` uint8.
+    def begin(self, settings: AdapterConfig | None, photos: Tensor) -> Begin | None:
+        """Return where an adapter of these settings begins by E4T's encoder, if they name one.
 
-        A person's word is the mean over their photos.
+        `photos` are `[I, V, 3, H, W]` uint8. A person's word is the mean over theirs.
         """
         import torch
 
         from hyperdb.tuning.fit import Begin
 
-        if file is None:
+        if settings is None or settings.begins() is None:
             return None
         with torch.no_grad(), self.base.autocast():
-            begun = self.encoder(file, layout).begin(photos.flatten(0, 1))
+            begun = self.encoder(settings).begin(photos.flatten(0, 1))
         vector = begun.pop("vector").unflatten(0, photos.shape[:2]).mean(1)
         shared = {name: value.expand(len(photos), -1) for name, value in begun.items()}
         return Begin({"vector": vector, **shared}, {})
@@ -265,7 +268,7 @@ class Personalizer:
         elif tokens is not None:
             begun = self.lidb.factors({"tokens": tokens})
         frozen = moved(begun, self.base.device)
-        begin = self.begin(self.config.adapter.begins(), self.trainable.layout, images[None])
+        begin = self.begin(self.config.adapter, images[None])
         return fit(self.base, self.trainable, moments, config, frozen, self.prior, progress, begin)
 
     def wrap(self, tokens: Tensor | None, params: dict[str, Tensor] | None = None) -> Personalization:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_what_is_predicted_denoises_photos_better_than_the_class_word(words, ren
     z = latent_moments(base, people)[rows, 0].float()
     t = torch.randint(0, base.schedule.config.num_train_timesteps, (len(rows),), generator=g)
     noised = z, torch.randn(z.shape, generator=g), t, base.tokenize(["a [V] face"]).expand(len(rows), -1)
-    begun = model.begin(model.config.adapter.begins(), model.trainable.layout, people.images[rows][:, None]).params
+    begun = model.begin(model.config.adapter, people.images[rows][:, None]).params
 
     injection = Injection(base.sites(model.trainable.layout.names))
 
@@ -110,11 +111,19 @@ def test_a_word_that_begins_elsewhere_is_refused(words):
         Personalizer(config.load("personalize", [*words, "adapter.start=5"]))
 
 
+def test_the_word_of_every_method_is_asked_for(words):
+    """An evaluation has methods of its own beside the adapter of its settings."""
+    model = Personalizer(config.load("personalize", words))
+    model.encoder(model.config.adapter)
+    with pytest.raises(UserError, match=r"predicts words near token \d+, and this training begins at token 5"):
+        model.encoder(replace(model.config.adapter, start=5))
+
+
 def test_photos_of_a_person_have_the_mean_of_their_words(words):
     model = Personalizer(config.load("personalize", words))
     images = torch.randint(0, 256, (2, 3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
-    begun = model.begin(model.config.adapter.begins(), model.trainable.layout, images).params
-    encoder = model.encoder(model.config.adapter.begins(), model.trainable.layout)
+    begun = model.begin(model.config.adapter, images).params
+    encoder = model.encoder(model.config.adapter)
     with torch.no_grad():
         torch.testing.assert_close(begun["vector"][1], encoder.begin(images[1])["vector"].mean(0))
     assert {len(value) for value in begun.values()} == {2}
