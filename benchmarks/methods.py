@@ -44,6 +44,8 @@ def measure(words: list[str], repeats: int, out: str) -> dict[str, Any]:
     # at another's or everybody's prediction it takes as long as at the own one, and the base alone takes nothing
     methods = {row: m for row, m in methods.items() if m.start in (None, "own") and (m.trains or m.start)}
     fits = {row: settings.fit(row) for row in methods}
+    if several := [row for row, method in methods.items() if (method.photos or 1) > 1]:
+        raise UserError(f"rows={settings.rows}: {several[0]} learns from several photos, and a turn has one")
     if not methods:
         raise UserError(f"rows={settings.rows}: none of them learns one person alone")
     model = Personalizer(settings)
@@ -59,7 +61,7 @@ def measure(words: list[str], repeats: int, out: str) -> dict[str, Any]:
         start = cohort.start(methods[row])
         if (fit := fits[row]) is not None:
             fit = replace(fit, steps=steps or fit.steps)
-            cohort.train(adapters[row], fit, slice(0, 1), start, lambda _: None)
+            cohort.train(adapters[row], fit, slice(0, 1), start, lambda _: None, methods[row].adapter)
         return seconds_now(model.base) - began
 
     found: dict[str, list[float]] = {row: [] for row in methods}

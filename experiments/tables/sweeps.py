@@ -5,8 +5,9 @@
 
 Writes sweeps/NAME.json beside this file: every rate with its figures, and the one that is chosen. It has the highest
 likeness under changed prompts of those that still obey them. Likeness alone would choose whoever repeats the photo. A
-rate obeys if its obedience, CLIP-T or the places recognised, is at least OBEYED of the best of all rates. A rate at an
-end of those that were tried is called so: a further one may be better.
+rate obeys if its obedience, CLIP-T or the places recognised, is at least OBEYED of the best of all rates, and so are the
+styles recognised. A rate at an end of those that were tried is called so: a further one may be better. Every method has
+as many rates: one that could not be trained is to be replaced by another.
 """
 
 from __future__ import annotations
@@ -23,27 +24,33 @@ from hyperdb.runtime.files import save_json
 
 HERE, RUNS = Path(__file__).parent, Path("runs/evaluate")
 LIKENESS, OBEDIENCE = "cosine_changed", ("clip_t_changed", "place_accuracy")  # of the latter the first that is known
-OBEYED = 0.9
+STYLE, OBEYED = "style_accuracy", 0.9
+RATES = 5
 
 
 def choose(method: str, folder: Path) -> dict[str, Any]:
     """Return the rates of a method's sweep with their figures, and the best. Raises `UserError` for another folder."""
     named = {str(path): load(path) for path in sorted(folder.glob("*/results.json"))}
     every, along = list(named.values()), axis(named)
-    if len({json.dumps(results.get("hypernet")) for results in every}) > 1:
+    if len({json.dumps(results["methods"].get(method, {}).get("hypernet")) for results in every}) > 1:
         raise UserError(f"{folder} holds results of several hypernetworks; delete those of the former ones")
     if along is None or along.setting != f"methods.{method}.finetune.rate":
         raise UserError(f"{folder} holds no sweep; run `hyperdb evaluate -m experiment=sweep/{method}`")
     rows = [{"rate": along.values[i], **every[i]["rows"][method]} for i in along.order()]
+    if len(rows) < RATES:
+        raise UserError(f"{folder} holds {len(rows)} rates of {RATES}; run the others, or one in place of what diverged")
     obedience = next((name for name in OBEDIENCE if all(name in row for row in rows)), None)
-    obeyed = [row[obedience]["mean"] if obedience else 1.0 for row in rows]
-    obedient = [i for i, x in enumerate(obeyed) if x >= OBEYED * max(obeyed)]
+    asked = [name for name in (obedience, STYLE) if name is not None and all(name in row for row in rows)]
+    best_of = {name: max(row[name]["mean"] for row in rows) for name in asked}
+    obedient = [i for i, row in enumerate(rows) if all(row[k]["mean"] >= OBEYED * x for k, x in best_of.items())]
+    if not obedient:
+        raise UserError(f"{folder}: no rate obeys both the prompt and the style; add rates between those that do one")
     best = max(obedient, key=lambda i: rows[i][LIKENESS]["mean"])
     told = ("split", "people", "seeds", "base", "data", "hypernet", "commit", "dirty")
     return {
         "method": method,
         "rate": rows[best]["rate"],
-        "chosen_by": {"likeness": LIKENESS, "obedience": obedience, "obeyed": OBEYED},
+        "chosen_by": {"likeness": LIKENESS, "obedience": asked, "obeyed": OBEYED},
         "at_an_end": best in (0, len(rows) - 1),
         "rates": [{key: value for key, value in row.items() if is_figure(value)} for row in rows],
         **{key: every[0][key] for key in told},

@@ -68,9 +68,10 @@ class People:
     def unlike(self, given: Tensor, others: Tensor) -> Tensor:
         """Order a person's photos `others [K]` such that those come first which are unlike the photos `given [V]`.
 
-        Last come photos with an accessory that a given one shows, before them those in a place of a given one, before
-        them those in its pose. Light needs no label, for every render has its own. What is equally unlike keeps its
-        order, and so do photos of real people, of which nothing of this is known.
+        Last come photos with an accessory that the first given one shows, before them those in its place, before them
+        those in its pose. What is equally unlike the first one is ordered by the others in the same way. Light needs no
+        label, for every render has its own. What is still equal keeps its order, and so do photos of real people, of
+        which nothing of this is known.
         """
         if not {"accessory", "place", "yaw", "pitch"} <= self.labels.keys():
             return others
@@ -78,8 +79,9 @@ class People:
         worn = (there["accessory"] == here["accessory"]) & (here["accessory"] != self.names["accessory"].index("none"))
         place = there["place"] == here["place"]
         pose = ((there["yaw"] - here["yaw"]).abs() < ONE_POSE) & ((there["pitch"] - here["pitch"]).abs() < ONE_POSE)
-        alike = 4 * worn.any(1) + 2 * place.any(1) + pose.any(1).long()  #            [K]
-        return others[alike.argsort(stable=True)]
+        alike = 4 * worn + 2 * place + pose.long()  #                                 [K, V]
+        some = 4 * worn.any(1) + 2 * place.any(1) + pose.any(1).long()  #             [K]
+        return others[(8 * alike[:, 0] + some).argsort(stable=True)]
 
     def given_first(self, named: str, given: int, least: int, reference: int = 0) -> list[Tensor]:
         """Return the photos `[K]` of who has `least` or more: `given` from number `reference` on, then the `unlike`.

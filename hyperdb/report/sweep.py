@@ -38,8 +38,12 @@ def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _methods(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what results say of each row's method; one that names no strength was drawn as trained."""
-    return {row: {"strength": 1.0, **how} for row, how in found.get("methods", {}).items()}
+    """Return what results say of each row's method; one that names no strength was drawn as trained.
+
+    Its hypernetwork is told apart from the methods.
+    """
+    methods = found.get("methods", {}).items()
+    return {row: {"strength": 1.0, **{k: v for k, v in how.items() if k != "hypernet"}} for row, how in methods}
 
 
 def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:

@@ -42,7 +42,8 @@ FURTHER = (
     *("cosine_dlib", "rank1", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
     *("cosine_facenet", "cosine_changed_facenet"),
     *("cosine_verifier", "rank1_verifier", "rank1_styled_verifier"),
-    *("style_accuracy", "place_accuracy", "dino", "vicreg", "clip_i", "clip_t"),
+    *("style_accuracy", "place_accuracy", "copy_pose", "copy_background", "diversity"),
+    *("dino", "dino_changed", "vicreg", "vicreg_changed", "clip_i", "clip_i_changed", "clip_t", "clip_t_changed"),
 )
 MADE = {  # the weights of recognisers that bring none
     "facenet": "docs/stable_diffusion.md says how it is made",
@@ -208,13 +209,16 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     """Return all that decides every row; `_described` has what decides one of them."""
     from hyperdb.runtime.recipe import recipe
 
-    own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers", "judges")
+    own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers", "judges", "hypernet")
     what = {key: value for key, value in recipe(config).items() if key not in own}
-    return {**what, "base": model.base.digest, "hypernet": _network_digest(model.hypernet), "data": people.digest}
+    return {**what, "base": model.base.digest, "data": people.digest}
 
 
 def _described(config: Config, model: Personalizer, row: str, people: int) -> dict[str, Any]:
-    """Return all of a row's method that decides its pictures of `people`: its start, adapter and training, and whom."""
+    """Return all of a row's method that decides its pictures of `people`: its start, adapter and training, and whom.
+
+    The hypernetwork decides those that begin at a prediction alone: with another one, the others stay.
+    """
     from hyperdb.adapters import kind_of
     from hyperdb.runtime.recipe import recipe
 
@@ -228,6 +232,8 @@ def _described(config: Config, model: Personalizer, row: str, people: int) -> di
     seldom: dict[str, Any] = {"refinements": method.refinements, "people": None if count == people else count}
     seldom["strength"] = None if method.strength == 1 else method.strength
     seldom |= {"photos": method.photos, "hybrid": None if method.hybrid else False}
+    if method.start is not None:
+        seldom["hypernet"] = _network_digest(model.hypernet)
     if method.adapter is not None and method.adapter.begins() is not None:
         seldom["encoder"] = _network_digest(model.encoder(method.adapter))
     return {**found, **{key: value for key, value in seldom.items() if value is not None}}
@@ -437,7 +443,7 @@ def run(config: Config) -> Path:
     made_from = _digest(json.dumps(only_set(whole), sort_keys=True, default=str).encode())
     repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
     # told of few rows; of a row without it, it was not set
-    seldom = dict.fromkeys(("refinements", "strength", "photos", "hybrid", "encoder"))
+    seldom = dict.fromkeys(("hypernet", "refinements", "strength", "photos", "hybrid", "encoder"))
     for row, count in repeats.items():
         names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
         out = claim(config.out, names, {**seldom, **whole, **described[row]}, count)
@@ -534,7 +540,7 @@ def run(config: Config) -> Path:
         "styled": config.styled,
         "changed": config.changed,
         "base": base.digest,
-        "hypernet": {"digest": whole["hypernet"], **{k: hypernet.get(k) for k in ("base", "data", "steps")}},
+        "hypernet": {"digest": _network_digest(model.hypernet), **{k: hypernet.get(k) for k in ("base", "data", "steps")}},
         "data": people.digest,
         "recognisers": config.recognisers,
         "judges": {one.name: one.digest for one in [*recognisers, *encoders] if hasattr(one, "digest")},

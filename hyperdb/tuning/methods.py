@@ -165,7 +165,7 @@ class Cohort:
 
     def train(
         self, adapter: Adapter, settings: FitConfig, some: slice, start: Factors | None,
-        progress: Callable[[int], Any], begins: AdapterConfig | None = None,
+        progress: Callable[[int], Any], begins: AdapterConfig | None,
     ) -> Changes:  # fmt: skip
         """Return the trained changes of some people, without the start `[I, ...]` on top of which they were trained.
 

@@ -95,7 +95,7 @@ def test_photos_unlike_those_given_come_first() -> None:
         return people.unlike(torch.tensor(given), torch.tensor(others)).tolist()
 
     assert order([0], [1, 2, 3, 4, 5]) == [4, 5, 3, 2, 1]
-    assert order([0, 3], [1, 2, 4, 5]) == [2, 4, 5, 1]  # each of them is in one of both places
+    assert order([0, 3], [1, 2, 4, 5]) == [4, 5, 2, 1]  # two in the second one's place, one in the first one's
     assert order([5], [3, 2, 0]) == [2, 0, 3]  # to wear nothing is no accessory
     people.labels = {}
     assert order([0], [1, 2, 3, 4, 5]) == [1, 2, 3, 4, 5]

@@ -124,22 +124,29 @@ def test_the_picture_is_the_same_again_and_differs_with_the_figures(tmp_path):
 def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_path):
     choose = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "tables" / "sweeps.py"))["choose"]
     told = {"split": "validation", "seeds": 1, "base": "b", "data": "d", "hypernet": {}, "commit": "c", "dirty": None}
-    for rate, changed, obeyed in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.95), (1e-3, 0.45, 0.92)):
-        one = result(methods={"lora": {"finetune": {"rate": rate}}}) | told
-        for figure, value in (("cosine_changed", changed), ("place_accuracy", obeyed)):
+
+    def write(rate, changed, place, style, hypernet="h"):
+        one = result(methods={"lora": {"finetune": {"rate": rate}, "hypernet": hypernet}}) | told
+        for figure, value in (("cosine_changed", changed), ("place_accuracy", place), ("style_accuracy", style)):
             one["rows"]["lora"][figure] = {"mean": value, "lo": value, "hi": value}
-        (tmp_path / "sweep" / f"rate={rate}").mkdir(parents=True)
+        (tmp_path / "sweep" / f"rate={rate}").mkdir(parents=True, exist_ok=True)
         (tmp_path / "sweep" / f"rate={rate}" / "results.json").write_text(json.dumps(one))
+
+    write(1e-3, 0.8, 0.95, 0.5)  # another style
+    for rate, changed, place in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.95), (3e-4, 0.45, 0.92)):
+        write(rate, changed, place, 0.9)
     found = choose("lora", tmp_path / "sweep")
     assert (found["rate"], found["at_an_end"]) == (1e-4, False)  # .003 repeats the photo
-    assert [one["rate"] for one in found["rates"]] == [1e-5, 1e-4, 1e-3, 3e-3]
-    assert found["chosen_by"]["obedience"] == "place_accuracy"
-    former = {**one, "hypernet": {"digest": "f"}, "methods": {"lora": {"finetune": {"rate": 1e-5}}}}
-    (tmp_path / "sweep" / "rate=1e-05" / "results.json").write_text(json.dumps(former))
+    assert [one["rate"] for one in found["rates"]] == [1e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    assert found["chosen_by"]["obedience"] == ["place_accuracy", "style_accuracy"]
+    write(1e-5, 0.4, 1.0, 0.9, hypernet="former")
     with pytest.raises(UserError, match="holds results of several hypernetworks"):
         choose("lora", tmp_path / "sweep")
-    (tmp_path / "sweep" / "rate=1e-05" / "results.json").unlink()
+    write(1e-5, 0.6, 1.0, 0.9)
     assert choose("lora", tmp_path / "sweep")["at_an_end"]
+    (tmp_path / "sweep" / "rate=1e-05" / "results.json").unlink()
+    with pytest.raises(UserError, match="holds 4 rates of 5"):
+        choose("lora", tmp_path / "sweep")
     for method, folder in (("svdiff", "sweep"), ("lora", "none")):
         with pytest.raises(UserError, match=f"holds no sweep; run .*experiment=sweep/{method}"):
             choose(method, tmp_path / folder)

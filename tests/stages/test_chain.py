@@ -583,7 +583,11 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     assert told["lidb_fit"] == (None, "lidb", 2)
     assert told["ceiling"] == (None, None, 0)
     changed = {"cosine_changed", "rank1_changed", "place_accuracy"}
-    assert set(result["paired_further"]) == {"rank1", "rank1_styled", "style_accuracy"} | changed
+    begun = {name for name, how in result["methods"].items() if "hypernet" in how}
+    assert begun == {name for name, (start, _, _) in told.items() if start is not None}
+    assert {result["methods"][name]["hypernet"] for name in begun} == {result["hypernet"]["digest"]}
+    compared = {"rank1", "rank1_styled", "style_accuracy", "copy_background", "copy_pose", "diversity"}
+    assert set(result["paired_further"]) == compared | changed
     # an untrained base draws no faces: there is no way to go; the backgrounds tell the rows apart
     assert not any(figures["detected"] for figures in result["rows"].values())
     assert result["closed"] == {}
@@ -635,6 +639,19 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     with pytest.raises(UserError, match=r"mine\.json.*results=FILE"):
         configuration.run("evaluate", [*words, "results=mine.json"])
     assert {n: (tmp_path / n).read_bytes() for n in first} == first
+    # with another hypernetwork, here none, the rows that begin at no prediction stay
+    configuration.run("evaluate", [*words, "hypernet=null", "rows=[floor,no_hyper_40,copy]", "results=without.json"])
+    names = ("floor.safetensors", "floor-1.safetensors", "no_hyper_40.safetensors", "copy.safetensors")
+    assert all((tmp_path / "rows" / n).stat().st_mtime_ns == kept[n] for n in names)
+    without = json.loads((tmp_path / "without.json").read_text())
+    assert without["values"]["floor"] == result["values"]["floor"]
+    tensors, metadata = load_tensors(made["hyper"] / "hypernet.safetensors")
+    tensors["decoder.head.bias"] += 1
+    save_tensors(tmp_path / "other" / "hypernet.safetensors", tensors, metadata)
+    with pytest.raises(UserError, match="rows/hyper_only.* of a run with other hypernet"):
+        configuration.run(
+            "evaluate", [*words, f"hypernet={tmp_path / 'other'}", "rows=[hyper_only]", "results=other.json"]
+        )
 
 
 def test_any_adapter_may_begin_at_the_prediction(made, judged, tmp_path):

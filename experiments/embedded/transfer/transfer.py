@@ -52,7 +52,7 @@ def personalised(settings: Config, model: Personalizer, photos: Tensor, row: str
     start, adapter, everybody = cohort.start(method), cohort.adapter(method), slice(0, len(photos))
     changes = None if start is None else select(start, everybody)
     if adapter is not None and fit is not None:
-        changes = both(changes, cohort.train(adapter, fit, everybody, start, lambda _: None))
+        changes = both(changes, cohort.train(adapter, fit, everybody, start, lambda _: None, method.adapter))
     assert changes is not None
     return changes
 
