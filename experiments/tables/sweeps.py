@@ -5,9 +5,9 @@
 
 Writes sweeps/NAME.json beside this file: every rate with its figures, and the one that is chosen. It has the highest
 likeness under changed prompts of those that still obey them. Likeness alone would choose whoever repeats the photo. A
-rate obeys if its obedience, CLIP-T or the places recognised, is at least OBEYED of the best of all rates, and so are the
-styles recognised. A rate at an end of those that were tried is called so: a further one may be better. Every method has
-as many rates: one that could not be trained is to be replaced by another.
+rate obeys if its obedience, CLIP-T or the places recognised, is at least OBEYED of the best of all rates, and so are
+the styles recognised. A rate at an end of those that were tried is called so: a further one may be better. Every method
+has as many rates: one that could not be trained is to be replaced by another.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def choose(method: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no sweep; run `hyperdb evaluate -m experiment=sweep/{method}`")
     rows = [{"rate": along.values[i], **every[i]["rows"][method]} for i in along.order()]
     if len(rows) < RATES:
-        raise UserError(f"{folder} holds {len(rows)} rates of {RATES}; run the others, or one in place of what diverged")
+        raise UserError(f"{folder} holds {len(rows)} rates of {RATES}; run the others, or one in place of another")
     obedience = next((name for name in OBEDIENCE if all(name in row for row in rows)), None)
     asked = [name for name in (obedience, STYLE) if name is not None and all(name in row for row in rows)]
     best_of = {name: max(row[name]["mean"] for row in rows) for name in asked}

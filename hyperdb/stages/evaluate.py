@@ -523,7 +523,7 @@ def run(config: Config) -> Path:
         known = [{name: person[name] for name in ("sex", "age", "skin")} for person in persons]
         for person, (first, *_) in zip(known, rows, strict=True):
             person["reference_wears"] = people.names["accessory"][int(people.labels["accessory"][first])]
-    hypernet = {} if model.hypernet is None else model.hypernet.metadata
+    hypernet, digest = {} if model.hypernet is None else model.hypernet.metadata, _network_digest(model.hypernet)
     result: dict[str, Any] = {
         "rows": {
             row: _read(config, row, described[row]) | {"people": counts[row]} | summary(score, config.seed) | costs[row]
@@ -540,7 +540,7 @@ def run(config: Config) -> Path:
         "styled": config.styled,
         "changed": config.changed,
         "base": base.digest,
-        "hypernet": {"digest": _network_digest(model.hypernet), **{k: hypernet.get(k) for k in ("base", "data", "steps")}},
+        "hypernet": {"digest": digest, **{key: hypernet.get(key) for key in ("base", "data", "steps")}},
         "data": people.digest,
         "recognisers": config.recognisers,
         "judges": {one.name: one.digest for one in [*recognisers, *encoders] if hasattr(one, "digest")},

@@ -648,7 +648,7 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     tensors, metadata = load_tensors(made["hyper"] / "hypernet.safetensors")
     tensors["decoder.head.bias"] += 1
     save_tensors(tmp_path / "other" / "hypernet.safetensors", tensors, metadata)
-    with pytest.raises(UserError, match="rows/hyper_only.* of a run with other hypernet"):
+    with pytest.raises(UserError, match=r"rows/hyper_only.* of a run with other hypernet"):
         configuration.run(
             "evaluate", [*words, f"hypernet={tmp_path / 'other'}", "rows=[hyper_only]", "results=other.json"]
         )
