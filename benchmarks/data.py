@@ -141,7 +141,7 @@ def fitting(work: Path, size: int, steps: int) -> dict[str, Any]:
     with memory(found):
         began = time.perf_counter()
         people = load_people(whole.data, whole.identities, whole.split, size, first=whole.first, photos=whole.photos)
-        rows = _photos(whole, people)
+        rows = _photos(whole, people, whole.fit.first_view)
         people.keys(whole.by, rows[:, 0])
         people.images[rows[: whole.batch].flatten()]
         found["first_batch_seconds"] = round(time.perf_counter() - began, 2)

@@ -65,7 +65,7 @@ def run(config: Config, track: Track) -> Path:
 
     from hyperdb.adapters.inject import Injection
     from hyperdb.data.people import latent_moments, load_people
-    from hyperdb.diffusion.loss import diffusion_loss, stratified_timesteps
+    from hyperdb.diffusion.loss import bad_levels, diffusion_loss, stratified_timesteps
     from hyperdb.hypernet.e4t import KIND, E4TEncoder
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
@@ -104,6 +104,8 @@ def run(config: Config, track: Track) -> Path:
     ids = base.tokenize([config.diffusion.instance_prompt]).expand(config.batch, -1)
 
     # --- train
+    last: list[Tensor] = []  # the error of each row of the last step, and its noise level
+
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "e4t", step)
         who = torch.randint(0, len(photos), (config.batch,), generator=g).tolist()
@@ -116,16 +118,21 @@ def run(config: Config, track: Track) -> Path:
             begun = model.begin(people.images[shown])
         # in use until the backward pass has ended: checkpointing computes with it again
         with injection.using(adapter.changes(begun)):
+            errors = diffusion_loss(base, z, noise, t, ids)
             terms = {
-                "diffusion": diffusion_loss(base, z, noise, t, ids).mean(),
+                "diffusion": errors.mean(),
                 "word": config.word_weight * model.penalty(begun["vector"]).mean(),
             }
             torch.stack(list(terms.values())).sum().backward()
+        last[:] = errors.detach(), t
         return {name: term.detach() for name, term in terms.items()}
 
     optimizer, ema = adamw(params, config.rate), EMA(params, config.ema)
     schedule = Schedule(config.steps, config.warmup, config.decay)
-    train("E4T", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every, track=track)
+    train(
+        "E4T", out, whole, schedule, optimizer, ema, backward, save_every=config.save_every, track=track,
+        where=lambda: bad_levels(base.schedule, *last),
+    )  # fmt: skip
 
     # --- write
     injection.remove()

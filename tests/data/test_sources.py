@@ -290,6 +290,10 @@ def test_renders_are_a_data_set(rendered: Path, tmp_path: Path) -> None:
     assert found[:]["caption"] == people.captions
     assert isinstance(found.features["image"], datasets.Image)
     assert found.features["style"].int2str(0) == "photo"
+    files = [str(path) for path in sorted(rendered.glob("data-*.arrow"))]
+    loaded = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.features == found.features
+    assert loaded["caption"][:] == people.captions
     found.to_parquet(tmp_path / "train-00000-of-00001.parquet")
     found.filter(lambda row: row["seed"] > 0).save_to_disk(tmp_path / "few")
     again = datasets.load_dataset("parquet", data_files=str(tmp_path / "train-00000-of-00001.parquet"), split="train")
