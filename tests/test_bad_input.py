@@ -165,6 +165,7 @@ def test_a_foreign_weight_store(in_tmp, tiny_base, rendered, capsys):
         (["train_hypernet", "prior_rows=0"], "prior_weight=0.25 needs prior_rows of at least 1"),
         (["train_hypernet", "alpha=0", "weights=x"], "prior_weight concern the diffusion loss: set alpha > 0"),
         (["train_hypernet", "model.encoder.frozen=true", "encoder_rate=1e-5"], "set model.encoder.frozen=false"),
+        (["train_hypernet", "new_decoder=true"], "new_decoder=true is for the hypernetwork of init"),
         (["train_hypernet", "model.linear=true"], "model.linear=true and linear_rate need each other"),
         (["train_hypernet", "linear_rate=1e4"], "model.linear=true and linear_rate need each other"),
         (["precompute", "fit.prior_weight=0.5"], "prior_weight=0.5 needs prior_rows of at least 1"),

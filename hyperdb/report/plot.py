@@ -28,6 +28,7 @@ class Plane(NamedTuple):
     log: bool = False
 
 
+LIKENESS = "cosine_changed", "cosine"  # the first that all have: plain portraits can be copies
 PLANES = {  # upwards is the likeness
     "seconds": Plane(("seconds",), "seconds a person", log=True),
     "bytes": Plane(("bytes",), "bytes a person", log=True),
@@ -45,18 +46,23 @@ def _spread(value: Any) -> Spread:
     return mean, max(0.0, mean - value["lo"]), max(0.0, value["hi"] - mean)  # rounding may put an end past the mean
 
 
-def _point(plane: Plane, row: Mapping[str, Any]) -> tuple[Spread, Spread] | None:
+def _point(plane: Plane, row: Mapping[str, Any], likeness: str) -> tuple[Spread, Spread] | None:
     """Return where a row stands, if it has all the figures; the mean of several figures has no interval."""
     if not all(is_figure(row.get(figure)) for figure in plane.figures):
         return None
     each = [_spread(row[figure]) for figure in plane.figures]
     x = each[0] if len(each) == 1 else (sum(mean for mean, _, _ in each) / len(each), 0.0, 0.0)
-    return x, _spread(row["cosine"])
+    return x, _spread(row[likeness])
 
 
-def points(plane: Plane, results: Mapping[str, Any]) -> list[tuple[str, Spread, Spread]]:
-    """Return (label, x, y) of the rows that have all the figures."""
-    found = {name: _point(plane, row) for name, row in results["rows"].items()}
+def likeness_of(every: Sequence[Mapping[str, Any]]) -> str:
+    """Return by which figure the likeness of several results is shown: under changed prompts, if all rows have that."""
+    return next(name for name in LIKENESS if all(name in row for results in every for row in results["rows"].values()))
+
+
+def points(plane: Plane, results: Mapping[str, Any], likeness: str = "cosine") -> list[tuple[str, Spread, Spread]]:
+    """Return (label, x, y) of the rows that have all the figures; y is the figure `likeness`."""
+    found = {name: _point(plane, row, likeness) for name, row in results["rows"].items()}
     return [(_label(results, name), *point) for name, point in found.items() if point is not None]
 
 
@@ -75,17 +81,18 @@ def draw(path: Path, plane: Plane, named: Mapping[str, Mapping[str, Any]]) -> Pa
     from matplotlib.figure import Figure
 
     every = list(named.values())
+    likeness = likeness_of(every)
     rows = dict.fromkeys(name for results in every for name in results["rows"])
     joined = {name: own for name in rows if (own := own_axis(named, name)) is not None}
     curves: list[tuple[str, str, list[tuple[str, Spread, Spread]]]] = []  # label, marker, (number, x, y)
     for name, (titles, along) in joined.items():
-        known = [(along.text(i), _point(plane, named[title]["rows"][name])) for i, title in enumerate(titles)]
+        known = [(along.text(i), _point(plane, named[title]["rows"][name], likeness)) for i, title in enumerate(titles)]
         if there := [(number, *point) for number, point in known if point is not None]:
             curves.append((f"{_called(name, every)}, by {along.setting}", ".-", there))
     markers = {}
     for marker, (title, results) in zip(cycle(MARKERS), named.items(), strict=False):
         rest = {name: row for name, row in results["rows"].items() if name not in joined}
-        if alone := points(plane, {"rows": rest}):
+        if alone := points(plane, {"rows": rest}, likeness):
             curves += [(label, marker, [("", x, y)]) for label, x, y in alone]
             markers[title] = marker
     labels = list(dict.fromkeys(label for label, _, _ in curves))
@@ -106,7 +113,7 @@ def draw(path: Path, plane: Plane, named: Mapping[str, Mapping[str, Any]]) -> Pa
     if plane.log:  # what costs nothing stands at 0, left of the power of ten below the least that something costs
         costs = [x for _, _, there in curves for _, (x, _, _), _ in there if x > 0]
         axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(min(costs, default=1))), linscale=0.5)
-    axes.set(xlabel=plane.label, ylabel="likeness: face cosine with other photos")
+    axes.set(xlabel=plane.label, ylabel=f"likeness: {COLUMNS[likeness].label}")
     box = axes.legend(legend.values(), legend, loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
     for text in box.get_texts():
         text.set_parse_math(False)  # a $ in a label is a $

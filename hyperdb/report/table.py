@@ -144,8 +144,8 @@ def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
         table.append([_label(results, name), _interval(row["cosine"]), *cells])
     compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
     if brief:
-        compared = {name: label for name, label in compared.items() if name in ("cosine", "people")}
-        compared |= {"cosine": f"mean [95 % interval over {_over(results)}]"}
+        compared = {name: label for name, label in compared.items() if name in ("cosine", "people", "cosine_changed")}
+        compared |= {"cosine": f"face cosine [95 % interval over {_over(results)}]"}
     differences = [["paired difference", *compared.values()]]
     for name, pair in pairs.items():
         cells = [

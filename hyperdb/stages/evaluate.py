@@ -269,13 +269,16 @@ class Pictures:
 
     A row has `people`, of whom `batch` are trained in one pass, and `made_from` says all that decides its pictures.
     `draw` makes those of some people, with what one person's adapter costs. `kept` is told of how many people of a row
-    they were there.
+    they were there. A file's header says whom its pictures `[J, K, 3, H, W]` show, by the numbers of `persons`, and
+    under which `prompts`.
     """
 
     folder: Path
     batch: int
     people: dict[str, int]
     made_from: dict[str, str]
+    persons: list[int]
+    prompts: list[str]
     draw: Callable[[str, int, slice], tuple[Tensor, dict[str, float]]]
     kept: Callable[[str, int], object]
 
@@ -294,15 +297,16 @@ class Pictures:
         made = load_made(path)
         return made if made is not None and made[1].get("made_from") == self.made_from[row] else None
 
-    def _save(self, path: Path, row: str, images: Tensor, cost: dict[str, float]) -> None:
+    def _save(self, path: Path, row: str, some: slice, images: Tensor, cost: dict[str, float]) -> None:
         from hyperdb.runtime.files import save_tensors
 
         told = {name: str(value) for name, value in cost.items()}
+        told |= {"persons": json.dumps(self.persons[some]), "prompts": json.dumps(self.prompts)}
         save_tensors(path, {"images": images}, {"made_from": self.made_from[row], **told})
 
-    def _saved(self, path: Path, row: str, images: Tensor, cost: dict[str, float]) -> Tensor:
+    def _saved(self, path: Path, row: str, some: slice, images: Tensor, cost: dict[str, float]) -> Tensor:
         """Write pictures and return them as they lie on the disk: all rows of a table can be more than the memory."""
-        self._save(path, row, images, cost)
+        self._save(path, row, some, images, cost)
         there = self._there(path, row)
         return there[0]["images"] if there is not None else images
 
@@ -313,7 +317,7 @@ class Pictures:
             self.kept(row, len(tensors["images"]))
             return tensors["images"], {name: float(metadata[name]) for name in COSTS if name in metadata}
         images, cost = self.draw(row, seed, some)
-        return self._saved(path, row, images, cost), cost
+        return self._saved(path, row, some, images, cost), cost
 
     def make(self, row: str, seed: int, some: slice, number: int, of: int) -> None:
         """Draw the share `number` of a row, unless it is there or the whole row is."""
@@ -321,7 +325,7 @@ class Pictures:
         if self._there(whole, row) or self._there(part, row):
             self.kept(row, some.stop - some.start)
         elif some.start < some.stop:
-            self._save(part, row, *self.draw(row, seed, some))
+            self._save(part, row, some, *self.draw(row, seed, some))
 
     def whole(self, row: str, seed: int) -> tuple[Tensor, dict[str, float]]:
         """Return all pictures of a row, put together from shares if some are there, and what an adapter costs."""
@@ -339,7 +343,7 @@ class Pictures:
         images = torch.cat([each for each, _ in found])
         seconds = sum(len(each) * cost["seconds"] for each, cost in found) / len(images)
         cost = {**found[0][1], "seconds": round(seconds, 3)}
-        images = self._saved(path, row, images, cost)
+        images = self._saved(path, row, slice(0, self.people[row]), images, cost)
         for part in self._parts(row, seed):
             part.unlink()
         return images, cost
@@ -478,12 +482,13 @@ def run(config: Config) -> Path:
         bar.update(len(sent))
         return through.expand(-1, len(prompts), -1, -1, -1), dict.fromkeys(COSTS, 0.0)
 
+    persons = people.seed[torch.stack([r[0] for r in rows])].tolist()
     counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
     work = {row: 2 if fit is not None else 1 for row, fit in fits.items()}  # of a person: fine-tuned, drawn
     pictures = Pictures(
         out / "rows", config.batch, counts,
         {row: json.dumps({"made_from": made_from, **told}, sort_keys=True) for row, told in described.items()},
-        draw, lambda row, people: bar.update(work[row] * people),
+        persons, prompts, draw, lambda row, people: bar.update(work[row] * people),
     )  # fmt: skip
     number, of = config.share()
     mine = {row: shares(count, config.batch, of)[number] for row, count in counts.items()}
@@ -519,8 +524,8 @@ def run(config: Config) -> Path:
     paired = {name: differences(scores, against, name, config.seed) for name in figures}
     known = []
     if "sex" in people.labels:  # rendered people; of photos of real ones nothing is known
-        persons = [Identity(int(people.seed[r[0]])).attributes for r in rows]
-        known = [{name: person[name] for name in ("sex", "age", "skin")} for person in persons]
+        everybody = [Identity(seed).attributes for seed in persons]
+        known = [{name: person[name] for name in ("sex", "age", "skin")} for person in everybody]
         for person, (first, *_) in zip(known, rows, strict=True):
             person["reference_wears"] = people.names["accessory"][int(people.labels["accessory"][first])]
     hypernet, digest = {} if model.hypernet is None else model.hypernet.metadata, _network_digest(model.hypernet)
@@ -548,7 +553,7 @@ def run(config: Config) -> Path:
         "settings": _settings(config, hypernet),
         "made_from": made_from,
         **provenance(),
-        "persons": people.seed[torch.stack([r[0] for r in rows])].tolist(),
+        "persons": persons,
         "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [S, I]
     }
     save_json(file, result)

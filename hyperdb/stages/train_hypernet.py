@@ -77,8 +77,8 @@ class Config:
     network predicts there with the same adapter in place.
 
     With `init` the training goes on from a hypernetwork. On a linear map alone (0 iterations) the decoder that `model`
-    describes begins. A smaller `model.summary` than it has keeps the directions in
-    which its linear map moves the predictions most.
+    describes begins; with `new_decoder` it does so on the map of any hypernetwork, whose decoder is left out. A smaller
+    `model.summary` than it has keeps the directions in which its linear map moves the predictions most.
 
     Several processes of `accelerate launch` divide the people of each step, and one alone validates, draws and writes.
     Their number changes the result by rounding only, and may change when the training goes on.
@@ -97,6 +97,7 @@ class Config:
     validation_weights: FilePath | None = None  # store of fits of the validation people, for their weight-space loss
     people: int | None = None  # how many identities of `data` to use; null: all
     init: FilePath | None = None  # file of a hypernetwork to go on from; null: begin anew
+    new_decoder: bool = False  # of `init` only the encoder and the linear map
     name: str = "default"
     out: FilePath = "runs/train_hypernet/default"
     alpha: float = 1.0  # open in the paper
@@ -166,6 +167,8 @@ class Config:
             raise UserError(f"encoder_rate={self.encoder_rate:g}: it is frozen; set model.encoder.frozen=false")
         if self.init is None and self.model.linear != (self.linear_rate is not None):
             raise UserError("model.linear=true and linear_rate need each other, or the map stays as it begins, at zero")
+        if self.new_decoder and self.init is None:
+            raise UserError("new_decoder=true is for the hypernetwork of init; set it to false")
         if not 0 <= self.fit_share <= 1:
             raise UserError(f"fit_share={self.fit_share}: expected 0 to 1")
         if self.alpha <= 0 and (self.beta <= 0 or self.weights is None):
@@ -619,7 +622,9 @@ def run(config: Config, track: Track) -> Path:
     if config.init is not None:
         model = Hypernet.load(resolve(config.init))
         model.require(lidb, config.init)
-        if model.config.iterations == 0:
+        if config.new_decoder and not model.config.linear:
+            raise UserError(f"new_decoder=true: {config.init} has no linear map to begin at; set it to false")
+        if config.new_decoder or model.config.iterations == 0:
             model.begin_refining(config.model)
         if config.model.summary < model.config.summary:
             model.cut(config.model.summary)

@@ -607,7 +607,12 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
     for pair in PAIRS:
         a, b = pair.split("-")
         assert result["paired"][pair] == paired(values[a], values[b], 0)
-    pictures = {p.stem: load_tensors(p)[0]["images"] for p in (tmp_path / "rows").iterdir()}
+    files = {p.stem: load_tensors(p) for p in (tmp_path / "rows").iterdir()}
+    pictures = {name: tensors["images"] for name, (tensors, _) in files.items()}
+    for tensors, told in files.values():  # which say what they show
+        assert json.loads(told["persons"]) == result["persons"]
+        assert len(prompts := json.loads(told["prompts"])) == tensors["images"].shape[1]
+        assert prompts[:3] == ["a sks face", "a sks face", "a photo of a [V] face, in the snow"]
     assert set(pictures) == {*ROWS, *(f"{r}-1" for r in ROWS if r not in DRAWN_ONCE)}
     for name in ("floor", "hyper_40"):  # another seed draws other pictures
         assert not torch.equal(pictures[name], pictures[f"{name}-1"])

@@ -302,6 +302,13 @@ def test_a_linear_map_is_trained_alone_and_then_refined(base_words, aligned, tmp
     third = configuration.run("train_hypernet", [*words, *more, f"out={tmp_path / 'cut'}"])
     cut = Hypernet.load(third / "hypernet.safetensors")
     assert cut.config.summary == len(cut.decoder.linear) == 2
+    more = [f"init={second}/hypernet.safetensors", "linear_rate=null", "model.iterations=1", "model.width=16"]
+    more += ["rate=0", "matrix_rate=null"]
+    fourth = configuration.run("train_hypernet", [*words, *more, "new_decoder=true", f"out={tmp_path / 'anew'}"])
+    anew = Hypernet.load(fourth / "hypernet.safetensors")
+    assert (anew.config.iterations, anew.config.width) == (1, 16)
+    with torch.no_grad():
+        assert torch.equal(anew(images), predicted)
 
 
 def test_other_photos_of_the_same_people(base_words, aligned, tmp_path, monkeypatch):
