@@ -18,10 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pillow_heif
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,8 +34,10 @@ from hyperdb.adapters import FouRAConfig, LiDBConfig
 from hyperdb.adapters.layout import Layer, Layout
 from hyperdb.data import fits
 from hyperdb.data.people import load_people
+from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion.base import Base
 from hyperdb.faces.image import read_image, read_text
-from hyperdb.formats import lora
+from hyperdb.formats import a1111, lora
 from hyperdb.formats.directions import ATTRIBUTES, load_directions, save_directions
 from hyperdb.formats.native import Part, Personalization
 from hyperdb.hypernet import EncoderConfig, HypernetConfig
@@ -52,6 +56,7 @@ from hyperdb.runtime.files import (
     save_tensors,
 )
 from hyperdb.runtime.optim import EMA, adamw
+from hyperdb.stages import preprocess, render_heads, train_base
 
 FEW = 25  # examples of each kind in the default tests
 ROOM = 3 * 2**30  # bytes of addresses that reading may take besides what the tests have
@@ -223,6 +228,63 @@ def _store(path: Path) -> Path:
     return fits.finish(path, 1, lidb, {"by": "person", "base": "0123"})
 
 
+def _shard(path: Path) -> Path:
+    return fits.shard_path(_store(path).parent, 0)
+
+
+def _saved(path: Path) -> Path:
+    """A data set as `datasets` keeps it on the disk."""
+    pictures = [Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)) for i in range(4)]
+    table = datasets.Dataset.from_dict({"image": pictures, "identity": [0, 0, 1, 2], "caption": ["a face"] * 4})
+    table.cast_column("image", datasets.Image()).save_to_disk(path / "faces")
+    return path / "faces" / "data-00000-of-00001.arrow"
+
+
+def _renders(path: Path) -> Path:
+    out = render_heads.run(render_heads.Config(out=str(path / "heads"), identities=2, views=1, photo_views=1, size=16, workers=1))
+    return next(out.glob("data-*.arrow"))
+
+
+def _pixels(path: Path) -> None:
+    people = load_people(path.parent, split=None, size=16)
+    people.images[:]
+
+
+def _listed(path: Path) -> Path:
+    (path / "identity_CelebA.txt").write_text("000001.jpg 2880\n000002.jpg 2937\n")
+    return path / "identity_CelebA.txt"
+
+
+KV = {f"a.to_{side}": torch.nn.Linear(12, 8) for side in "kv"}
+
+
+def _a1111(path: Path) -> Path:
+    tensors = {}
+    for side in "kv":
+        for number, shape in ((0, (24, 12)), (1, (12, 24))):
+            tensors[f"12.{side}.linear.{number}.weight"] = torch.ones(shape)
+            tensors[f"12.{side}.linear.{number}.bias"] = torch.ones(shape[0])
+    told = {"activation_func": "linear", "is_layer_norm": "False", "layer_structure": "[1, 2, 1]"}
+    return save_tensors(path / "net.safetensors", tensors, told, check=False)
+
+
+def _base(path: Path) -> Path:
+    """The smallest base, of which one file after the other is damaged."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",), block_out_channels=(4,),
+            norm_num_groups=2, sample_size=32, mid_block_add_attention=False,
+        )  # fmt: skip
+        small = train_base.Config(channels=[16], heads=[2], text_width=8, text_layers=1)
+        train_base.save_base(train_base.new_base(small, vae, ["a", "face", "sks"]), path / "base")
+    return path / "base"
+
+
+def _base_of(path: Path) -> None:
+    Base.load(DiffusionConfig(path=str(path.parents[1]), size=32, dtype="fp32", device="cpu"))
+
+
 def _results(path: Path) -> Path:
     interval = {"mean": 0.5, "lo": 0.4, "hi": 0.6}
     row = {"cosine": interval, "rank1": 0.5, "label": "a"}
@@ -295,6 +357,18 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any], tuple[str,
     "checkpoint": (_checkpoint, lambda path: checkpoint.load(path, *_training(), {"rate": 1.0}), SAFETENSORS),
     "hypernetwork": (_hypernet, Hypernet.load, SAFETENSORS),
     "judge": (_judge, Judge.load, SAFETENSORS),
+    "a1111": (_a1111, lambda path: a1111.read(path, KV, "a base"), SAFETENSORS),
+    "fits": (_shard, lambda path: fits.load_store(path.parent, LAYOUT, base="0123").tokens[:], SAFETENSORS),
+    "data set": (_saved, _pixels, ("bytes",)),
+    "data set's state": (lambda path: _saved(path).with_name("state.json"), _pixels, ("json", "bytes")),
+    "data set's columns": (lambda path: _saved(path).with_name("dataset_info.json"), _pixels, ("json", "bytes")),
+    "renders": (_renders, _pixels, ("bytes",)),
+    "renders' index": (lambda path: _renders(path).with_name("index.json"), _pixels, ("json", "bytes")),
+    "identities": (_listed, lambda path: preprocess._read_columns(path, 2), ("bytes",)),
+    "base's weights": (lambda path: next((_base(path) / "unet").glob("*.safetensors")), _base_of, SAFETENSORS),
+    "base's settings": (lambda path: _base(path) / "unet" / "config.json", _base_of, ("json", "bytes")),
+    "base's words": (lambda path: next((_base(path) / "tokenizer").glob("vocab.json")), _base_of, ("json", "bytes")),
+    "base's levels": (lambda path: _base(path) / "scheduler" / "scheduler_config.json", _base_of, ("json", "bytes")),
     "store": (_store, lambda path: fits.load_store(path.parent, LAYOUT, base="0123"), ("json", "bytes")),
     "manifest": (_manifest, lambda path: load_people(path.parent), ("lines", "bytes")),
     "results": (_results, results.load, ("json", "bytes")),

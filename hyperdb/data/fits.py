@@ -149,13 +149,15 @@ def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore
     lidb = LiDBConfig(**index["lidb"]).build(layout)
     if lidb.fingerprint != index["fingerprint"]:
         raise UserError(f"{folder} was made with other LiDB bases; run `hyperdb precompute` again")
+    paths = [shard_path(folder, i) for i in range(index["shards"])]
     try:
-        tokens = Fits([shard_path(folder, i) for i in range(index["shards"])])
+        tokens = Fits(paths)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again") from error
-    if tokens.shape[1:] != lidb.mask.shape or not all(torch.isfinite(part).all() for part in tokens.split(PART)):
+    # each shard as a whole, with its checksum
+    if tokens.shape[1:] != lidb.mask.shape or not all(load_tensors(p)[0]["tokens"].isfinite().all() for p in paths):
         raise UserError(f"{folder} holds damaged fits; delete it and run `hyperdb precompute` again")
     moment = None
     if (begun := folder / "start.safetensors").is_file():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Self
@@ -17,6 +18,7 @@ from hyperdb.adapters.lidb import LiDB
 from hyperdb.hypernet import EncoderConfig, HypernetConfig
 from hyperdb.hypernet.decoder import IterativeDecoder
 from hyperdb.hypernet.encoder import Encoder
+from hyperdb.runtime.cache import kept
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, reading, save_tensors
 from hyperdb.runtime.lazy import PART, Lazy, mean_std
@@ -142,11 +144,31 @@ class Hypernet(nn.Module):
         self.centre.copy_(mean.where(~shared, first))
         self.spread.copy_(spread.masked_fill(shared, 0.0))
 
-    @torch.no_grad()
-    def standardise_features(self, images: Tensor | Lazy) -> None:
+    def standardise_features(self, images: Tensor | Lazy, key: str | None = None) -> None:
         """Take the features' mean and standard deviation `[P, C]` and the principal components `[C, K]` of the first,
         the mean over the patches, from many faces `[I, 3, H, W]` uint8.
+
+        With a `key`, which says what images they are, these are kept for the encoder: every start of a training wants
+        them.
         """
+        wanted = (self.feature_mean, self.feature_std, self.whiten)
+        if key is None:
+            self._measure_features(images)
+            return
+
+        def measured() -> Iterator[Tensor]:
+            self._measure_features(images)
+            yield torch.cat([x.cpu().flatten() for x in wanted])[None]
+
+        encoder = hashlib.sha256(json.dumps(asdict(self.config.encoder)).encode())
+        for value in self.encoder.state_dict().values():
+            encoder.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        packed = kept(None, "features", f"{key} {encoder.hexdigest()} {self.config.summary}", 1, measured)[0]
+        for buffer, value in zip(wanted, packed.split([x.numel() for x in wanted]), strict=True):
+            buffer.copy_(value.view_as(buffer))
+
+    @torch.no_grad()
+    def _measure_features(self, images: Tensor | Lazy) -> None:
         count, total, square = len(images), torch.zeros(()), torch.zeros(())
         summaries = []  # of all features only these, for those of many patches are gigabytes
         for part in images.split(64):
@@ -159,9 +181,9 @@ class Hypernet(nn.Module):
             self.feature_std.copy_(std.clamp_min(0.1 * std.mean() + 1e-6))
             centred = torch.cat(summaries) - total[0] / count
             _, size, axes = torch.linalg.svd(centred, full_matrices=False)
-            kept = min(self.whiten.shape[1], int((size > 1e-3 * size[0]).sum()))
+            some = min(self.whiten.shape[1], int((size > 1e-3 * size[0]).sum()))
             self.whiten.zero_()
-            self.whiten[:, :kept] = (axes[:kept].mT * (count - 1) ** 0.5 / size[:kept]).float()
+            self.whiten[:, :some] = (axes[:some].mT * (count - 1) ** 0.5 / size[:some]).float()
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images `[I, 3, H, W]` uint8 as standardised features `[I, P, C]` and their summary `[I, K]`."""

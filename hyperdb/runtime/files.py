@@ -172,12 +172,17 @@ def _sort(path: Path) -> None:
 def _sum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
     import torch
 
-    found = zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode())
+    found = _sum_on("", json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name]
-        found = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), found)
-        found = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
+        found = _sum_on(found, f"{name} {x.dtype} {list(x.shape)}".encode())
+        found = _sum_on(found, x.reshape(-1).view(torch.uint8).numpy().data)
+    return found
+
+
+def _sum_on(before: str, data: Any) -> str:
+    """Return the checksum of what had the checksum `before` ("": nothing) and further bytes."""
+    return f"{zlib.crc32(data, int(before or '0', 16)):08x}"
 
 
 def save_parts(
@@ -185,22 +190,35 @@ def save_parts(
 ) -> Path:
     """Write a safetensors file of one tensor `[rows, ...]`, atomically, of parts `[k, ...]` that are never all there.
 
-    The file is eight bytes with the header's length, the header as JSON, and the numbers.
+    The file is eight bytes with the header's length, the header as JSON, and the numbers. The header has the checksum
+    of `save_tensors`, which is known at the end.
     """
+    import torch
+
     kinds = {"torch.float16": "F16", "torch.float32": "F32", "torch.int64": "I64", "torch.uint8": "U8"}
-    done = 0
+    entry: dict[str, Any] = {}
+    done, found = 0, _sum({}, metadata)
+
+    def header() -> bytes:
+        text = json.dumps({"__metadata__": {**metadata, CHECK: found}, name: entry}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
     with atomic(path) as temporary, temporary.open("wb") as file:
         for part in parts:
             if done == 0:
                 shape = [rows, *part.shape[1:]]
                 size = rows * part[0].numel() * part.element_size()
-                entry = {"dtype": kinds[str(part.dtype)], "shape": shape, "data_offsets": [0, size]}
-                header = json.dumps({"__metadata__": dict(metadata), name: entry}).encode()
-                header += b" " * (-len(header) % 8)
-                file.write(len(header).to_bytes(8, "little") + header)
-            file.write(part.detach().cpu().contiguous().numpy().data)
+                entry |= {"dtype": kinds[str(part.dtype)], "shape": shape, "data_offsets": [0, size]}
+                file.write(header())
+                found = _sum_on(found, f"{name} {part.dtype} {shape}".encode())
+            numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.write(numbers)
+            found = _sum_on(found, numbers)
             done += len(part)
         assert done == rows
+        file.seek(0)
+        file.write(header())
     return Path(path)
 
 

@@ -97,7 +97,8 @@ def run(config: Config, track: Track) -> Path:
     torch.manual_seed(derive(config.seed, "e4t weights"))  # the only way to seed the modules' initialisation
     model = E4TEncoder(config.model, settings.tokens(adapter.layout))
     model.centre.copy_(adapter.init(1, injection.sites)["vector"])
-    model.to(base.device).standardise_features(people.images.part(torch.cat(photos)[:FEATURE_PHOTOS]))
+    shown = torch.cat(photos)[:FEATURE_PHOTOS]
+    model.to(base.device).standardise_features(people.images.part(shown), people.images.key(shown))
     model.encoder.requires_grad_(False)
     model.train()
     params = [*model.decoder.parameters(), *model.offsets]

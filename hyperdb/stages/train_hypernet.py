@@ -633,7 +633,8 @@ def run(config: Config, track: Track) -> Path:
         model = Hypernet(config.model, lidb, config.default_spread)
         if fits is not None and len(fits.tokens) > 1:
             model.standardise(fits.tokens, fits.moment)
-        model.to(base.device).standardise_features(people.images.part(photos[:FEATURE_PHOTOS]))
+        shown = photos[:FEATURE_PHOTOS]
+        model.to(base.device).standardise_features(people.images.part(shown), people.images.key(shown))
     if config.encoder_rate == 0:
         model.encoder.requires_grad_(False)
     model = model.to(base.device).train()

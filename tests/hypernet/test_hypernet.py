@@ -156,6 +156,22 @@ def test_standardised_features_have_mean_zero_and_deviation_one(model):
     assert torch.allclose(covariance[found][:, found], torch.eye(int(found.sum())), atol=1e-2)
 
 
+def test_what_is_measured_of_features_is_kept_for_an_encoder(model, monkeypatch):
+    images, measured = _images(40), []
+    real = Hypernet._measure_features
+    monkeypatch.setattr(Hypernet, "_measure_features", lambda self, some: measured.append(1) or real(self, some))
+    for _ in range(2):
+        model.standardise_features(images, "faces")
+        there = model.feature_mean.clone(), model.feature_std.clone(), model.whiten.clone()
+    assert len(measured) == 1
+    model.standardise_features(images)
+    assert all(map(torch.equal, there, (model.feature_mean, model.feature_std, model.whiten)))
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1)
+    model.standardise_features(images, "faces")
+    assert len(measured) == 3
+
+
 def test_the_first_feature_is_the_mean_over_the_patches(model):
     features = model.encoder(_images())
     assert torch.allclose(features[:, 0], features[:, 1 + model.encoder.net.num_prefix_tokens :].mean(1), atol=1e-5)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hyperdb.runtime.ahead import Ahead
 from hyperdb.runtime.cache import cache_folder, kept
+from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_tensors, save_parts
 from hyperdb.runtime.lazy import PART, Lazy, mean_std
 
@@ -62,6 +63,11 @@ def test_a_file_written_in_parts_is_that_of_the_whole(tmp_path: Path, dtype: tor
     tensors, metadata = load_tensors(tmp_path / "a.safetensors")
     assert torch.equal(tensors["x"], whole)
     assert metadata == {"key": "ä"}
+    data = bytearray((tmp_path / "a.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match="its checksum is not the one"):
+        load_tensors(tmp_path / "a.safetensors")
 
 
 def test_what_is_kept_is_made_once_for_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
