@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -174,14 +173,15 @@ def _usable(config: DiffusionConfig, name: str) -> Iterator[None]:
         with warnings.catch_warnings():  # of what diffusers still passes to the hub
             warnings.filterwarnings("ignore", message=r"The `\w+` argument is (deprecated and )?ignored")
             yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever they make of settings that nobody thought of
         raise _unusable(config, name, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def _open_checkpoint(config: DiffusionConfig, file: Path) -> tuple[Any, ...]:
     """Read UNet, text encoder, VAE, tokenizer and noise schedule of one file in Stable Diffusion's first format."""
     from diffusers import StableDiffusionPipeline
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     shapes = load_shapes(file)
     first, last, more = (f"model.diffusion_model.{x}" for x in ("input_blocks.0.0.weight", "out.2.weight", "label_emb"))
@@ -194,7 +194,7 @@ def _open_checkpoint(config: DiffusionConfig, file: Path) -> tuple[Any, ...]:
             str(file), config=config.config, revision=config.revision, torch_dtype=torch.float32, safety_checker=None,
             feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, SingleFileComponentError) as error:
+    except Exception as error:  # as in `_usable`
         why = (str(error).splitlines() or [type(error).__name__])[0]
         where = "diffusion.config is" if config.config else "without diffusion.config=FOLDER that is fetched, and is"
         raise UserError(
@@ -217,7 +217,8 @@ def _settings(config: DiffusionConfig, source: str) -> tuple[dict[str, Any], dic
             raise OSError("it has no config.json")
         text = CLIPTextConfig.from_dict(known)
     unet, vae = found
-    _require_text_to_image(config.path, unet, vae.get("latent_channels", 4), text.hidden_size)
+    with _usable(config, "unet"):
+        _require_text_to_image(config.path, unet, vae.get("latent_channels", 4), text.hidden_size)
     return unet, vae, text
 
 
