@@ -1,0 +1,89 @@
+"""Set the order of two rows in the paper's tables beside their order in ours: figures of two bases compare no other way.
+
+    python experiments/tables/orders.py runs/evaluate/tables/table1.json runs/evaluate/tables/table2.json ...
+
+Prints a table, and writes orders.json beside this file (or out=FILE). The paper's figures are in paper.json. Ours are
+under changed prompts, its Face Rec. by SFace; of each pair those of the people whom both rows have, and the 95 %
+interval of their difference. "not seen" is an interval that holds 0: so many people cannot tell.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyperdb.metrics.figures import differences
+from hyperdb.report.results import load
+from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.files import load_json, save_json
+
+HERE = Path(__file__).parent
+OURS = {  # the paper's figure: ours, of which the first that is known stands for it
+    "Face Rec.": ("cosine_changed",),
+    "DINO": ("dino_changed", "vicreg_changed"),
+    "CLIP-I": ("clip_i_changed",),
+    "CLIP-T": ("clip_t_changed",),
+}
+
+
+def compare(every: list[dict[str, Any]], paper: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return for each pair of rows and figure the paper's difference, ours with its interval, and whether they agree.
+
+    Raises `UserError` for results of several people, bases or judges.
+    """
+    for told in ("base", "data", "persons", "judges"):
+        if any(results.get(told) != every[0].get(told) for results in every):
+            raise UserError(f"the results differ in {told}: name those of one evaluation")
+    values = {row: found for results in every for row, found in results["values"].items()}
+    scores = {row: {k: np.array(v, float).T for k, v in found.items()} for row, found in values.items()}
+    known = {figure for score in scores.values() for figure in score}
+    compared = []
+    for one, other in paper["orders"]:
+        for column, figure in enumerate(paper["figures"]):
+            ours = next((name for name in OURS[figure] if name in known), None)
+            found = differences(scores, {one: [other]}, ours, 0) if ours is not None else {}
+            if (difference := found.get(f"{one}-{other}")) is None:
+                continue
+            theirs = round(paper["rows"][one][column] - paper["rows"][other][column], 3)
+            seen = difference["lo"] > 0 or difference["hi"] < 0
+            agrees = ("as in the paper" if difference["mean"] * theirs > 0 else "the other way") if seen else "not seen"
+            compared.append({"rows": [one, other], "figure": figure, "by": ours, "paper": theirs, "order": agrees,
+                             "people": min(len(scores[row][ours]) for row in (one, other)), **difference})  # fmt: skip
+    return compared
+
+
+def table(compared: Iterable[dict[str, Any]]) -> str:
+    """Return the comparison as Markdown."""
+    lines = ["| rows | figure | paper | ours | people | order |", "| --- | --- | --- | --- | --- | --- |"]
+    for one in compared:
+        ours = f"{one['mean']:+.3f} [{one['lo']:+.3f}, {one['hi']:+.3f}] ({one['by']})"
+        rows = " − ".join(f"`{row}`" for row in one["rows"])
+        cells = [rows, one["figure"], f"{one['paper']:+.3f}", ours, str(one["people"]), one["order"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> None:
+    """Read the results, compare, print and write."""
+    out = next((word.removeprefix("out=") for word in words if word.startswith("out=")), str(HERE / "orders.json"))
+    files = [word for word in words if not word.startswith("out=")]
+    if not files:
+        raise UserError("name one or several results files of experiment=table1, table2 and table3")
+    every = [load(file) for file in files]
+    compared = compare(every, load_json(HERE / "paper.json"))
+    if not compared:
+        raise UserError("these results hold no two rows that the paper compares")
+    told = {key: every[0].get(key) for key in ("base", "hypernet", "data", "people", "seeds", "commit", "dirty")}
+    print(table(compared))
+    print(f"in {save_json(out, {'compared': compared, **told})}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))
