@@ -1,4 +1,4 @@
-"""Set the order of two rows in the paper's tables beside their order in ours: figures of two bases compare no other way.
+"""The order of two rows in the paper's tables, and in ours: figures of two bases compare in no other way.
 
     python experiments/tables/orders.py runs/evaluate/tables/table1.json runs/evaluate/tables/table2.json ...
 
