@@ -81,6 +81,12 @@ def _row(folder: Path, row: str, total: int | None) -> Progress:
     return Progress(f"row {row}", done, total, f"; {', '.join(shares)}" if shares else "")
 
 
+def _renders(folder: Path, made_from: dict[str, Any]) -> Progress:
+    found, finished = len(list(folder.glob("data-*.arrow"))), (folder / "index.json").is_file()
+    total = -(-made_from["identities"] // made_from["shard"])
+    return Progress("files of people", found, total, "; the index is written" if finished else "; there is no index yet")
+
+
 def pace(records: list[dict[str, Any]]) -> float | None:
     """Return the seconds a step of a journal's last records; None where they say nothing of it."""
     session: list[dict[str, Any]] = []
@@ -113,6 +119,8 @@ def _counted(folder: Path) -> Iterator[Progress]:
             yield _training(folder, run["made_from"].get("steps"))
         elif writes[0] == "fits-*.safetensors":
             yield _store(folder, total)
+        elif writes[0] == "data-*.arrow":
+            yield _renders(folder, run["made_from"])
         elif writes[0].startswith("rows/"):
             yield _row(folder, Path(writes[0]).stem, total)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from hyperdb.runtime.files import save_tensors
 from hyperdb.runtime.journal import Journal
 from hyperdb.runtime.lock import writing_into
 from hyperdb.runtime.output import claim
-from hyperdb.stages.status import _lasting, pace
+from hyperdb.stages.status import _lasting, examine, pace
 
 
 def test_a_training_that_runs(tmp_path, capsys, monkeypatch):
@@ -62,3 +63,11 @@ def test_it_loads_no_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "2 of 3 done, 1 missing; checkpoint at step 2" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_people_are_counted_by_their_files(rendered, tmp_path):
+    folder = shutil.copytree(rendered, tmp_path / "heads")
+    assert examine(folder)[0] == f"{'files of people':20} 2 of 2 done, 0 missing; the index is written"
+    next(folder.glob("data-*.arrow")).unlink()
+    (folder / "index.json").unlink()
+    assert examine(folder)[0] == f"{'files of people':20} 1 of 2 done, 1 missing; there is no index yet"
