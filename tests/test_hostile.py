@@ -241,8 +241,8 @@ def _saved(path: Path) -> Path:
 
 
 def _renders(path: Path) -> Path:
-    out = render_heads.run(render_heads.Config(out=str(path / "heads"), identities=2, views=1, photo_views=1, size=16, workers=1))
-    return next(out.glob("data-*.arrow"))
+    settings = {"identities": 2, "views": 1, "photo_views": 1, "size": 16, "workers": 1}
+    return next(render_heads.run(render_heads.Config(out=str(path / "heads"), **settings)).glob("data-*.arrow"))
 
 
 def _pixels(path: Path) -> None:

@@ -33,11 +33,15 @@ OURS = {  # the paper's figure: ours, of which the first that is known stands fo
 def compare(every: list[dict[str, Any]], paper: dict[str, Any]) -> list[dict[str, Any]]:
     """Return for each pair of rows and figure the paper's difference, ours with its interval, and whether they agree.
 
-    Raises `UserError` for results of several people, bases or judges.
+    Raises `UserError` for results of several people, bases, recipes or judges.
     """
-    for told in ("base", "data", "persons", "judges"):
+    for told in ("base", "data", "persons", "seeds", "made_from", "hypernet", "judges"):
         if any(results.get(told) != every[0].get(told) for results in every):
             raise UserError(f"the results differ in {told}: name those of one evaluation")
+    methods: dict[str, Any] = {}
+    for row, how in (pair for results in every for pair in results.get("methods", {}).items()):
+        if methods.setdefault(row, how) != how:
+            raise UserError(f"the results differ in how {row} was made: name those of one evaluation")
     values = {row: found for results in every for row, found in results["values"].items()}
     scores = {row: {k: np.array(v, float).T for k, v in found.items()} for row, found in values.items()}
     known = {figure for score in scores.values() for figure in score}

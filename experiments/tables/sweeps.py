@@ -28,11 +28,19 @@ STYLE, OBEYED = "style_accuracy", 0.9
 RATES = 5
 
 
+def _without(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of results without those of the hypernetwork's training."""
+    return {key: value for key, value in found.get("settings", {}).items() if key != "hypernet"}
+
+
 def choose(method: str, folder: Path) -> dict[str, Any]:
     """Return the rates of a method's sweep with their figures, and the best. Raises `UserError` for another folder."""
     named = {str(path): load(path) for path in sorted(folder.glob("*/results.json"))}
+    begun = {json.dumps(found.get("methods", {}).get(method, {}).get("hypernet")) for found in named.values()}
+    if begun == {"null"}:  # a row that begins at no prediction is the same with any hypernetwork
+        named = {path: {**found, "hypernet": None, "settings": _without(found)} for path, found in named.items()}
     every, along = list(named.values()), axis(named)
-    if len({json.dumps(results["methods"].get(method, {}).get("hypernet")) for results in every}) > 1:
+    if len(begun) > 1:
         raise UserError(f"{folder} holds results of several hypernetworks; delete those of the former ones")
     if along is None or along.setting != f"methods.{method}.finetune.rate":
         raise UserError(f"{folder} holds no sweep; run `hyperdb evaluate -m experiment=sweep/{method}`")

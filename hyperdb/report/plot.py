@@ -57,7 +57,8 @@ def _point(plane: Plane, row: Mapping[str, Any], likeness: str) -> tuple[Spread,
 
 def likeness_of(every: Sequence[Mapping[str, Any]]) -> str:
     """Return by which figure the likeness of several results is shown: under changed prompts, if all rows have that."""
-    return next(name for name in LIKENESS if all(name in row for results in every for row in results["rows"].values()))
+    rows = [row for results in every for row in results["rows"].values()]
+    return next(name for name in LIKENESS if all(is_figure(row.get(name)) for row in rows))
 
 
 def points(plane: Plane, results: Mapping[str, Any], likeness: str = "cosine") -> list[tuple[str, Spread, Spread]]:

@@ -55,6 +55,7 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "dino_changed": Column("DINO, changed prompt", 3),
     "clip_i_changed": Column("CLIP-I, changed prompt", 3),
     "clip_t_changed": Column("CLIP-T, changed prompt", 3),
+    "vicreg_changed": Column("VICReg, changed prompt", 3),
     "dino_styled": Column("DINO, in the style", 3),
     "clip_i_styled": Column("CLIP-I, in the style", 3),
     "clip_t_styled": Column("CLIP-T, in the style", 3),

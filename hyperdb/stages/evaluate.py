@@ -447,7 +447,7 @@ def run(config: Config) -> Path:
     made_from = _digest(json.dumps(only_set(whole), sort_keys=True, default=str).encode())
     repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
     # told of few rows; of a row without it, it was not set
-    seldom = dict.fromkeys(("hypernet", "refinements", "strength", "photos", "hybrid", "encoder"))
+    seldom = dict.fromkeys(("refinements", "strength", "photos", "hybrid", "encoder"))
     for row, count in repeats.items():
         names = (f"rows/{row}.safetensors", f"rows/{row}-*.safetensors")
         out = claim(config.out, names, {**seldom, **whole, **described[row]}, count)

@@ -84,7 +84,8 @@ def _row(folder: Path, row: str, total: int | None) -> Progress:
 def _renders(folder: Path, made_from: dict[str, Any]) -> Progress:
     found, finished = len(list(folder.glob("data-*.arrow"))), (folder / "index.json").is_file()
     total = -(-made_from["identities"] // made_from["shard"])
-    return Progress("files of people", found, total, "; the index is written" if finished else "; there is no index yet")
+    more = "; the index is written" if finished else "; there is no index yet"
+    return Progress("files of people", found, total, more)
 
 
 def pace(records: list[dict[str, Any]]) -> float | None:

@@ -97,7 +97,7 @@ class Config:
     validation_weights: FilePath | None = None  # store of fits of the validation people, for their weight-space loss
     people: int | None = None  # how many identities of `data` to use; null: all
     init: FilePath | None = None  # file of a hypernetwork to go on from; null: begin anew
-    new_decoder: bool = False  # of `init` only the encoder and the linear map
+    new_decoder: bool | None = None  # true: of `init` only the encoder and the linear map
     name: str = "default"
     out: FilePath = "runs/train_hypernet/default"
     alpha: float = 1.0  # open in the paper

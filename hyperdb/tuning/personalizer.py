@@ -172,7 +172,7 @@ class Personalizer:
             self.learned, self.trainable = config.relaxed, config.relaxed.build(self.layout)
         else:
             self.learned, self.trainable = trainable(self.base, config.adapter)
-        self._encoders: dict[str, E4TEncoder] = {}
+        self._encoders: dict[tuple[str, str], E4TEncoder] = {}  # by file and layout
         if config.adapter.begins() is not None:  # what is wrong with its file is said before the photo
             self.encoder(config.adapter)
 
@@ -216,9 +216,10 @@ class Personalizer:
         from hyperdb.tuning.trainable import trainable
 
         file, (learned, adapter) = str(settings.begins()), trainable(self.base, settings)
-        if file not in self._encoders:
-            self._encoders[file] = load_encoder(file, self.base, adapter.layout)
-        read = self._encoders[file]
+        place = (file, adapter.layout.digest)
+        if place not in self._encoders:
+            self._encoders[place] = load_encoder(file, self.base, adapter.layout)
+        read = self._encoders[place]
         found, asked = (getattr(which, "start", None) for which in (read.lidb.config, learned))
         if asked is not None and found != asked:
             raise UserError(

@@ -128,7 +128,7 @@ def test_rows_of_fewer_people_say_so():
     lines = markdown(found).splitlines()
     assert lines[0] == "| way to personalise | face cosine | people | rank-1 |"
     assert lines[3] == "| few | 0.500 [0.400, 0.600] | 10 | 0.25 |"
-    assert lines[-3] == "| paired difference | mean [95 % interval over people] | people |"
+    assert lines[-3] == "| paired difference | face cosine [95 % interval over people] | people |"
     assert lines[-1] == "| few − all | 0.500 [0.400, 0.600] | 10 |"
     assert comma_separated({"a": found}).splitlines()[1:] == [
         "a,all,all,50,1,0.5,0.4,0.6,0.25", "a,few,few,10,1,0.5,0.4,0.6,0.25", "a,few-all,few − all,10,1,0.5,0.4,0.6,",
