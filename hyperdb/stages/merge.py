@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.prior import PriorConfig
 
 if TYPE_CHECKING:
@@ -28,14 +28,16 @@ if TYPE_CHECKING:
     from hyperdb.formats.native import Part, Personalization
 
 WRITES = ("adapter.safetensors",)
+LIMIT = 2000  # captions: their features are in memory at once
 
 
 @dataclass(kw_only=True)
 class Config:
     """Which people are merged, on which base, and which captions stay as they are.
 
-    The captions are `prior.prompts`, the class prompts that a training with class pictures keeps too; no pictures are
-    drawn. The paper takes 1,000 captions of LAION. What no caption says is not kept, so that more of them are better.
+    The captions are `prior.prompts`, the class prompts that a training with class pictures keeps too, and those of
+    `captions`: a text file with one a line, or people, whose captions are read and no pictures. The paper takes 1,000
+    captions of LAION. What no caption says is not kept, so that more of them are better.
 
     The more alike the people's words are, the further the weights have to move, and the command says how far. Words
     begin at the class word and move little at the usual rate; the paper begins each at another rare word, which
@@ -46,6 +48,7 @@ class Config:
     """files of `hyperdb personalize adapter=custom_diffusion`, or their folders, each with a rare token of its own"""
     diffusion: DiffusionConfig
     prior: PriorConfig
+    captions: FilePath | None = None  # further ones, of which the first LIMIT count
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/merge/default"  # folder that is written
 
@@ -83,6 +86,21 @@ def encoded(base: Base, prompts: list[str], word: Changes | None = None) -> tupl
             return ids, base.text_encoder(ids)[0].float()
     finally:
         injection.remove()
+
+
+def _texts(config: Config) -> list[str]:
+    """Return the captions that stay as they are, each once. Raises `UserError` for a place without any."""
+    from hyperdb.data.people import load_people
+    from hyperdb.runtime.files import load_text
+
+    found: list[str] = []
+    if config.captions is not None and resolve(config.captions).suffix == ".txt":
+        found = [line.strip() for line in load_text(resolve(config.captions)).splitlines() if line.strip()]
+    elif config.captions is not None:
+        found = load_people(config.captions, split=None).captions
+    if config.captions is not None and not found:
+        raise UserError(f"captions={config.captions}: no captions there; name a text file with one a line, or people")
+    return list(dict.fromkeys([*config.prior.prompts, *found]))[:LIMIT]
 
 
 def _captions(base: Base, prompts: list[str]) -> Tensor:
@@ -127,7 +145,7 @@ def run(config: Config) -> Path:
 
     if len(config.adapter) < 2:
         raise UserError(f"adapter={config.adapter}: name two adapters or more as [A,B]")
-    files = [find_adapter(path) for path in config.adapter]
+    files, texts = [find_adapter(path) for path in config.adapter], _texts(config)
     people = [Personalization.load(file) for file in files]
     parts = _parts(people)
     base = Base.load(config.diffusion)
@@ -147,7 +165,7 @@ def run(config: Config) -> Path:
         _words(base, person, {embedding: change[embedding]}, part.config.row)  # type: ignore[attr-defined]
         for person, part, change in zip(people, parts, changes, strict=True)
     ]
-    captions = _captions(base, config.prior.prompts)
+    captions = _captions(base, texts)
     params = {"vector": parts[0].params["vector"]}
     modules = base.sites(layers)
     moves = torch.zeros(1 + len(people), dtype=torch.float64)  # squared: of the merged layers, and of each person's
@@ -167,8 +185,9 @@ def run(config: Config) -> Path:
         assert isinstance(part.config, CustomConfig)
         settings = TokenConfig(part.config.row, part.config.start)
         together.append(Part(settings, Layout(part.layout.layers[:1]), {"vector": part.params["vector"]}))
-    made_from = {**recipe(config), "adapter": [hash_files([file]) for file in files], "base": base.digest}
-    out = claim(config.out, WRITES, made_from)
+    contents = {"adapter": [hash_files([file]) for file in files], "base": base.digest}
+    contents["captions"] = texts if config.captions is not None else None
+    out = claim(config.out, WRITES, {**recipe(config), **contents})
     Personalization(
         first.layout, None, base=first.base, rare_token=first.rare_token, class_word=first.class_word, parts=together
     ).save(out / "adapter.safetensors")

@@ -44,8 +44,8 @@ def make(base, tmp_path):
     return person
 
 
-def merged(tiny_base, tmp_path, *files):
-    words = [f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.dtype=fp32", "diffusion.device=cpu"]
+def merged(tiny_base, tmp_path, *files, more=()):
+    words = [*more, f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.dtype=fp32", "diffusion.device=cpu"]
     return config.run("merge", [f"adapter=[{','.join(map(str, files))}]", f"out={tmp_path / 'both'}", *words])
 
 
@@ -91,3 +91,23 @@ def test_people_who_do_not_fit_together_are_refused(make, tiny_base, tmp_path, w
         merged(tiny_base, tmp_path, first, make(word, settings, seed=1))
     with pytest.raises(UserError, match="two adapters or more"):
         merged(tiny_base, tmp_path, first)
+
+
+def test_further_captions_stay_as_they_are(make, base, tiny_base, rendered, tmp_path):
+    """Of a text file, or of people, whose pictures are not read."""
+    files = make("sks", CustomConfig()), make("zwx", CustomConfig(), seed=1)
+    (tmp_path / "more.txt").write_text("a face in a forest\n\na face on the beach\n")
+    moved = {}
+    for name, source in (("none", None), ("text", tmp_path / "more.txt"), ("people", rendered)):
+        more = ["prior.prompts=['a face']", f"captions={'null' if source is None else source}"]
+        out = merged(tiny_base, tmp_path / name, *files, more=more)
+        both = Personalization.load(out / "adapter.safetensors")
+        layer = next(name for name in both.parts[0].layout.names if name.endswith("to_k"))
+        ids = base.tokenize(["a face in a forest"])
+        with torch.no_grad():
+            context = base.text_encoder(ids)[0][0, : int((ids[0] == base.tokenizer.eos_token_id).nonzero()[0])]
+        moved[name] = (context @ both.parts[0].params[layer][0].T).norm().item()
+    assert moved["text"] < 0.1 * moved["none"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.txt: no captions there"):
+        merged(tiny_base, tmp_path / "empty", *files, more=[f"captions={tmp_path / 'empty.txt'}"])
