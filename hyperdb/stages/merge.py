@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
@@ -185,7 +185,7 @@ def run(config: Config) -> Path:
         assert isinstance(part.config, CustomConfig)
         settings = TokenConfig(part.config.row, part.config.start)
         together.append(Part(settings, Layout(part.layout.layers[:1]), {"vector": part.params["vector"]}))
-    contents = {"adapter": [hash_files([file]) for file in files], "base": base.digest}
+    contents: dict[str, Any] = {"adapter": [hash_files([file]) for file in files], "base": base.digest}
     contents["captions"] = texts if config.captions is not None else None
     out = claim(config.out, WRITES, {**recipe(config), **contents})
     Personalization(
