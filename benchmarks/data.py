@@ -89,7 +89,7 @@ def make(work: Path, pictures: int, size: int) -> None:
         small = Config(channels=[16, 32], heads=[2, 2], text_width=32, text_layers=1)
         save_base(new_base(small, vae, WORDS), work / "base")
     drawn = ["size=64", f"identities={max(2, min(200, pictures // 30))}", "views=6", "photo_views=6"]
-    people = load_people(config.run("render_heads", [*drawn, f"out={work / 'heads'}"]))
+    people = load_people(str(config.run("render_heads", [*drawn, f"out={work / 'heads'}"])))
     faces, records = work / f"faces{size}", []
     for k in range(pictures):
         name = f"faces/{k:05d}.png"
@@ -137,7 +137,8 @@ def fitting(work: Path, size: int, steps: int) -> dict[str, Any]:
     """Read as precomputing does: the photos of 16 fits, then a long fit."""
     from hyperdb.stages.precompute import _photos
 
-    whole, found = settings("precompute", work, size), {}
+    whole = settings("precompute", work, size)
+    found: dict[str, Any] = {}
     with memory(found):
         began = time.perf_counter()
         people = load_people(whole.data, whole.identities, whole.split, size, first=whole.first, photos=whole.photos)

@@ -141,8 +141,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
                     save_png(place / "photo" / f"{view}.png", photo.permute(1, 2, 0).numpy())
                 where = {"{photo}": str(place / "photo"), "{out}": str(place / "out")}
                 asked = command(steps)
-                for name, path in where.items():
-                    asked = [word.replace(name, path) for word in asked]
+                for name, value in where.items():
+                    asked = [word.replace(name, value) for word in asked]
                 seconds += told(asked)
             return seconds
 

@@ -65,7 +65,8 @@ def prepare(work: Path) -> dict[str, int]:
 
 def process(words: list[str], watch: Path | None = None, until: int | None = None) -> dict[str, Any]:
     """Run one command; return its seconds, its peak memory, and when each step of the checkpoint `watch` was done."""
-    began, steps = time.perf_counter(), {}
+    began = time.perf_counter()
+    steps: dict[int, float] = {}
     print("hyperdb", *words, flush=True)
     running = subprocess.Popen([sys.executable, "-m", "hyperdb", *words])
     killed = False

@@ -70,8 +70,8 @@ def main(work: Path) -> None:
             fits = [choice for choice in choices if choice["gb"] <= SPARE * card]
             best = max(fits, key=lambda choice: choice["batch"], default=None)
             table[str(card)][stage] = f"{best['settings']}, {best['gb']:.1f} GB" if best else "none"
-    for card, row in table.items():
-        print(f"{card:>3} GB", row)
+    for size, row in table.items():
+        print(f"{size:>3} GB", row)
     result = {"checked_on_cpu": checked, "by_card": table, "all": every, "share_of_card_used": SPARE, **provenance()}
     print(save_json(here / "memory.json", result))
 

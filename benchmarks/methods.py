@@ -59,9 +59,9 @@ def measure(words: list[str], repeats: int, out: str) -> dict[str, Any]:
         began = seconds_now(model.base)
         cohort = Cohort(model, photo, 1)
         start = cohort.start(methods[row])
-        if (fit := fits[row]) is not None:
+        if (fit := fits[row]) is not None and (adapter := adapters[row]) is not None:
             fit = replace(fit, steps=steps or fit.steps)
-            cohort.train(adapters[row], fit, slice(0, 1), start, lambda _: None, methods[row].adapter)
+            cohort.train(adapter, fit, slice(0, 1), start, lambda _: None, methods[row].adapter)
         return seconds_now(model.base) - began
 
     found: dict[str, list[float]] = {row: [] for row in methods}

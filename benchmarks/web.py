@@ -54,7 +54,8 @@ class Visitor(threading.Thread):
     def __init__(self, number: int, url: str, numbers: dict[str, int], process: int) -> None:
         super().__init__(daemon=True)
         self.number, self.url, self.numbers, self.process = number, url, numbers, process
-        self.in_line, self.ahead = threading.Event(), []
+        self.in_line = threading.Event()
+        self.ahead: list[int] = []
         self.began = self.ended = self.left = self.megabytes = 0.0
         self.said = ""
 

@@ -77,7 +77,7 @@ def main(words: list[str]) -> None:
     files = [word for word in words if not word.startswith("out=")]
     if not files:
         raise UserError("name one or several results files of experiment=table1, table2 and table3")
-    every = [load(file) for file in files]
+    every = [load(Path(file)) for file in files]
     compared = compare(every, load_json(HERE / "paper.json"))
     if not compared:
         raise UserError("these results hold no two rows that the paper compares")
