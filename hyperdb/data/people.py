@@ -79,9 +79,9 @@ class People:
         worn = (there["accessory"] == here["accessory"]) & (here["accessory"] != self.names["accessory"].index("none"))
         place = there["place"] == here["place"]
         pose = ((there["yaw"] - here["yaw"]).abs() < ONE_POSE) & ((there["pitch"] - here["pitch"]).abs() < ONE_POSE)
-        alike = 4 * worn + 2 * place + pose.long()  #                                 [K, V]
-        some = 4 * worn.any(1) + 2 * place.any(1) + pose.any(1).long()  #             [K]
-        return others[(8 * alike[:, 0] + some).argsort(stable=True)]
+        alike = torch.stack([pose, place, worn], -1)  #                               [K, V, 3]
+        first, some = ((x * torch.tensor([1, 2, 4])).sum(-1) for x in (alike[:, 0], alike.any(1)))  # [K]
+        return others[(8 * first + some).argsort(stable=True)]
 
     def given_first(self, named: str, given: int, least: int, reference: int = 0) -> list[Tensor]:
         """Return the photos `[K]` of who has `least` or more: `given` from number `reference` on, then the `unlike`.

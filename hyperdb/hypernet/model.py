@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from hyperdb.hypernet.decoder import IterativeDecoder
 from hyperdb.hypernet.encoder import Encoder
 from hyperdb.runtime.cache import kept
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors, reading, save_tensors
+from hyperdb.runtime.files import hash_tensors, load_tensors, reading, save_tensors
 from hyperdb.runtime.lazy import PART, Lazy, mean_std
 
 KIND = "hyperdb-hypernet-1"
@@ -160,10 +159,8 @@ class Hypernet(nn.Module):
             self._measure_features(images)
             yield torch.cat([x.cpu().flatten() for x in wanted])[None]
 
-        encoder = hashlib.sha256(json.dumps(asdict(self.config.encoder)).encode())
-        for value in self.encoder.state_dict().values():
-            encoder.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        packed = kept(None, "features", f"{key} {encoder.hexdigest()} {self.config.summary}", 1, measured)[0]
+        encoder = f"{json.dumps(asdict(self.config.encoder))} {hash_tensors(self.encoder.state_dict().values())}"
+        packed = kept(None, "features", f"{key} {encoder} {self.config.summary}", 1, measured)[0]
         for buffer, value in zip(wanted, packed.split([x.numel() for x in wanted]), strict=True):
             buffer.copy_(value.view_as(buffer))
 

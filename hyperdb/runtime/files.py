@@ -296,6 +296,16 @@ def hash_picture(image: torch.Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(image.cpu().contiguous().numpy().data, digest_size=8).digest()) >> 1
 
 
+def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
+    """Return the first 16 hex digits of a sha256 over the numbers of tensors."""
+    import torch
+
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def hash_files(paths: list[Path] | Path) -> str:
     """Return the first 16 hex digits of a sha256 over the names and bytes of files (a folder: all in it)."""
     if isinstance(paths, Path):

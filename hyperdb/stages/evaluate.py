@@ -202,7 +202,9 @@ def _network_digest(network: Hypernet | None) -> str | None:
     """Return 16 hex digits over the weights of a hypernetwork or of E4T's encoder, None without one."""
     if network is None:
         return None
-    return _digest(b"".join(v.cpu().numpy().tobytes() for v in network.used().values()))
+    from hyperdb.runtime.files import hash_tensors
+
+    return hash_tensors(network.used().values())
 
 
 def _made_from(config: Config, model: Personalizer, people: People) -> dict[str, Any]:
@@ -214,10 +216,11 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     return {**what, "base": model.base.digest, "data": people.digest}
 
 
-def _described(config: Config, model: Personalizer, row: str, people: int) -> dict[str, Any]:
+def _described(config: Config, model: Personalizer, row: str, people: int, hypernet: str | None) -> dict[str, Any]:
     """Return all of a row's method that decides its pictures of `people`: its start, adapter and training, and whom.
 
-    The hypernetwork decides those that begin at a prediction alone: with another one, the others stay.
+    The hypernetwork, of the digest `hypernet`, decides those that begin at a prediction alone: with another one, the
+    others stay.
     """
     from hyperdb.adapters import kind_of
     from hyperdb.runtime.recipe import recipe
@@ -233,7 +236,7 @@ def _described(config: Config, model: Personalizer, row: str, people: int) -> di
     seldom["strength"] = None if method.strength == 1 else method.strength
     seldom |= {"photos": method.photos, "hybrid": None if method.hybrid else False}
     if method.start is not None:
-        seldom["hypernet"] = _network_digest(model.hypernet)
+        seldom["hypernet"] = hypernet
     if method.adapter is not None and method.adapter.begins() is not None:
         seldom["encoder"] = _network_digest(model.encoder(method.adapter))
     return {**found, **{key: value for key, value in seldom.items() if value is not None}}
@@ -442,8 +445,8 @@ def run(config: Config) -> Path:
     prompts = [base.config.instance_prompt] * config.images + config.changed
     prompts += [prompt(style, "[V]", place or None) for style, place in pairs]
 
-    whole = _made_from(config, model, people)
-    described = {row: _described(config, model, row, len(rows)) for row in config.rows}
+    whole, digest = _made_from(config, model, people), _network_digest(model.hypernet)
+    described = {row: _described(config, model, row, len(rows), digest) for row in config.rows}
     made_from = _digest(json.dumps(only_set(whole), sort_keys=True, default=str).encode())
     repeats = {row: config.seeds if row in methods else 1 for row in config.rows}
     # told of few rows; of a row without it, it was not set
@@ -528,7 +531,7 @@ def run(config: Config) -> Path:
         known = [{name: person[name] for name in ("sex", "age", "skin")} for person in everybody]
         for person, (first, *_) in zip(known, rows, strict=True):
             person["reference_wears"] = people.names["accessory"][int(people.labels["accessory"][first])]
-    hypernet, digest = {} if model.hypernet is None else model.hypernet.metadata, _network_digest(model.hypernet)
+    hypernet = {} if model.hypernet is None else model.hypernet.metadata
     result: dict[str, Any] = {
         "rows": {
             row: _read(config, row, described[row]) | {"people": counts[row]} | summary(score, config.seed) | costs[row]

@@ -66,10 +66,10 @@ def _lasting(seconds: float) -> str:
 # --- kinds of runs -----------------------------------------------------------------------------------
 
 
-def _store(folder: Path, total: int | None) -> Progress:
-    found = len(list(folder.glob("fits-*.safetensors")))
-    finished = (folder / "index.json").is_file()
-    return Progress("files of fits", found, total, "; the index is written" if finished else "; there is no index yet")
+def _indexed(folder: Path, what: str, pattern: str, total: int | None) -> Progress:
+    """Count files that an index follows."""
+    more = "; the index is written" if (folder / "index.json").is_file() else "; there is no index yet"
+    return Progress(f"files of {what}", len(list(folder.glob(pattern))), total, more)
 
 
 def _row(folder: Path, row: str, total: int | None) -> Progress:
@@ -79,13 +79,6 @@ def _row(folder: Path, row: str, total: int | None) -> Progress:
     begun = Counter((seed, part.partition("of")[2]) for seed, _, part in (name.partition("-") for name in parts))
     shares = [f"{count} of {of} shards of seed {seed}" for (seed, of), count in sorted(begun.items())]
     return Progress(f"row {row}", done, total, f"; {', '.join(shares)}" if shares else "")
-
-
-def _renders(folder: Path, made_from: dict[str, Any]) -> Progress:
-    found, finished = len(list(folder.glob("data-*.arrow"))), (folder / "index.json").is_file()
-    total = -(-made_from["identities"] // made_from["shard"])
-    more = "; the index is written" if finished else "; there is no index yet"
-    return Progress("files of people", found, total, more)
 
 
 def pace(records: list[dict[str, Any]]) -> float | None:
@@ -119,9 +112,10 @@ def _counted(folder: Path) -> Iterator[Progress]:
         if "checkpoint.safetensors" in writes:
             yield _training(folder, run["made_from"].get("steps"))
         elif writes[0] == "fits-*.safetensors":
-            yield _store(folder, total)
+            yield _indexed(folder, "fits", writes[0], total)
         elif writes[0] == "data-*.arrow":
-            yield _renders(folder, run["made_from"])
+            how = run["made_from"]
+            yield _indexed(folder, "people", writes[0], -(-how["identities"] // how["shard"]))
         elif writes[0].startswith("rows/"):
             yield _row(folder, Path(writes[0]).stem, total)
 

@@ -172,7 +172,7 @@ class Personalizer:
             self.learned, self.trainable = config.relaxed, config.relaxed.build(self.layout)
         else:
             self.learned, self.trainable = trainable(self.base, config.adapter)
-        self._encoders: dict[tuple[str, str], E4TEncoder] = {}  # by file and layout
+        self._encoders: dict[str, E4TEncoder] = {}  # by the settings that name them
         if config.adapter.begins() is not None:  # what is wrong with its file is said before the photo
             self.encoder(config.adapter)
 
@@ -215,18 +215,17 @@ class Personalizer:
         """
         from hyperdb.tuning.trainable import trainable
 
-        file, (learned, adapter) = str(settings.begins()), trainable(self.base, settings)
-        place = (file, adapter.layout.digest)
-        if place not in self._encoders:
-            self._encoders[place] = load_encoder(file, self.base, adapter.layout)
-        read = self._encoders[place]
-        found, asked = (getattr(which, "start", None) for which in (read.lidb.config, learned))
-        if asked is not None and found != asked:
-            raise UserError(
-                f"{file} predicts words near token {found}, and this training begins at token {asked}: leave out "
-                "adapter.start and diffusion.class_word, or train an encoder with them"
-            )
-        return read
+        if (asked := repr(settings)) not in self._encoders:
+            file, (learned, adapter) = str(settings.begins()), trainable(self.base, settings)
+            read = load_encoder(file, self.base, adapter.layout)
+            found, begun = (getattr(which, "start", None) for which in (read.lidb.config, learned))
+            if begun is not None and found != begun:
+                raise UserError(
+                    f"{file} predicts words near token {found}, and this training begins at token {begun}: leave out "
+                    "adapter.start and diffusion.class_word, or train an encoder with them"
+                )
+            self._encoders[asked] = read
+        return self._encoders[asked]
 
     def begin(self, settings: AdapterConfig | None, photos: Tensor) -> Begin | None:
         """Return where an adapter of these settings begins by E4T's encoder, if they name one.
