@@ -141,7 +141,7 @@ def test_the_verifier_learns_to_see_past_the_style(tmp_path):
     rows = torch.arange(len(people))
     before, after = (
         objective.measure(objective.save(tmp_path / str(steps), {}), people.images, rows)
-        for steps in (0, 15) for objective in [learn(VerifierConfig(), people, steps)]
+        for steps in (0, 15) for objective in [learn(VerifierConfig(width=32), people, steps)]
     )  # fmt: skip
     assert before["rank1"]["sketch"] < 0.5  # the bars count for more than the colour
     assert min(after["auc"].values()) > 0.95  # the same person above another
@@ -163,7 +163,7 @@ def test_a_clip_and_an_encoder_are_small():
     people.names |= {"style": list(STYLES), "place": list(PLACES)}
     for config in (ClipConfig(), VICRegConfig(), VerifierConfig()):
         net = config.objective(people, torch.arange(len(people)), BASE).net
-        assert 2 * sum(p.numel() for p in net.parameters()) < 6.1e6
+        assert 2 * sum(p.numel() for p in net.parameters()) < 2.5e6
         assert not [name for name, _ in net.named_buffers() if name.split(".")[-1].startswith("running")]
 
 

@@ -44,8 +44,8 @@ class ClipConfig(ObjectiveConfig):
     """Learns which caption belongs to which picture (CLIP, Radford et al. 2021), with the vocabulary of the base."""
 
     kind = "clip.ClipObjective"
-    width: int = 192  # of the transformer that sees pictures; heads are 32 wide
-    layers: int = 6
+    width: int = 128  # of the transformer that sees pictures; heads are 32 wide
+    layers: int = 4
     patch: int = 8  # side in pixels
     text_width: int = 96  # of the transformer that reads captions, and of the features
     text_layers: int = 2
@@ -57,24 +57,35 @@ class ClipConfig(ObjectiveConfig):
 
 
 @dataclass
-class VICRegConfig(ObjectiveConfig):
+class EncoderConfig(ObjectiveConfig):
+    """What learns is a convolutional network of four levels, each twice as wide as the one before."""
+
+    least = 2
+    width: int = 24  # of the first level; features are 8 times as wide
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UserError(f"judge.width={self.width}: expected at least 1")
+
+
+@dataclass
+class VICRegConfig(EncoderConfig):
     """Learns, without any label, what two views of one picture have in common (VICReg, Bardes et al. 2022)."""
 
     kind = "vicreg.VICRegObjective"
-    least = 2
     expander: int = 1024  # width of the three layers between the features and the loss, which are thrown away
 
 
 @dataclass
-class VerifierConfig(ObjectiveConfig):
+class VerifierConfig(EncoderConfig):
     """Learns whether pictures, in any styles, are of one person (supervised contrast, Khosla et al. 2020)."""
 
     kind = "verifier.VerifierObjective"
-    least = 2
     pictures: int = 4  # of a person in a step; a person with fewer shows all
     temperature: float = 0.1  # that cosines are divided by
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.pictures < 2:
             raise UserError(f"judge.pictures={self.pictures}: expected at least 2")
         if self.temperature <= 0:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hyperdb.metrics import judge
 from hyperdb.metrics.dino import Dino
 from hyperdb.metrics.obedience import BACKBONE, SIDE
+from hyperdb.metrics.objectives import EncoderConfig
 from hyperdb.metrics.objectives.objective import Objective
 from hyperdb.metrics.pretrained import SETTINGS, WEIGHTS
 from hyperdb.metrics.score import auc
@@ -48,15 +49,16 @@ class EncoderObjective(Objective):
 
     name: str  # of the judge
 
-    def __init__(self, people: People, seen: Tensor) -> None:
+    def __init__(self, config: EncoderConfig, people: People, seen: Tensor) -> None:
         super().__init__(people, seen)
-        self.net = timm.create_model(BACKBONE, num_classes=0)
+        self.sizes = {"dims": [config.width * 2**level for level in range(4)]}
+        self.net = timm.create_model(BACKBONE, num_classes=0, **self.sizes)
 
     def save(self, out: Path, metadata: dict[str, str]) -> Dino:
         """Write the folder `out/judge` as timm has it, the weights in fp16."""
         folder, half = out / "judge", [0.5] * 3
         how = {"input_size": [3, SIDE, SIDE], "mean": half, "std": half, "interpolation": "bilinear", "crop_pct": 1.0}
-        save_json(folder / SETTINGS, {"architecture": BACKBONE, "num_classes": 0, "pretrained_cfg": how})
+        save_json(folder / SETTINGS, {"architecture": BACKBONE, "model_args": self.sizes, "num_classes": 0, "pretrained_cfg": how})
         state = {name: value.half() for name, value in self.net.state_dict().items()}
         save_tensors(folder / WEIGHTS, state, {"format": "pt", **metadata})
         return judge(self.name, str(folder), next(self.net.parameters()).device)

@@ -37,7 +37,7 @@ class VerifierObjective(EncoderObjective):
     name = "verifier"
 
     def __init__(self, config: VerifierConfig, people: People, seen: Tensor, base: Base) -> None:
-        super().__init__(people, seen)
+        super().__init__(config, people, seen)
         self.config = config
         self.each = [people.rows[i] for i in people.identity[seen].unique().tolist() if len(people.rows[i]) > 1]
         if len(self.each) < 2:

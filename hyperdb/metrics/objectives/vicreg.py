@@ -82,7 +82,7 @@ class VICRegObjective(EncoderObjective):
     name = "vicreg"
 
     def __init__(self, config: VICRegConfig, people: People, seen: Tensor, base: Base) -> None:
-        super().__init__(people, seen)
+        super().__init__(config, people, seen)
         sizes = [self.net.num_features, config.expander, config.expander]
         layers: list[nn.Module] = []
         for size in sizes[:-1]:  # a step's own statistics: none are kept, so that a checkpoint of parameters is all
