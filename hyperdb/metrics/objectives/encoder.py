@@ -58,7 +58,8 @@ class EncoderObjective(Objective):
         """Write the folder `out/judge` as timm has it, the weights in fp16."""
         folder, half = out / "judge", [0.5] * 3
         how = {"input_size": [3, SIDE, SIDE], "mean": half, "std": half, "interpolation": "bilinear", "crop_pct": 1.0}
-        save_json(folder / SETTINGS, {"architecture": BACKBONE, "model_args": self.sizes, "num_classes": 0, "pretrained_cfg": how})
+        net = {"architecture": BACKBONE, "model_args": self.sizes, "num_classes": 0}
+        save_json(folder / SETTINGS, {**net, "pretrained_cfg": how})
         state = {name: value.half() for name, value in self.net.state_dict().items()}
         save_tensors(folder / WEIGHTS, state, {"format": "pt", **metadata})
         return judge(self.name, str(folder), next(self.net.parameters()).device)
