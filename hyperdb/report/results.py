@@ -47,6 +47,8 @@ def _wrong(found: Any) -> str | None:
         return "what its methods are is not told"
     if not _are_values(found.get("values", {})):
         return "its values are not a number for each row, figure, seed and person"
+    if not _are_slices(found.get("slices", {})):
+        return "its slices are not numbers by attribute and word"
     further = found.get("paired_further", {})
     for pairs in (found.get("paired"), *(further.values() if isinstance(further, dict) else [further])):
         if not isinstance(pairs, dict):
@@ -56,6 +58,14 @@ def _wrong(found: Any) -> str | None:
             if len(two) != 2 or not set(two) <= rows.keys() or not _is_interval(value):
                 return f"its paired difference {name!r} is not an interval of two rows"
     return None
+
+
+def _are_slices(told: Any) -> bool:
+    """Whether it is {attribute: {word: {people or a row: a number}}}."""
+    if not isinstance(told, dict) or not all(isinstance(words, dict) for words in told.values()):
+        return False
+    parts = [part for words in told.values() for part in words.values()]
+    return all(isinstance(part, dict) and all(map(_is_number, part.values())) for part in parts)
 
 
 def _are_values(told: Any) -> bool:

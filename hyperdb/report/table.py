@@ -135,8 +135,20 @@ def _counted(results: Mapping[str, Any]) -> str:
     return f"n = {people} people, {seeds} seed{'s' * (seeds > 1)}; in brackets: 95 % intervals over {_over(results)}"
 
 
+def _slices(results: Mapping[str, Any]) -> Table:
+    """Return the face cosine of each row by what is known of the people; the heading alone where nothing is."""
+    parts = [part for words in results.get("slices", {}).values() for part in words.values()]
+    named = [row for row in results["rows"] if any(row in part for part in parts)]
+    table = [["face cosine by people", "people", *(_label(results, row) for row in named)]]
+    for attribute, words in results.get("slices", {}).items():
+        for word, part in words.items():
+            cells = [_cell(part, name, digits) for name, digits in (("people", 0), *((row, 3) for row in named))]
+            table.append([f"{attribute.replace('_', ' ')}: {word}", *cells])
+    return table
+
+
 def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
-    """Return the table of rows and, if there are some, that of paired differences."""
+    """Return the tables that are not empty: rows, paired differences and, but in brief, slices."""
     rows, pairs = results["rows"], _pairs(results)
     columns = {name: column for name, column in _columns(rows.values()).items() if column.brief or not brief}
     table = [["way to personalise", *(column.label for column in columns.values())]]
@@ -154,7 +166,7 @@ def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
             for figure in compared
         ]
         differences.append([_label(results, name), *cells])
-    return [table, differences] if pairs else [table]
+    return [found for found in (table, differences, _slices(results)[: 0 if brief else None]) if len(found) > 1]
 
 
 def comma_separated(named: Mapping[str, Mapping[str, Any]]) -> str:

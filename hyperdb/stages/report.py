@@ -30,8 +30,9 @@ PACKAGES = "% \\usepackage{booktabs, adjustbox}\n"
 class Config:
     """Whose figures are shown.
 
-    The tables have every row, the paired differences, and the number of people and seeds. Markdown and LaTeX have a
-    table for each file. The CSV has all files in one, every figure in full precision with the ends of its interval.
+    The tables have every row, the paired differences, the face cosine by what is known of the people (of rendered ones
+    sex, age, skin and what they wear in the given photo), and the number of people and seeds. Markdown and LaTeX have
+    tables for each file. The CSV has all files in one, every figure in full precision with the ends of its interval.
 
     A picture sets the likeness against something that it costs: seconds, bytes, copying of the photo, obedience to the
     style or to the prompt. Every row is a point with its 95 % interval, and all files are in one picture. A row whose

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hyperdb.diffusion import check_logit_normal
+from hyperdb.diffusion import PLACEHOLDER, check_logit_normal
 from hyperdb.runtime.errors import NonFiniteError, UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ MOMENTUM = 0.7  # of gradient descent: fits of few steps with many rows need lit
 class FitConfig:
     """How an adapter is trained on a person's images.
 
-    Each step denoises the images at `levels` noise levels under the prompt "a [V] face" and takes one step of the
+    Each step denoises the images at `levels` noise levels under the `instance_prompt` and takes one step of the
     `optimizer`. The levels are spread evenly over the range `noise`, which is given in fractions of the base's
     schedule: 0 is the clean image and 1 pure noise. With `logit_normal` there are more of them in the middle of that
     range. The highest levels decide pose and backdrop. Whoever learns from them copies those of the photo.
@@ -57,6 +57,7 @@ class FitConfig:
 
     steps: int
     levels: int  # noise levels in each step
+    instance_prompt: str | None = None  # that the images are denoised under, with [V]; null: "a [V] face"
     noise: list[float] = field(default_factory=lambda: [0.0, 1.0])  # lowest and highest level to learn from
     logit_normal: list[float] | None = None  # mean and standard deviation of the logit of the level; null: uniform
     optimizer: str = "adamw"
@@ -85,6 +86,8 @@ class FitConfig:
         if self.masked_prior < 0:
             raise UserError(f"masked_prior={self.masked_prior:g}: expected a radius, at least 0")
         check_logit_normal(self.logit_normal)
+        if self.instance_prompt is not None and PLACEHOLDER not in self.instance_prompt:
+            raise UserError(f"instance_prompt={self.instance_prompt!r}: expected a prompt with {PLACEHOLDER}")
         if self.optimizer not in ("adamw", "sgd"):
             raise UserError(f"optimizer={self.optimizer!r}: expected adamw or sgd")
 
@@ -162,7 +165,7 @@ def fit(
     for rate, some in others:
         optimizer.add_param_group({"params": some, "lr": rate})
     schedule = Schedule(config.steps, config.warmup, config.decay)
-    instance = base.tokenize([base.config.instance_prompt])
+    instance = base.tokenize([base.config.prompt(config.instance_prompt or base.config.instance_prompt)])
     guarded = config.prior_weight > 0
     if guarded and prior is None:
         raise ValueError("prior_weight > 0 needs a prior")

@@ -122,6 +122,17 @@ def test_the_whole_table_has_every_figure_and_says_of_how_many():
     assert markdown(RESULTS, brief=False) == MARKDOWN.strip()
 
 
+def test_the_whole_table_tells_people_apart_by_what_is_known_of_them():
+    part = {"people": 3, "copy": 0.8125, "lora": 0.5}
+    told = RESULTS | {"slices": {"reference_wears": {"glasses": part, "nothing": part | {"people": 21, "lora": 0.25}}}}
+    *_, first, second, _, counted = markdown(told, brief=False).splitlines()
+    assert first == "| reference wears: glasses | 3 | 0.812 | 0.500 |"
+    assert second == "| reference wears: nothing | 21 | 0.812 | 0.250 |"
+    assert counted.startswith("n = 24 people")
+    assert "glasses" in latex(told, "a")
+    assert markdown(told) == markdown(RESULTS)  # in brief
+
+
 def test_rows_of_fewer_people_say_so():
     rows = {"all": row(people=50), "few": row(people=10)}
     found = {"rows": rows, "paired": {"few-all": rows["all"]["cosine"]}, "people": 50}

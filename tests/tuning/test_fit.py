@@ -85,6 +85,17 @@ def test_the_masked_prior_holds_what_is_outside_of_it_to_the_base(base, lidb, mo
         FitConfig(steps=1, levels=1, rate=1.0, masked_prior=-1)
 
 
+def test_a_photo_is_learned_under_the_prompt_that_is_asked_for(base, lidb, moments):
+    def trained(prompt):
+        return fit(base, lidb, moments[:1], FitConfig(steps=2, levels=2, rate=1e-2, instance_prompt=prompt))
+
+    usual, same, other = map(trained, (None, "a [V] face", "a photo of a [V] face"))
+    assert all(torch.equal(usual[name], same[name]) for name in usual)
+    assert not all(torch.equal(usual[name], other[name]) for name in usual)
+    with pytest.raises(UserError, match=r"instance_prompt='a face': expected a prompt with \[V\]"):
+        FitConfig(steps=1, levels=1, rate=1.0, instance_prompt="a face")
+
+
 def test_checkpointing_changes_no_fit(base, lidb, moments):
     config = FitConfig(steps=3, levels=2, rate=1e-2)
     saving = replace(base.config, checkpointing=True).load()
