@@ -39,7 +39,7 @@ CONFIGS: dict[str, AdapterConfig] = {
     "lora": LoRAConfig(rank=3),
     "full": FullConfig(),
     "lorax": LoRAXConfig(rank=3),
-    "lorax-wider-than-layers": LoRAXConfig(),
+    "lorax-wider-than-layers": LoRAXConfig(rank=320),
     "a1111": A1111Config(bias=False),  # of those that can be merged
     "svdiff": SVDiffConfig(),
     "dora": DoRAConfig(rank=2),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hyperdb.adapters.base import AdapterConfig, Changes, DenseChange, Frozen, LowRank, whole_number
 from hyperdb.adapters.site import decomposed
-from hyperdb.adapters.svdiff import values
+from hyperdb.adapters.svdiff import narrowest, values
 from hyperdb.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 class LoRAXConfig(AdapterConfig):
     """A number for each of the first `rank` singular values of every linear layer and convolution of `sites`.
 
-    A layer that has fewer singular values has a number for each of them.
+    A layer that has fewer singular values has a number for each of them. With null every layer has as many as the
+    narrowest linear one: 320 on Stable Diffusion 1.5, the reference's.
     """
 
-    rank: int = 320
+    rank: int | None = None
     sites: str = "attention"
     kinds = ("linear", "conv")
 
     def __post_init__(self) -> None:
-        whole_number("rank", self.rank, 1, 4096)
+        if self.rank is not None:
+            whole_number("rank", self.rank, 1, 4096)
 
     def build(self, layout: Layout) -> LoRAX:
         """Return the adapter over `layout`."""
-        return LoRAX(layout, self.rank)
+        return LoRAX(layout, self.rank or narrowest(layout))
 
 
 class Subspace(DenseChange):
@@ -75,7 +77,7 @@ class Subspace(DenseChange):
 class LoRAX(Frozen):
     """`W + U_r diag(d) V_r^T` with `d` zero at the start."""
 
-    def __init__(self, layout: Layout, rank: int = 320) -> None:
+    def __init__(self, layout: Layout, rank: int) -> None:
         super().__init__(layout)
         self.rank = rank
 

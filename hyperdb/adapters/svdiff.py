@@ -64,6 +64,15 @@ def values(shape: tuple[int, ...]) -> int:
     return min(shape[0], prod(shape[1:])) if len(shape) > 1 else 1
 
 
+def narrowest(layout: Layout) -> int:
+    """Return how many singular values the narrowest linear layer has: on a UNet alone the width of its first level.
+
+    A layout without linear layers has its narrowest weight instead.
+    """
+    linear = [values(layer.shape) for layer in layout.layers if len(layer.shape) == 2]
+    return min(linear or [values(layer.shape) for layer in layout.layers])
+
+
 class SVDiff(Frozen):
     """`U diag(relu(s + d)) V^T` with `d` zero at the start."""
 

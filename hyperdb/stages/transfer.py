@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hyperdb.adapters.site import Site
 
 WRITES = ("adapter.safetensors", "transfer.json", "transfer.md")
+LARGEST = 4096  # rank or subspace
 
 
 @dataclass(kw_only=True)
@@ -31,7 +32,8 @@ class Config:
 
     `diffusion` is the base that the adapter was made for, and `to` the new one: a folder, a hub id or a checkpoint, as
     `diffusion.path`. `subspace` is the number of leading singular vectors of a weight of the new base that a change may
-    lie in; a layer that has no more keeps all.
+    lie in; a layer that has no more keeps all. null is as many as the adapter's narrowest linear layer has: 320 on
+    Stable Diffusion 1.5, the reference's. On the base that the adapter was made for null is all of them.
 
     A layer's similarity is the part of the old base's leading singular vectors that lies in the new base's, the smaller
     of inputs and outputs. It is taken over the first `subspace` of them, but over the first half at most: as a whole
@@ -40,7 +42,7 @@ class Config:
 
     adapter: FilePath = "???"  # a file of `hyperdb personalize`, or its folder
     to: FilePath = "???"
-    subspace: int = 320  # the reference's
+    subspace: int | None = None
     least: float = 0.8  # similarity of the layers that are moved; 0 moves all
     rank: int | None = None  # of the result at most; the least of what goes beyond is left out. null: all of it
     diffusion: DiffusionConfig
@@ -49,8 +51,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("subspace", "rank"):
-            if (value := getattr(self, name)) is not None and not 1 <= value <= 4096:
-                raise UserError(f"{name}={value}: expected 1 to 4096")
+            if (value := getattr(self, name)) is not None and not 1 <= value <= LARGEST:
+                raise UserError(f"{name}={value}: expected 1 to {LARGEST}")
         if not 0 <= self.least <= 1:
             raise UserError(f"least={self.least}: expected a similarity, 0 to 1")
 
@@ -69,7 +71,9 @@ def _pair(change: Change, site: Site) -> LowRank:
     return LowRank(down.unflatten(2, site.shape[1:]), up)
 
 
-def move(change: Change, site: Site, onto: Site | None, config: Config) -> tuple[LowRank | None, dict[str, Any]]:
+def move(
+    change: Change, site: Site, onto: Site | None, subspace: int, config: Config
+) -> tuple[LowRank | None, dict[str, Any]]:
     """Return a layer's change on the new base, None if it is left out, and what is told of the layer.
 
     `onto` is the new base's layer of that name, None where it has none.
@@ -83,7 +87,7 @@ def move(change: Change, site: Site, onto: Site | None, config: Config) -> tuple
     if onto.shape != site.shape:
         return None, {"skipped": f"{list(onto.shape)} in the new base, {list(site.shape)} in the old"}
     (old_u, _, old_vt), (u, s, vt) = site.svd, onto.svd
-    first, kept = max(1, min(config.subspace, len(s) // 2)), min(config.subspace, len(s))
+    first, kept = max(1, min(subspace, len(s) // 2)), min(subspace, len(s))
     found: dict[str, Any] = {
         "outputs": round(alike(old_u[:, :first], u[:, :first]), 4),
         "inputs": round(alike(old_vt[:first].mT, vt[:first].mT), 4),
@@ -110,6 +114,7 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.base import moved
     from hyperdb.adapters.layout import Layout
     from hyperdb.adapters.site import Site
+    from hyperdb.adapters.svdiff import narrowest
     from hyperdb.diffusion.base import Base
     from hyperdb.diffusion.targets import base_hash
     from hyperdb.formats.native import Personalization, find_adapter
@@ -133,10 +138,11 @@ def run(config: Config) -> Path:
     # --- project, layer by layer
     changes = moved(person.changes(), base.device)
     old_sites, new_sites = base.sites(changes), new.sites(changes)
+    subspace = config.subspace or (LARGEST if new.digest == base.digest else narrowest(person.layout))
     factors, rows = {}, {}
     for name, change in changes.items():
         onto = Site(name, new_sites[name]) if name in new_sites else None
-        pair, rows[name] = move(change, Site(name, old_sites[name]), onto, config)
+        pair, rows[name] = move(change, Site(name, old_sites[name]), onto, subspace, config)
         if pair is not None:
             factors[name] = pair
     skipped = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
@@ -154,7 +160,7 @@ def run(config: Config) -> Path:
     made_from = {**recipe(config), "adapter": hash_files([file]), "base": base.digest, "to": new.digest}
     out = claim(config.out, WRITES, made_from)
     Personalization(layout, tokens, empty, *words, factors).save(out / "adapter.safetensors")
-    told = {"base": base.digest, "to": new.digest, "layers": rows, "skipped": skipped, "provenance": provenance()}
+    told = {"base": base.digest, "to": new.digest, "subspace": subspace, "layers": rows, "skipped": skipped, "provenance": provenance()}
     save_json(out / "transfer.json", told)
     save_text(out / "transfer.md", _table(rows))
     least = min(min(rows[name]["inputs"], rows[name]["outputs"]) for name in factors)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hyperdb.adapters import LoRAXConfig
 from hyperdb.adapters.base import LowRank, delta
+from hyperdb.adapters.layout import Layer, Layout
 from hyperdb.adapters.lorax import alike, energy, projected
 
 
@@ -34,6 +36,15 @@ def test_a_change_of_higher_rank_than_its_layer_is_projected_too():
     pair = LowRank(noise(1, 30, 4), noise(1, 6, 30, seed=1))
     u, _, vt = torch.linalg.svd(noise(6, 4, seed=2), full_matrices=False)
     torch.testing.assert_close(delta(*projected(pair, u, vt, 30))[0], u @ u.mT @ delta(*pair)[0])
+
+
+def test_every_layer_has_as_many_numbers_as_the_narrowest_linear_one():
+    shapes = {"a": (6, 4), "b": (9, 8), "conv": (9, 3, 3, 3), "first": (9, 2, 1, 1)}
+    layout = Layout(tuple(Layer(name, shape) for name, shape in shapes.items()))
+    assert LoRAXConfig().build(layout).shapes() == {"a": (4,), "b": (4,), "conv": (4,), "first": (2,)}
+    assert LoRAXConfig(rank=6).build(layout).shapes() == {"a": (4,), "b": (6,), "conv": (6,), "first": (2,)}
+    convolutions = Layout(layout.layers[2:])
+    assert LoRAXConfig().build(convolutions).shapes() == {"conv": (2,), "first": (2,)}
 
 
 def test_subspaces_are_alike_whatever_their_basis():

@@ -102,6 +102,14 @@ def test_a_prediction_moves_to_the_next_version(tiny_base, versions, person, tmp
     assert (read_image(drawn[0] / "00000.png") != read_image(drawn[1] / "00000.png")).any()
 
 
+def test_a_change_moves_in_as_many_directions_as_the_narrowest_layer_has(tiny_base, versions, person, tmp_path):
+    told = load_json(transfer(tiny_base, person, versions["further"], tmp_path) / "transfer.json")
+    assert told["subspace"] == min(min(x.out, x.in_) for x in person.layout.layers)
+    wide = [x.name for x in person.layout.layers if min(x.out, x.in_) > told["subspace"] and x.name != OTHER]
+    assert wide
+    assert all(told["layers"][name]["kept"] < 0.9 for name in wide)
+
+
 def test_an_unrelated_base_gets_nothing_unless_asked(tiny_base, versions, person, tmp_path):
     with pytest.raises(UserError, match=r"nothing of .* can be moved .*other singular vectors, similarity 0\.\d\d"):
         transfer(tiny_base, person, versions["unrelated"], tmp_path)

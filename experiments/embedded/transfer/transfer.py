@@ -24,7 +24,9 @@ from torch import Tensor
 from hyperdb import config
 from hyperdb.adapters.base import Changes, both, identities_of, select
 from hyperdb.adapters.inject import Injection, settled
+from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
+from hyperdb.adapters.svdiff import narrowest
 from hyperdb.data.people import load_people
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.sample import sample, start_noise
@@ -58,12 +60,12 @@ def personalised(settings: Config, model: Personalizer, photos: Tensor, row: str
 
 
 def transferred(
-    changes: Changes, old: dict[str, Site], new: dict[str, Site], how: transfer.Config
+    changes: Changes, old: dict[str, Site], new: dict[str, Site], subspace: int, how: transfer.Config
 ) -> tuple[Changes, Any]:
     """Return the changes on the new base, and what `hyperdb transfer` tells of their layers."""
     found, told = {}, {}
     for name, change in changes.items():
-        pair, told[name] = transfer.move(change, old[name], new.get(name), how)
+        pair, told[name] = transfer.move(change, old[name], new.get(name), subspace, how)
         if pair is not None:
             found[name] = pair
     return found, told
@@ -121,7 +123,8 @@ def main(arguments: list[str]) -> None:
         show(row, old, changes)
         show(f"{row}-untouched", new, changes)
         sites = [{n: Site(n, m) for n, m in base.sites(changes).items()} for base in (old, new)]
-        moved, layers[row] = transferred(changes, *sites, how)
+        subspace = how.subspace or narrowest(Layout.of(old.sites(changes)))
+        moved, layers[row] = transferred(changes, *sites, subspace, how)
         show(f"{row}-transferred", new, moved)
         if mapper is not None:
             began = time.perf_counter()
