@@ -160,8 +160,8 @@ def run(config: Config) -> Path:
     made_from = {**recipe(config), "adapter": hash_files([file]), "base": base.digest, "to": new.digest}
     out = claim(config.out, WRITES, made_from)
     Personalization(layout, tokens, empty, *words, factors).save(out / "adapter.safetensors")
-    told = {"base": base.digest, "to": new.digest, "subspace": subspace, "layers": rows, "skipped": skipped, "provenance": provenance()}
-    save_json(out / "transfer.json", told)
+    told = {"base": base.digest, "to": new.digest, "subspace": subspace, "layers": rows, "skipped": skipped}
+    save_json(out / "transfer.json", told | {"provenance": provenance()})
     save_text(out / "transfer.md", _table(rows))
     least = min(min(rows[name]["inputs"], rows[name]["outputs"]) for name in factors)
     kept = sum(rows[name]["kept"] for name in factors) / len(factors)
