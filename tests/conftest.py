@@ -176,7 +176,7 @@ def rendered(tmp_path_factory):
 E4T = ["diffusion.size=32", "diffusion.dtype=fp32", "model.width=32", "model.heads=2", "model.iterations=1",
        "model.encoder.name=vit_tiny_patch16_224", "model.encoder.size=32", "model.encoder.patch=16",
        "model.encoder.depth=1", "model.encoder.weights=null", "batch=4", "steps=40", "rate=0.02", "warmup=0",
-       "decay=0.5", "ema=0.9", "word_weight=1e-4", "save_every=20"]  # fmt: skip
+       "decay=0.5", "ema=0.9", "word_weight=1e-4", "save_every=20", "held_out=0"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,12 @@ from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.runtime.track import Track, check_tracker, tracked
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
     from torch import Tensor
 
+LEVELS = 8  # of noise, that unseen people are measured at
 FEATURE_PHOTOS = 2048  # that the encoder's features are standardised by
 WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "e4t.safetensors")
 KEPT = "its last checkpoint is kept"
@@ -31,12 +35,16 @@ class Config:
     noise level. Decoder and offsets are trained; the image encoder stays as it is. The loss is that of the denoising
     and `word_weight` times the squared length of what is added to the class word, before it is scaled down to a tenth:
     a word near the class word can be used as one.
+
+    Afterwards `held_out` people show whether the word is the person: the error of another photo of theirs with the word
+    of the given one, and with the word of the next person.
     """
 
     diffusion: DiffusionConfig
     model: HypernetConfig  # a hypernetwork of one token
     data: FilePath  # folder of people to learn from
     people: int | None = None  # how many identities of `data` to use; null: all
+    held_out: int = 100  # of these, the last, only to measure on; 0: none
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/train_e4t/default"  # folder that is written
     word_weight: float = 0.01
@@ -54,6 +62,8 @@ class Config:
         check_tracker(self.tracker)
         if self.steps < 1 or self.batch < 1 or self.rate <= 0 or self.word_weight < 0:
             raise UserError("steps and batch must be at least 1, rate above 0 and word_weight at least 0")
+        if self.held_out < 0 or self.held_out == 1:
+            raise UserError(f"held_out={self.held_out}: expected 0, or at least 2 people who are told apart")
         if self.diffusion.dtype == "fp16":
             raise UserError("diffusion.dtype=fp16 loses the small gradients of this training; use bf16 or fp32")
 
@@ -67,6 +77,7 @@ def run(config: Config, track: Track) -> Path:
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.diffusion.loss import bad_levels, diffusion_loss, stratified_timesteps
     from hyperdb.hypernet.e4t import KIND, E4TEncoder
+    from hyperdb.metrics.score import paired
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
@@ -82,8 +93,9 @@ def run(config: Config, track: Track) -> Path:
     settings, adapter = trainable(base, E4TConfig())
     people = load_people(config.data, limit=config.people, size=config.diffusion.size)
     photos = [rows for rows in people.photos if len(rows)]
+    photos, held = photos[: max(0, len(photos) - config.held_out)], photos[-config.held_out or len(photos) :]
     if not photos:
-        raise UserError(f"{config.data} holds no photos of people")
+        raise UserError(f"{config.data} holds photos of no more people than held_out={config.held_out}; render more")
     origin = {"base": base.digest, "data": people.digest}
     weights = config.model.encoder.weights
     if weights is not None and resolve(weights).is_file():  # else whoever reads it says so
@@ -135,10 +147,38 @@ def run(config: Config, track: Track) -> Path:
         where=lambda: bad_levels(base.schedule, *last),
     )  # fmt: skip
 
-    # --- write
-    injection.remove()
+    # --- write, read as it will be used, measure on unseen people
     told = {"adapter": KIND, **origin, "steps": str(config.steps), "settings": json.dumps(plain(recipe(config)))}
     file = model.save(out / "e4t.safetensors", told)
-    save_json(out / "report.json", {"config": asdict(config), **origin, **provenance()})
+    model = E4TEncoder.load(file).to(base.device)
+    report = {"config": asdict(config), **origin, **provenance()}
+
+    @torch.no_grad()
+    def error(given: list[Tensor]) -> NDArray[Any]:
+        found = []
+        for start in range(0, len(held), config.batch):
+            some = slice(start, start + config.batch)
+            mean, std = moments[torch.stack([rows[-1] for rows in held[some]])].float().unbind(1)
+            begun, errors = model.begin(people.images[torch.stack([rows[0] for rows in given[some]])]), []
+            for level in range(LEVELS):
+                g = generator(config.seed, "e4t held out", start, level)
+                jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")
+                t = torch.full((len(mean),), int((level + 0.5) / LEVELS * base.schedule.config.num_train_timesteps))
+                z, noise, t = (x.to(base.device) for x in (mean + std * jitter, noise, t))
+                with injection.using(adapter.changes(begun)):
+                    errors.append(diffusion_loss(base, z, noise, t, ids[: len(mean)]).cpu())
+            found.append(torch.stack(errors).mean(0))
+        return torch.cat(found).double().numpy()
+
+    if held:
+        own, others = error(held), error([*held[1:], held[0]])
+        apart = paired(others, own, config.seed)
+        report["held_out"] = {
+            "people": len(held), "error": own.mean(), "error_of_another": others.mean(), "others_above_own": apart,
+        }  # fmt: skip
+        print(f"{len(held)} people unseen: error {own.mean():.4f} with their word, with another's higher by "
+              f"{apart['mean']:.5f} [{apart['lo']:.5f}, {apart['hi']:.5f}]")  # fmt: skip
+    injection.remove()
+    save_json(out / "report.json", report)
     print(f"encoder in {file}; next: hyperdb personalize adapter=e4t adapter.encoder={file} image=PHOTO")
     return out

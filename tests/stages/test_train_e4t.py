@@ -85,6 +85,24 @@ def test_the_word_is_near_the_class_word_and_its_length_is_the_penalty(e4t):
     assert all(torch.equal(begun[name], value[None]) for name, value in zip(model.names, model.offsets, strict=True))
 
 
+def test_unseen_people_show_whether_a_word_is_its_persons(pretrain, tmp_path, capsys):
+    def measured(*words):
+        report = load_json(config.run("train_e4t", [*pretrain, "held_out=2", *words]) / "report.json")
+        return report["held_out"]
+
+    apart = measured(f"out={tmp_path / 'apart'}", "word_weight=0", "rate=3")
+    assert apart["people"] == 2
+    assert abs(apart["others_above_own"]["mean"]) > 1e-4
+    assert apart["error_of_another"] - apart["error"] == pytest.approx(apart["others_above_own"]["mean"])
+    assert "2 people unseen: error" in capsys.readouterr().out
+    same = measured(f"out={tmp_path / 'same'}", "steps=1", "rate=1e-9")  # everybody's word is next to the class word
+    assert abs(same["others_above_own"]["mean"]) < abs(apart["others_above_own"]["mean"]) / 10
+    with pytest.raises(UserError, match="photos of no more people than held_out=4; render more"):
+        config.run("train_e4t", [*pretrain, "held_out=4", f"out={tmp_path / 'none'}"])
+    with pytest.raises(UserError, match="held_out=1: expected 0, or at least 2"):
+        config.load("train_e4t", [*pretrain, "held_out=1"])
+
+
 def test_a_strong_penalty_keeps_the_class_word(pretrain, e4t, tmp_path):
     out = config.run("train_e4t", [*pretrain, f"out={tmp_path}", "word_weight=100"])
     images = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
