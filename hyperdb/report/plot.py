@@ -33,6 +33,7 @@ PLANES = {  # upwards is the likeness
     "seconds": Plane(("seconds",), "seconds a person", log=True),
     "bytes": Plane(("bytes",), "bytes a person", log=True),
     "copying": Plane(("copy_pose", "copy_background"), "copying: mean of pose and backdrop"),
+    "diversity": Plane(("diversity",), "diversity of a person's pictures"),
     "style": Plane(("style_accuracy",), "style obeyed"),
     "prompt": Plane(("clip_t",), "prompt obeyed: CLIP-T"),
 }

@@ -34,8 +34,8 @@ class Config:
     sex, age, skin and what they wear in the given photo), and the number of people and seeds. Markdown and LaTeX have
     tables for each file. The CSV has all files in one, every figure in full precision with the ends of its interval.
 
-    A picture sets the likeness against something that it costs: seconds, bytes, copying of the photo, obedience to the
-    style or to the prompt. Every row is a point with its 95 % interval, and all files are in one picture. A row whose
+    A picture sets the likeness against something that it costs: seconds, bytes, copying of the photo, how varied a
+    person's pictures are, obedience to the style or to the prompt. Every row is a point with its 95 % interval, and all files are in one picture. A row whose
     method differs between files in one number alone, such as its iterations or the strength of its adapter, is a line
     through its points.
 

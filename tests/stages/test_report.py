@@ -55,9 +55,10 @@ def test_several_files_give_a_table_each_and_one_picture(in_tmp, capsys):
 def test_pictures_that_a_file_has_no_figures_for_are_left_out(small, capsys):
     out = config.run("report", [f"results={small}"])
     assert {p.name for p in out.glob("*.png")} == {"bytes.png"}
-    assert capsys.readouterr().out.splitlines()[:4] == [
+    assert capsys.readouterr().out.splitlines()[:5] == [
         "seconds.png is left out: no row has seconds",
         "copying.png is left out: no row has copy_pose and copy_background",
+        "diversity.png is left out: no row has diversity",
         "style.png is left out: no row has style_accuracy",
         "prompt.png is left out: no row has clip_t",
     ]
