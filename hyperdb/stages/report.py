@@ -35,9 +35,9 @@ class Config:
     tables for each file. The CSV has all files in one, every figure in full precision with the ends of its interval.
 
     A picture sets the likeness against something that it costs: seconds, bytes, copying of the photo, how varied a
-    person's pictures are, obedience to the style or to the prompt. Every row is a point with its 95 % interval, and all files are in one picture. A row whose
-    method differs between files in one number alone, such as its iterations or the strength of its adapter, is a line
-    through its points.
+    person's pictures are, obedience to the style or to the prompt. Every row is a point with its 95 % interval, and all
+    files are in one picture. A row whose method differs between files in one number alone, such as its iterations or
+    the strength of its adapter, is a line through its points.
 
     Files that differ in one setting, as those of an ablation or a sweep do, are in one further table over its values,
     which stands first, and in the picture `over.png`. Where they are of the same people, the table compares each value
