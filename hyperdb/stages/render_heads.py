@@ -85,9 +85,11 @@ def _header(path: Path) -> str | None:
     try:
         with pa.memory_map(str(path)) as file:
             schema = pa.ipc.open_stream(file).read_all().schema  # of the pictures it looks at the places alone
-    except (OSError, pa.ArrowInvalid):
+        header = (schema.metadata or {}).get(b"made_from", b"{}").decode()
+        json.loads(header)
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    return (schema.metadata or {}).get(b"made_from", b"{}").decode()
+    return header
 
 
 def _former(path: Path) -> str:
@@ -209,9 +211,33 @@ def _one_thread() -> None:
         os.environ[name] = "1"
 
 
+def _known(folder: Path) -> dict[str, str]:
+    """Return {shard: its checksum} of a finished folder; nothing of another, or of one whose index is damaged."""
+    from hyperdb.runtime.errors import UserError
+    from hyperdb.runtime.files import load_json
+
+    try:
+        known = load_json(folder / "index.json").get("checksums", {})
+    except (AttributeError, UserError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _is_whole(path: Path, known: dict[str, str]) -> bool:
+    """Whether a shard is there and as it was written; says so of one that is damaged."""
+    from hyperdb.runtime.files import hash_files
+
+    if not path.is_file():
+        return False
+    whole = _header(path) is not None and known.get(path.name) in (None, hash_files([path]))
+    if not whole:
+        print(f"{path} is damaged and is made again")
+    return whole
+
+
 def _finish(config: Config, made_from: dict[str, Any], shards: int) -> None:
     """Write what makes the shards a folder of `datasets`, and last of all the index."""
-    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.files import hash_files, save_json
 
     folder = Path(config.out)
     save_json(folder / "dataset_info.json", {"features": _features().to_dict()})
@@ -227,6 +253,7 @@ def _finish(config: Config, made_from: dict[str, Any], shards: int) -> None:
         "shards": shards,
         "pictures": config.identities * config.views,
         "heads_sha256": made_from["heads_sha256"],
+        "checksums": {path.name: hash_files([path]) for path in (_path(config, number) for number in range(shards))},
     }
     save_json(folder / "index.json", index)
 
@@ -247,7 +274,8 @@ def run(config: Config) -> Path:
         raise UserError(f"{config.out} holds unfinished renders of a former version; delete it or choose another out")
     folder = claim(config.out, WRITES, made_from)
     shards = -(-config.identities // config.shard)
-    missing = [number for number in range(shards) if _header(_path(config, number)) is None]
+    known = _known(folder)
+    missing = [number for number in range(shards) if not _is_whole(_path(config, number), known)]
     schema = _features().arrow_schema
     schema = schema.with_metadata({**schema.metadata, b"made_from": json.dumps(made_from).encode()})
     tasks = [(config, number, schema) for number in missing]

@@ -17,7 +17,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("data-*"))}
 
 
-def test_resumes_and_does_not_depend_on_workers(tmp_path: Path) -> None:
+def test_resumes_and_does_not_depend_on_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = Config(out=str(tmp_path / "a"), identities=3, views=2, photo_views=1, shard=2, size=32)
     folder = run(config)
     first = _bytes(folder)
@@ -28,6 +28,15 @@ def test_resumes_and_does_not_depend_on_workers(tmp_path: Path) -> None:
     shard = folder / "data-00000-of-00002.arrow"
     shard.write_bytes(shard.read_bytes()[:-9])  # cut off, as a copy that was interrupted is
     assert _bytes(run(config)) == first
+    capsys.readouterr()
+    content = bytearray(shard.read_bytes())
+    content[-3000] ^= 4  # a bit of a picture
+    shard.write_bytes(content)
+    assert _bytes(run(config)) == first
+    assert capsys.readouterr().out == f"{shard} is damaged and is made again\n"
+    (folder / "index.json").write_text('{"checksums": 3}')
+    assert _bytes(run(config)) == first
+    assert set(load_json(folder / "index.json")["checksums"]) == set(first)
     other = run(replace(config, out=str(tmp_path / "b"), workers=1))
     assert _bytes(other) == first
     with pytest.raises(UserError, match="views=2 there, 3 now"):
