@@ -321,7 +321,7 @@ def run(config: Config) -> Path:
     names = _file_names(pictures)
     # the same faces, be they more, or called after other people
     made_from = {key: value for key, value in recipe(config).items() if key not in ("limit", "kind")}
-    out = claim(config.out, WRITES, {**made_from, "source": str(Path(config.source).resolve())})
+    out = claim(config.out, WRITES, {**made_from, "source": str(Path(config.source).resolve())}, len(pictures))
     records: list[dict[str, Any]] = []
     rejected = [{"source": p.as_posix(), "reason": reason} for p, reason in sorted(left_out.items())]
     several = 0

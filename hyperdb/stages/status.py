@@ -30,8 +30,9 @@ RECENT = 20  # records of a journal that say how fast a training is now
 class Config:
     """Which runs are looked at.
 
-    A store of fits is counted in files, an evaluation in files of pictures for each row, one a seed, a training in
-    steps. Jobs are running as long as they hold their lock file; those that ended badly have left it.
+    A store of fits is counted in files, preprocessing in pictures, an evaluation in files of pictures for each row, one
+    a seed, a training in steps. Jobs are running as long as they hold their lock file; those that ended badly have
+    left it.
     """
 
     run: list[FilePath] = "???"  # type: ignore[assignment]
@@ -70,6 +71,15 @@ def _indexed(folder: Path, what: str, pattern: str, total: int | None) -> Progre
     """Count files that an index follows."""
     more = "; the index is written" if (folder / "index.json").is_file() else "; there is no index yet"
     return Progress(f"files of {what}", len(list(folder.glob(pattern))), total, more)
+
+
+def _faces(folder: Path, pictures: int | None) -> Progress:
+    """Count crops; once the manifest follows, pictures without one were rejected."""
+    done = len(list(folder.glob("faces/*.png")))
+    if not (folder / "manifest.jsonl").is_file():
+        return Progress("faces of pictures", done, pictures, "; there is no manifest yet")
+    rejected = (folder / "rejected.jsonl").read_bytes().count(b"\n")
+    return Progress("faces of pictures", done, done, f"; {rejected} rejected, the manifest is written")
 
 
 def _row(folder: Path, row: str, total: int | None) -> Progress:
@@ -116,6 +126,8 @@ def _counted(folder: Path) -> Iterator[Progress]:
         elif writes[0] == "data-*.arrow":
             how = run["made_from"]
             yield _indexed(folder, "people", writes[0], -(-how["identities"] // how["shard"]))
+        elif writes[0] == "faces/*.png":
+            yield _faces(folder, total)
         elif writes[0].startswith("rows/"):
             yield _row(folder, Path(writes[0]).stem, total)
 

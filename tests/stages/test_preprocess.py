@@ -15,6 +15,7 @@ from hyperdb.data.people import load_people
 from hyperdb.faces.image import read_image
 from hyperdb.runtime.errors import UserError
 from hyperdb.stages.preprocess import Config, run, split_of
+from hyperdb.stages.status import examine
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +88,12 @@ def test_shards_crop_what_the_whole_lists(tmp_path, photo, monkeypatch, capsys):
         assert {p.name for p in (out / "faces").iterdir()} == faces
         assert not list(out.glob("*.jsonl"))
     assert "2 faces of shard 0 of 2 are in" in capsys.readouterr().out
+    counted = f"{'faces of pictures':20} 3 of {{}} done, {{}} missing; {{}}"
+    assert examine(out)[0] == counted.format(4, 1, "there is no manifest yet")
     monkeypatch.setattr("hyperdb.faces.align.crop", None)  # every face is there
     assert run(Config(**config)).read_bytes() == whole.read_bytes()
     assert (out / "rejected.jsonl").read_bytes() == (tmp_path / "whole" / "rejected.jsonl").read_bytes()
+    assert examine(out)[0] == counted.format(3, 0, "1 rejected, the manifest is written")
 
 
 def test_files_that_are_somebodys_are_kept(tmp_path, photo):
