@@ -33,6 +33,7 @@ CAPTION = "a photo of a face"
 READ = ("image", "identity", "caption", "config", "revision")  # what can be set after the question mark of a place
 NONE = ("identity", "caption")  # of these what can be set to nothing: everybody is somebody else, no captions
 BUILDERS = ("arrow", "cache", "imagefolder", "parquet")  # of datasets: how data on the hub may be stored
+METADATA = "metadata.csv", "metadata.jsonl", "metadata.parquet"
 SAMPLE = 256  # pictures whose bytes count in a digest; of all others the lengths do
 
 
@@ -183,6 +184,19 @@ def _parquet(path: Path, files: Sequence[Path], columns: Mapping[str, str]) -> S
     return _of_table(str(path), datasets.load_dataset("parquet", data_files=found), columns)
 
 
+def _described(path: Path) -> bool:
+    """Whether a folder of pictures has a table of what they show, beside them or in folders of splits."""
+    return any(next(path.glob(f"{where}{name}"), None) for name in METADATA for where in ("", "*/"))
+
+
+def _imagefolder(path: Path, columns: Mapping[str, str]) -> Source:
+    """Read a folder of pictures with such a table, as `datasets` does and through its cache."""
+    import datasets
+
+    found = datasets.load_dataset("imagefolder", data_dir=str(path.resolve()))
+    return _of_table(str(path), {split: _embedded(part) for split, part in found.items()}, columns)
+
+
 def _hub(name: str, settings: Mapping[str, str]) -> Source:
     """Read a data set of the hub, or offline of its cache."""
     import datasets
@@ -331,6 +345,8 @@ def _find(place: str) -> Source | None:
         return _aligned(path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved(path, settings)
+    if _described(path):
+        return _imagefolder(path, settings)
     files = [path] if path.suffix == ".parquet" and path.is_file() else sorted(path.rglob("*.parquet"))
     if files:
         return _parquet(path, files, settings)
@@ -342,14 +358,15 @@ def is_here(place: str) -> bool:
     """Whether a place can be looked at as it is: nothing has to be downloaded, and nothing converted in a cache."""
     where, _ = _settings(place)
     path = Path(expand(where))
-    return not where.startswith("hub:") and path.is_dir() and next(path.rglob("*.parquet"), None) is None
+    converted = _described(path) or next(path.rglob("*.parquet"), None) is not None
+    return not where.startswith("hub:") and path.is_dir() and not converted
 
 
 def open_source(place: str) -> Source:
     """Find out who is where, without decoding a picture.
 
-    `place` is a folder of `render_heads` or `preprocess`, a folder with a folder a person, a folder of `save_to_disk`,
-    parquet files, or `hub:ORG/NAME`. What stands in tables may be told which columns to read:
+    `place` is a folder of `render_heads` or `preprocess`, a folder with a folder a person, one of pictures with a
+    `metadata.csv`, `.jsonl` or `.parquet` (`datasets`' imagefolder), a folder of `save_to_disk`, parquet files, or `hub:ORG/NAME`. What stands in tables may be told which columns to read:
     `hub:ORG/NAME?image=COLUMN&identity=COLUMN`. Raises `UserError` for anything else, and for what is damaged.
     """
     try:

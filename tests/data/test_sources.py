@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import gc
 import json
 import pickle
 import shutil
@@ -415,6 +416,35 @@ def test_a_folder_of_pictures_on_the_hub(folder: Path, in_tmp: Path, monkeypatch
     people = load_people("hub:org/faces?identity=label", split=None)
     assert torch.equal(people.images[:], load_people(folder, split=None).images[:])
     assert sorted(people.seed.tolist()) == sorted(derive(0, "person", name) for name in NAMES)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # `datasets` leaves these tables open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_folder_of_pictures_with_a_table_beside_them(images: list[Image.Image], tmp_path: Path, kind: str) -> None:
+    """As `datasets` writes and reads them: file names, who it is, what is said of it."""
+    for split, rows in (("train", [0, 1, 3]), ("test", [2])):
+        (there := tmp_path / "faces" / split).mkdir(parents=True)
+        for i in rows:
+            images[i].save(there / f"{i}.png")
+        lines = [{"file_name": f"{i}.png", "identity": NAMES[i], "text": f"picture {i}"} for i in rows]
+        if kind == "csv":
+            text = "\n".join(",".join(line.values()) for line in [{key: key for key in lines[0]}, *lines])
+        else:
+            text = "\n".join(map(json.dumps, lines))
+        (there / f"metadata.{kind}").write_text(text + "\n")
+    before = listing(tmp_path / "faces")
+    people = load_people(f"{tmp_path / 'faces'}?caption=text")
+    same(people, [images[0], images[1], images[3]], ["ben", "ada", "ben"])
+    assert people.captions == ["picture 0", "picture 1", "picture 3"]
+    same(load_people(tmp_path / "faces", split="test"), [images[2]], ["cy"])
+    assert listing(tmp_path / "faces") == before
+    with pytest.raises(UserError, match="has no column who; it has image, identity, text"):
+        load_people(f"{tmp_path / 'faces'}?identity=who")
+    (tmp_path / "faces" / "test" / f"metadata.{kind}").write_text("file_name\nnowhere.png\n")
+    with pytest.raises(UserError, match="faces is damaged"):
+        load_people(tmp_path / "faces")
+    gc.collect()  # what is left open is told of here, not in another test
 
 
 # --- what is kept
