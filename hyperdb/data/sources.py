@@ -366,7 +366,8 @@ def open_source(place: str) -> Source:
     """Find out who is where, without decoding a picture.
 
     `place` is a folder of `render_heads` or `preprocess`, a folder with a folder a person, one of pictures with a
-    `metadata.csv`, `.jsonl` or `.parquet` (`datasets`' imagefolder), a folder of `save_to_disk`, parquet files, or `hub:ORG/NAME`. What stands in tables may be told which columns to read:
+    `metadata.csv`, `.jsonl` or `.parquet` (`datasets`' imagefolder), a folder of `save_to_disk`, parquet files, or
+    `hub:ORG/NAME`. What stands in tables may be told which columns to read:
     `hub:ORG/NAME?image=COLUMN&identity=COLUMN`. Raises `UserError` for anything else, and for what is damaged.
     """
     try:
