@@ -1,0 +1,69 @@
+"""The likeness of a method between its points, at the copying of ours."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hyperdb.runtime.errors import UserError
+
+FILE = Path(__file__).parent.parent.parent / "experiments" / "tables" / "equal_copying.py"
+module = runpy.run_path(str(FILE))
+compare, at_equal_copying = module["compare"], module["at_equal_copying"]
+
+
+def values(copying, likeness, seeds=1):
+    pose, backdrop = [np.add(copying, 0.1).tolist()] * seeds, [np.subtract(copying, 0.1).tolist()] * seeds
+    return {"copy_pose": pose, "copy_background": backdrop, "cosine_changed": [likeness] * seeds}
+
+
+def results(**rows):
+    interval = {"mean": 0.5, "lo": 0.4, "hi": 0.6}
+    return {
+        "rows": {row: {"cosine": interval, "steps": 40} for row in rows},
+        "paired": {}, "people": 3, "base": "b", "data": "d", "persons": [1, 2, 3], "judges": {}, "values": rows,
+    }  # fmt: skip
+
+
+def test_a_likeness_is_read_off_the_line_between_two_points():
+    ours = np.full(3, 0.3), np.array([0.8, 0.8, 0.8])
+    points = [(np.full(3, 0.5), np.array([0.9, 0.9, 0.9])), (np.full(3, 0.1), np.array([0.5, 0.5, 0.5]))]
+    found = at_equal_copying(points, ours)
+    assert found["likeness"] == pytest.approx(0.7)
+    assert (found["mean"], found["lo"], found["hi"]) == pytest.approx((0.1, 0.1, 0.1))
+    assert found["within"]
+    beyond = at_equal_copying(points[:1], ours)
+    assert (beyond["likeness"], beyond["within"]) == (pytest.approx(0.9), False)
+
+
+def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tmp_path, capsys):
+    hyper, few = values([0.2] * 3, [0.7, 0.8, 0.9], 2), values([0.6] * 2, [0.8, 0.7])
+    one = results(hyper_40=hyper, dreambooth=few, copy=hyper)
+    one["rows"]["copy"]["steps"] = 0  # which learns nothing
+    other = results(dreambooth=values([0.1] * 2, [0.3, 0.2]))
+    found = compare([one, other])
+    assert set(found) == {"dreambooth"}
+    assert (found["dreambooth"]["points"], found["dreambooth"]["people"]) == (2, 2)
+    assert found["dreambooth"]["likeness"] == pytest.approx(0.25 + 0.5 / 5)
+    assert found["dreambooth"]["ours"] == pytest.approx(0.75)
+    for name, told in (("one", one), ("other", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+    module["main"]([str(tmp_path / "one.json"), str(tmp_path / "other.json"), f"out={tmp_path / 'found.json'}"])
+    said = capsys.readouterr().out
+    assert "| `dreambooth` | 2 | 2 | 0.350 | +0.400 [" in said
+    assert json.loads((tmp_path / "found.json").read_text())["compared"] == json.loads(json.dumps(found))
+    with pytest.raises(UserError, match="the results differ in persons"):
+        compare([one, {**other, "persons": [4, 5, 6]}])
+    with pytest.raises(UserError, match="none of these results has the row hyper_40"):
+        compare([other])
+
+
+def test_what_it_is_not_given_is_asked_for(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(FILE)])
+    with pytest.raises(SystemExit, match="name results files"):
+        runpy.run_path(str(FILE), run_name="__main__")
