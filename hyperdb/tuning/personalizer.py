@@ -260,7 +260,8 @@ class Personalizer:
         from hyperdb.adapters.base import moved
         from hyperdb.tuning.fit import fit
 
-        config, images = self.tuning(len(crops)), to_images(crops)
+        images = to_images(crops)
+        config = self.tuning(len(images))
         moments = self.base.moments(config.sides(images))[None]  #                    [1, V, 2, c, h, w]
         begun: Changes = {}
         if self.start is not None:

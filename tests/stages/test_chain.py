@@ -369,6 +369,9 @@ def test_several_photos_of_one_person_count_alike(made, photo, tmp_path):
     iterations, crops = [], np.stack([first, second])
     model.finetune(crops, model.predict(crops), lambda n, _: iterations.append(n))
     assert iterations == [1, 2, 3, 4]  # two a photo
+    iterations.clear()
+    model.finetune(crops[0], model.predict(crops[0]), lambda n, _: iterations.append(n))
+    assert iterations == [1, 2]  # one crop alone is one photo
     alone, more = model.personalize(first).relaxed, model.personalize([first, second]).relaxed
     assert any(not torch.equal(a, b) for k in alone for a, b in zip(alone[k], more[k], strict=True))
     other = save_png(tmp_path / "other.png", second)
