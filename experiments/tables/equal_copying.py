@@ -12,6 +12,7 @@ every point. Prints a table, and writes equal_copying.json beside this file (or 
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,19 +60,24 @@ def at_equal_copying(points: list[Point], ours: Point, seed: int = 0) -> dict[st
 
 
 def compare(every: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return {row: its comparison} of every row that learns from the photo. Raises `UserError` for several people."""
-    for told in ("base", "data", "persons", "judges"):
+    """Return {row: its comparison} of every row that learns from the photo.
+
+    Raises `UserError` for results of several people, bases, recipes or judges, and for two ways to make ours.
+    """
+    for told in ("base", "data", "persons", "seeds", "made_from", "hypernet", "judges"):
         if any(results.get(told) != every[0].get(told) for results in every):
-            raise UserError(f"the results differ in {told}: name those of the same people and judges")
-    points: dict[str, list[Point]] = {}
+            raise UserError(f"the results differ in {told}: name those of the same people, prompts and judges")
+    points: dict[str, dict[str, Point]] = {}  # of each row, by how it was made
     for results in every:
-        for row, values in results["values"].items():
+        for row, values in results.get("values", {}).items():
             if results["rows"][row].get("steps") and (found := point(values)) is not None:
-                points.setdefault(row, []).append(found)
-    if OURS not in points:
-        raise UserError(f"none of these results has the row {OURS} with {', '.join((LIKENESS, *COPYING))}")
-    (ours, *_) = points.pop(OURS)
-    return {row: at_equal_copying(found, ours) for row, found in points.items()}
+                made = json.dumps(results.get("methods", {}).get(row), sort_keys=True)
+                points.setdefault(row, {})[made] = found
+    ours = list(points.pop(OURS, {}).values())
+    if len(ours) != 1:
+        which = "none" if not ours else "several"
+        raise UserError(f"{which} of the rows {OURS} with {', '.join((LIKENESS, *COPYING))}: name results with one")
+    return {row: at_equal_copying(list(found.values()), ours[0]) for row, found in points.items()}
 
 
 def table(compared: dict[str, dict[str, Any]]) -> str:

@@ -116,9 +116,10 @@ def finish(folder: Path, shards: int, lidb: LiDB, provenance: dict[str, Any]) ->
     )
 
 
-def made_from(base: Base, people: People) -> dict[str, Any]:
+def made_from(base: Base, people: People, instance_prompt: str | None = None) -> dict[str, Any]:
     """Return what fits are made from and can be taught with: a store is used with no other (`load_store`)."""
-    return {"base": base.digest, "data": people.digest, "size": base.config.size, "prompt": base.config.instance_prompt}
+    prompt = base.config.prompt(instance_prompt or base.config.instance_prompt)
+    return {"base": base.digest, "data": people.digest, "size": base.config.size, "prompt": prompt}
 
 
 def _is_index(found: Any) -> bool:

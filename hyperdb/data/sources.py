@@ -186,14 +186,21 @@ def _parquet(path: Path, files: Sequence[Path], columns: Mapping[str, str]) -> S
 
 def _described(path: Path) -> bool:
     """Whether a folder of pictures has a table of what they show, beside them or in folders of splits."""
-    return any(next(path.glob(f"{where}{name}"), None) for name in METADATA for where in ("", "*/"))
+    return any((path / where / name).is_file() for name in METADATA for where in ("", *SPLITS))
 
 
 def _imagefolder(path: Path, columns: Mapping[str, str]) -> Source:
     """Read a folder of pictures with such a table, as `datasets` does and through its cache."""
     import datasets
 
-    found = datasets.load_dataset("imagefolder", data_dir=str(path.resolve()))
+    try:
+        found = datasets.load_dataset("imagefolder", data_dir=str(path.resolve()))
+    except Exception as error:  # of what a table may hold it says no more
+        why = first_line(error.__cause__ or error)
+        raise UserError(
+            f"{path}: the metadata does not fit the pictures ({why}); expected a column file_name with their names, as "
+            "datasets' imagefolder has it, in every folder of a split"
+        ) from error
     return _of_table(str(path), {split: _embedded(part) for split, part in found.items()}, columns)
 
 

@@ -72,7 +72,7 @@ class Config:
             raise UserError(f"unmix={self.unmix}: expected a weight, at least 0, and above 0 with compare=true")
         if not 1 <= self.num_images <= 1000:
             raise UserError(f"num_images={self.num_images}: expected 1 to 1000")
-        of_one = {"face_weight": "0", "masked_prior": "0", "flips": "false"}  # in the middle
+        of_one = {"face_weight": "0", "masked_prior": "0", "flips": "false", "instance_prompt": "null"}
         if odd := [f"finetune.{name}={off}" for name, off in of_one.items() if getattr(self.finetune, name)]:
             raise UserError(f"{', '.join(x.partition('=')[0] for x in odd)}: is for one person; set {' '.join(odd)}")
         if isinstance(self.adapter, TokenConfig):

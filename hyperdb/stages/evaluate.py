@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,7 @@ def _described(config: Config, model: Personalizer, row: str, people: int, hyper
     method, fit = config.methods[row], config.fit(row)
     settings = {"relaxed": model.learned, "lidb": model.lidb.config, None: method.adapter}[method.train]
     adapter = None if settings is None else {"kind": kind_of(settings), **recipe(settings)}
-    found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else asdict(fit)}
+    found = {"start": method.start, "adapter": adapter, "finetune": None if fit is None else fit.told()}
     count = method.among(people)
     seldom: dict[str, Any] = {"refinements": method.refinements, "people": None if count == people else count}
     seldom["strength"] = None if method.strength == 1 else method.strength

@@ -159,7 +159,7 @@ def _begun(config: Config) -> dict[str, Any]:
     if config.start == "template":
         return {}
     if config.start == "average":
-        return {"start": "average", "people": config.average_people, "average": asdict(config.average)}
+        return {"start": "average", "people": config.average_people, "average": config.average.told()}
     return {"start": hash_files([hypernet_file(config.start)]), "people": config.average_people}
 
 
@@ -222,9 +222,9 @@ def run(config: Config) -> Path:
     )
     rows = _photos(config, people, config.fit.first_view)
     origin = {
-        **fits.made_from(base, people),
+        **fits.made_from(base, people, config.fit.instance_prompt),
         "by": config.by,
-        "fit": asdict(config.fit),
+        "fit": config.fit.told(),
         "prior": asdict(config.prior) if max(_kept(config)) > 0 else None,
         "lidb": asdict(config.adapter),
         **_begun(config),

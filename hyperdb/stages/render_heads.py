@@ -86,10 +86,9 @@ def _header(path: Path) -> str | None:
         with pa.memory_map(str(path)) as file:
             schema = pa.ipc.open_stream(file).read_all().schema  # of the pictures it looks at the places alone
         header = (schema.metadata or {}).get(b"made_from", b"{}").decode()
-        json.loads(header)
+        return header if isinstance(json.loads(header), dict) else None
     except (OSError, ValueError, pa.ArrowException):
         return None
-    return header
 
 
 def _former(path: Path) -> str:

@@ -76,9 +76,12 @@ def _indexed(folder: Path, what: str, pattern: str, total: int | None) -> Progre
 def _faces(folder: Path, pictures: int | None) -> Progress:
     """Count crops; once the manifest follows, pictures without one were rejected."""
     done = len(list(folder.glob("faces/*.png")))
-    if not (folder / "manifest.jsonl").is_file():
-        return Progress("faces of pictures", done, pictures, "; there is no manifest yet")
-    rejected = (folder / "rejected.jsonl").read_bytes().count(b"\n")
+    listed, rejected = (
+        file.read_bytes().count(b"\n") if (file := folder / f"{name}.jsonl").is_file() else 0
+        for name in ("manifest", "rejected")
+    )
+    if not listed or listed + rejected < (pictures or 0):  # of fewer pictures, before a run that goes on
+        return Progress("faces of pictures", done, pictures, "; there is no manifest of all yet")
     return Progress("faces of pictures", done, done, f"; {rejected} rejected, the manifest is written")
 
 

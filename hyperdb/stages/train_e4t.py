@@ -93,9 +93,14 @@ def run(config: Config, track: Track) -> Path:
     settings, adapter = trainable(base, E4TConfig())
     people = load_people(config.data, limit=config.people, size=config.diffusion.size)
     photos = [rows for rows in people.photos if len(rows)]
-    photos, held = photos[: max(0, len(photos) - config.held_out)], photos[-config.held_out or len(photos) :]
-    if not photos:
-        raise UserError(f"{config.data} holds photos of no more people than held_out={config.held_out}; render more")
+    several = [i for i, rows in enumerate(photos) if len(rows) > 1]  # one is given, another denoised
+    apart = several[-config.held_out or len(several) :]
+    held, photos = [photos[i] for i in apart], [rows for i, rows in enumerate(photos) if i not in {*apart}]
+    if len(held) < config.held_out or not photos:
+        raise UserError(
+            f"{config.data} holds too few people with several photos for held_out={config.held_out} beside those to "
+            "learn from; render more, or set held_out=0"
+        )
     origin = {"base": base.digest, "data": people.digest}
     weights = config.model.encoder.weights
     if weights is not None and resolve(weights).is_file():  # else whoever reads it says so
@@ -159,7 +164,9 @@ def run(config: Config, track: Track) -> Path:
         for start in range(0, len(held), config.batch):
             some = slice(start, start + config.batch)
             mean, std = moments[torch.stack([rows[-1] for rows in held[some]])].float().unbind(1)
-            begun, errors = model.begin(people.images[torch.stack([rows[0] for rows in given[some]])]), []
+            shown, errors = people.images[torch.stack([rows[0] for rows in given[some]])], []
+            with base.autocast(), attention(config.diffusion.attention != "eager"):
+                begun = model.begin(shown)
             for level in range(LEVELS):
                 g = generator(config.seed, "e4t held out", start, level)
                 jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")

@@ -32,7 +32,7 @@ class Config:
 
     `diffusion` is the base that the adapter was made for, and `to` the new one: a folder, a hub id or a checkpoint, as
     `diffusion.path`. `subspace` is the number of leading singular vectors of a weight of the new base that a change may
-    lie in; a layer that has no more keeps all. null is as many as the adapter's narrowest linear layer has: 320 on
+    lie in; a layer that has no more keeps all. null is as many as the narrowest of the paper's layers has: 320 on
     Stable Diffusion 1.5, the reference's. On the base that the adapter was made for null is all of them.
 
     A layer's similarity is the part of the old base's leading singular vectors that lies in the new base's, the smaller

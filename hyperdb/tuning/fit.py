@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import PLACEHOLDER, check_logit_normal
 from hyperdb.runtime.errors import NonFiniteError, UserError
@@ -91,6 +91,11 @@ class FitConfig:
         if self.optimizer not in ("adamw", "sgd"):
             raise UserError(f"optimizer={self.optimizer!r}: expected adamw or sgd")
 
+    def told(self) -> dict[str, Any]:
+        """Return the settings as records of runs have them: one that came later is left out where it is not set."""
+        found = asdict(self)
+        return {key: value for key, value in found.items() if key != "instance_prompt" or value is not None}
+
     def sides(self, photos: Tensor) -> Tensor:
         """Return what photos `[..., V, 3, H, W]` teach: themselves, or with `flips` `[..., 2 V, 3, H, W]`."""
         import torch
@@ -165,7 +170,10 @@ def fit(
     for rate, some in others:
         optimizer.add_param_group({"params": some, "lr": rate})
     schedule = Schedule(config.steps, config.warmup, config.decay)
-    instance = base.tokenize([base.config.prompt(config.instance_prompt or base.config.instance_prompt)])
+    words = config.instance_prompt or base.config.instance_prompt
+    if not base.says_person(words):
+        raise UserError(f"instance_prompt={words!r}: [V] is cut off, for the base reads fewer words; shorten it")
+    instance = base.tokenize([base.config.prompt(words)])
     guarded = config.prior_weight > 0
     if guarded and prior is None:
         raise ValueError("prior_weight > 0 needs a prior")

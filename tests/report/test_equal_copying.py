@@ -46,6 +46,8 @@ def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tm
     one = results(hyper_40=hyper, dreambooth=few, copy=hyper)
     one["rows"]["copy"]["steps"] = 0  # which learns nothing
     other = results(dreambooth=values([0.1] * 2, [0.3, 0.2]))
+    one["methods"], other["methods"] = ({"dreambooth": {"steps": steps}} for steps in (1200, 100))
+    other["values"]["hyper_40"], other["rows"]["hyper_40"] = hyper, one["rows"]["hyper_40"]  # made in the same way
     found = compare([one, other])
     assert set(found) == {"dreambooth"}
     assert (found["dreambooth"]["points"], found["dreambooth"]["people"]) == (2, 2)
@@ -59,8 +61,12 @@ def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tm
     assert json.loads((tmp_path / "found.json").read_text())["compared"] == json.loads(json.dumps(found))
     with pytest.raises(UserError, match="the results differ in persons"):
         compare([one, {**other, "persons": [4, 5, 6]}])
-    with pytest.raises(UserError, match="none of these results has the row hyper_40"):
-        compare([other])
+    with pytest.raises(UserError, match="the results differ in made_from"):
+        compare([one, {**other, "made_from": "photos that others judge"}])
+    with pytest.raises(UserError, match="several of the rows hyper_40"):
+        compare([one, {**other, "methods": {"hyper_40": {"steps": 80}}}])
+    with pytest.raises(UserError, match="none of the rows hyper_40"):
+        compare([{key: value for key, value in one.items() if key != "values"}])
 
 
 def test_what_it_is_not_given_is_asked_for(monkeypatch):

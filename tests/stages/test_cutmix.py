@@ -67,6 +67,7 @@ def test_any_adapter_of_the_network_learns_two_people(tiny_base, tmp_path, photo
         (["adapter=lidb"], "set finetune.face_weight=0 finetune.masked_prior=0 finetune.flips=false$"),
         (["adapter=svdiff", "finetune.masked_prior=0.5"], "masked_prior: is for one.*set finetune.masked_prior=0$"),
         (["adapter=svdiff", "finetune.flips=true"], "finetune.flips: is for one person; set finetune.flips=false$"),
+        (["adapter=svdiff", "finetune.instance_prompt=a [V]"], "instance_prompt: is for.*instance_prompt=null$"),
         (["mix=1"], "mix=1.0: expected a share"),
         (["unmix=0", "compare=true"], "unmix=0.0: expected a weight"),
         (["second=sks"], "second='sks': expected one token of the base, another than 'sks'"),

@@ -89,7 +89,7 @@ def test_shards_crop_what_the_whole_lists(tmp_path, photo, monkeypatch, capsys):
         assert not list(out.glob("*.jsonl"))
     assert "2 faces of shard 0 of 2 are in" in capsys.readouterr().out
     counted = f"{'faces of pictures':20} 3 of {{}} done, {{}} missing; {{}}"
-    assert examine(out)[0] == counted.format(4, 1, "there is no manifest yet")
+    assert examine(out)[0] == counted.format(4, 1, "there is no manifest of all yet")
     monkeypatch.setattr("hyperdb.faces.align.crop", None)  # every face is there
     assert run(Config(**config)).read_bytes() == whole.read_bytes()
     assert (out / "rejected.jsonl").read_bytes() == (tmp_path / "whole" / "rejected.jsonl").read_bytes()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hyperdb import config
+from hyperdb.adapters import E4TConfig
 from hyperdb.adapters.inject import Injection
 from hyperdb.data.people import latent_moments, load_people
 from hyperdb.diffusion.loss import diffusion_loss
@@ -19,7 +20,9 @@ from hyperdb.hypernet.e4t import E4TEncoder
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors, save_tensors
+from hyperdb.runtime.seed import generator
 from hyperdb.tuning.personalizer import Personalizer, to_images
+from hyperdb.tuning.trainable import trainable
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def test_the_word_is_near_the_class_word_and_its_length_is_the_penalty(e4t):
     assert all(torch.equal(begun[name], value[None]) for name, value in zip(model.names, model.offsets, strict=True))
 
 
-def test_unseen_people_show_whether_a_word_is_its_persons(pretrain, tmp_path, capsys):
+def test_unseen_people_show_whether_a_word_is_its_persons(pretrain, words, rendered, tmp_path, capsys):
     def measured(*words):
         report = load_json(config.run("train_e4t", [*pretrain, "held_out=2", *words]) / "report.json")
         return report["held_out"]
@@ -95,9 +98,25 @@ def test_unseen_people_show_whether_a_word_is_its_persons(pretrain, tmp_path, ca
     assert abs(apart["others_above_own"]["mean"]) > 1e-4
     assert apart["error_of_another"] - apart["error"] == pytest.approx(apart["others_above_own"]["mean"])
     assert "2 people unseen: error" in capsys.readouterr().out
+    # the last two people, the first photo given and the last denoised, at the middle of each of eight levels
+    base = Personalizer(config.load("personalize", words)).base
+    people, model = load_people(rendered, size=32), E4TEncoder.load(tmp_path / "apart" / "e4t.safetensors")
+    first, last = (torch.stack([rows[i] for rows in people.photos[-2:]]) for i in (0, -1))
+    begun, (mean, std) = model.begin(people.images[first]), latent_moments(base, people)[last].float().unbind(1)
+    _, adapter = trainable(base, E4TConfig())
+    injection, errors = Injection(base.sites(adapter.layout.names)), []
+    for level in range(8):
+        g = generator(0, "e4t held out", 0, level)
+        jitter, noise = (torch.randn(mean.shape, generator=g) for _ in "zn")
+        t = torch.full((2,), int((level + 0.5) / 8 * base.schedule.config.num_train_timesteps))
+        with torch.no_grad(), injection.using(adapter.changes(begun)):
+            ids = base.tokenize(["a [V] face"]).expand(2, -1)
+            errors.append(diffusion_loss(base, mean + std * jitter, noise, t, ids).mean().item())
+    injection.remove()
+    assert apart["error"] == pytest.approx(sum(errors) / 8, rel=1e-5)
     same = measured(f"out={tmp_path / 'same'}", "steps=1", "rate=1e-9")  # everybody's word is next to the class word
     assert abs(same["others_above_own"]["mean"]) < abs(apart["others_above_own"]["mean"]) / 10
-    with pytest.raises(UserError, match="photos of no more people than held_out=4; render more"):
+    with pytest.raises(UserError, match="too few people with several photos for held_out=4 beside those to learn from"):
         config.run("train_e4t", [*pretrain, "held_out=4", f"out={tmp_path / 'none'}"])
     with pytest.raises(UserError, match="held_out=1: expected 0, or at least 2"):
         config.load("train_e4t", [*pretrain, "held_out=1"])

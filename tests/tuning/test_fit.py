@@ -94,6 +94,16 @@ def test_a_photo_is_learned_under_the_prompt_that_is_asked_for(base, lidb, momen
     assert not all(torch.equal(usual[name], other[name]) for name in usual)
     with pytest.raises(UserError, match=r"instance_prompt='a face': expected a prompt with \[V\]"):
         FitConfig(steps=1, levels=1, rate=1.0, instance_prompt="a face")
+    with pytest.raises(UserError, match=r"\[V\] is cut off, for the base reads fewer words"):
+        trained("a very " * 40 + "[V] face")
+
+
+def test_records_of_runs_are_as_before_where_no_prompt_is_set():
+    one = FitConfig(steps=1, levels=1, rate=1.0)
+    told = ["face_weight", "flips", "levels", "logit_normal", "masked_prior", "merge", "noise", "optimizer"]
+    told += ["prior_rows", "prior_weight", "rate", "seed", "signal_weight", "steps", "warmup"]
+    assert sorted(one.told()) == sorted([*told, "decay"])
+    assert replace(one, instance_prompt="a [V]").told() == {**one.told(), "instance_prompt": "a [V]"}
 
 
 def test_checkpointing_changes_no_fit(base, lidb, moments):

@@ -110,6 +110,7 @@ def main(arguments: list[str]) -> None:
     noises = list(range(len(prompts)))
 
     pictures = {"base": draw(old, None, count, prompts, noises), "to": draw(new, None, count, prompts, noises)}
+    subspace = how.subspace or narrowest(Layout.of(old.targets()))
     layers, seconds = {}, {}
 
     def show(row: str, base: Base, changes: Changes) -> None:
@@ -123,7 +124,6 @@ def main(arguments: list[str]) -> None:
         show(row, old, changes)
         show(f"{row}-untouched", new, changes)
         sites = [{n: Site(n, m) for n, m in base.sites(changes).items()} for base in (old, new)]
-        subspace = how.subspace or narrowest(Layout.of(old.sites(changes)))
         moved, layers[row] = transferred(changes, *sites, subspace, how)
         show(f"{row}-transferred", new, moved)
         if mapper is not None:
