@@ -196,7 +196,7 @@ def _imagefolder(path: Path, columns: Mapping[str, str]) -> Source:
     try:
         found = datasets.load_dataset("imagefolder", data_dir=str(path.resolve()))
     except Exception as error:  # of what a table may hold it says no more
-        why = first_line(error.__cause__ or error)
+        why = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         raise UserError(
             f"{path}: the metadata does not fit the pictures ({why}); expected a column file_name with their names, as "
             "datasets' imagefolder has it, in every folder of a split"

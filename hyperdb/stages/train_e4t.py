@@ -94,8 +94,8 @@ def run(config: Config, track: Track) -> Path:
     people = load_people(config.data, limit=config.people, size=config.diffusion.size)
     photos = [rows for rows in people.photos if len(rows)]
     several = [i for i, rows in enumerate(photos) if len(rows) > 1]  # one is given, another denoised
-    apart = several[-config.held_out or len(several) :]
-    held, photos = [photos[i] for i in apart], [rows for i, rows in enumerate(photos) if i not in {*apart}]
+    unseen = several[-config.held_out or len(several) :]
+    held, photos = [photos[i] for i in unseen], [rows for i, rows in enumerate(photos) if i not in {*unseen}]
     if len(held) < config.held_out or not photos:
         raise UserError(
             f"{config.data} holds too few people with several photos for held_out={config.held_out} beside those to "

@@ -122,6 +122,13 @@ def test_a_photo_is_taught_its_own_fit(base_words, aligned, stores, tmp_path, mo
     assert used == {"ben", "cy", "dan"}
 
 
+def test_fits_under_another_prompt_teach_no_hypernetwork_of_the_usual_one(base_words, aligned, tmp_path, monkeypatch):
+    store = _precompute(base_words, aligned, tmp_path / "store", "fit.instance_prompt=a photo of a [V] face")
+    assert json.loads((store / "index.json").read_text())["prompt"] == "a photo of a sks face"
+    with pytest.raises(UserError, match="prompt"):
+        _taught(base_words, aligned, store, tmp_path / "run", monkeypatch)
+
+
 def test_a_photo_turned_round_is_taught_no_fit(base_words, aligned, stores, tmp_path, monkeypatch):
     more = ["flips=true", "fit_share=0.25", "prompt_dropout=0.5"]
     known = load_people(aligned, size=32).images[:]
