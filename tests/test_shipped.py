@@ -6,16 +6,18 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 import hyperdb
-from hyperdb import config
+from hyperdb import config, heads
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.hypernet.model import Hypernet
+from hyperdb.metrics import judge
 from hyperdb.runtime.files import load_json, load_metadata, load_tensors, save_json
 from hyperdb.runtime.paths import resolve
 from hyperdb.tuning.prior import load_prior
@@ -49,6 +51,32 @@ def test_the_directions_are_in_the_hypernetworks_bases(model):
     assert metadata["lidb"] == hypernet.lidb.fingerprint
     assert metadata["base"] == base_hash(model.base.targets())
     assert tensors["directions"].shape == (len(metadata["attributes"].split()), hypernet.lidb.numbers)
+
+
+def test_the_shipped_judges_know_people_in_styles_and_captions():
+    people = [heads.Identity(seed) for seed in heads.SPLITS["test"][:6]]
+    rng = np.random.default_rng(0)
+    shown = {style: [heads.sample_view(rng, style=style) for _ in people] for style in ("photo", "oil", "sketch")}
+
+    def rendered(views):
+        each = [torch.from_numpy(heads.render(who, view)) for who, view in zip(people, views, strict=True)]
+        return torch.stack(each).permute(0, 3, 1, 2)
+
+    pictures = {style: rendered(views) for style, views in shown.items()}
+    verifier = judge("verifier", str(EMBEDDED / "judges" / "verifier"), torch.device("cpu"))
+    photos = verifier(rendered([heads.sample_view(rng, style="photo") for _ in people]))
+    assert torch.allclose((photos * photos).sum(-1), torch.ones(6))  # a picture and itself
+    for images in pictures.values():
+        cosine = verifier(images) @ photos.T
+        own = cosine.diagonal().clone()
+        assert own.mean() > cosine.fill_diagonal_(0).sum() / 30 + 0.2  # the person above others
+    clip = judge("clip", str(EMBEDDED / "judges" / "clip"), torch.device("cpu"))
+    words = clip.words([heads.prompt(style) for style in pictures])
+    named = [(clip(images) @ words.T).argmax(1) for images in pictures.values()]
+    right = torch.cat([found == i for i, found in enumerate(named)])
+    assert right.float().mean() > 0.8
+    one, several = clip(pictures["oil"][:1]), clip(pictures["oil"])
+    assert torch.allclose(one, several[:1], atol=1e-5)  # whatever the batch
 
 
 def test_the_shipped_prior_is_used(model, monkeypatch, tmp_path):
