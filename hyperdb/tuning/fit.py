@@ -152,6 +152,13 @@ def fit(
     people, views = moments.shape[:2]
     if scenes is not None and people > 1:
         raise ValueError("scenes are of one adapter alone")
+    guarded = config.prior_weight > 0
+    if guarded and prior is None:
+        raise ValueError("prior_weight > 0 needs a prior")
+    words = config.instance_prompt or base.config.instance_prompt
+    if not base.says_person(words):
+        raise UserError(f"instance_prompt={words!r}: [V] is cut off, for the base reads fewer words; shorten it")
+    instance = base.tokenize([base.config.prompt(words)])
     moments = moments.float().to(base.device)
     adapter = adapter.to(base.device)
     injection = Injection(base.sites({*(frozen or ()), *adapter.layout.names}))
@@ -170,13 +177,6 @@ def fit(
     for rate, some in others:
         optimizer.add_param_group({"params": some, "lr": rate})
     schedule = Schedule(config.steps, config.warmup, config.decay)
-    words = config.instance_prompt or base.config.instance_prompt
-    if not base.says_person(words):
-        raise UserError(f"instance_prompt={words!r}: [V] is cut off, for the base reads fewer words; shorten it")
-    instance = base.tokenize([base.config.prompt(words)])
-    guarded = config.prior_weight > 0
-    if guarded and prior is None:
-        raise ValueError("prior_weight > 0 needs a prior")
     # gradients of a float16 network would fall under its smallest number: they are scaled up, and back before the step
     scaler = torch.amp.GradScaler(base.device.type, init_scale=2.0**10, enabled=base.config.dtype == "fp16")
     levels, extra = config.levels, config.prior_rows if guarded else 0
