@@ -234,8 +234,11 @@ def _is_whole(path: Path, known: dict[str, str]) -> bool:
     return whole
 
 
-def _finish(config: Config, made_from: dict[str, Any], shards: int) -> None:
-    """Write what makes the shards a folder of `datasets`, and last of all the index."""
+def _finish(config: Config, made_from: dict[str, Any], shards: int, checked: dict[str, str]) -> None:
+    """Write what makes the shards a folder of `datasets`, and last of all the index.
+
+    `checked` are checksums that shards were just found to have.
+    """
     from hyperdb.runtime.files import hash_files, save_json
 
     folder = Path(config.out)
@@ -252,7 +255,10 @@ def _finish(config: Config, made_from: dict[str, Any], shards: int) -> None:
         "shards": shards,
         "pictures": config.identities * config.views,
         "heads_sha256": made_from["heads_sha256"],
-        "checksums": {path.name: hash_files([path]) for path in (_path(config, number) for number in range(shards))},
+        "checksums": {
+            path.name: checked.get(path.name) or hash_files([path])
+            for path in (_path(config, number) for number in range(shards))
+        },
     }
     save_json(folder / "index.json", index)
 
@@ -287,5 +293,6 @@ def run(config: Config) -> Path:
             with context.Pool(min(config.workers, len(tasks)), _one_thread) as pool:
                 for people in pool.imap_unordered(_render_shard, tasks):
                     bar.update(people)
-    _finish(config, made_from, shards)
+    written = {_path(config, number).name for number in missing}
+    _finish(config, made_from, shards, {name: found for name, found in known.items() if name not in written})
     return folder
