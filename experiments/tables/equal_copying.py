@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hyperdb.report.results import load
+from hyperdb.report.results import check_alike, load
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import save_json
 
@@ -64,9 +64,7 @@ def compare(every: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
     Raises `UserError` for results of several people, bases, recipes or judges, and for two ways to make ours.
     """
-    for told in ("base", "data", "persons", "seeds", "made_from", "hypernet", "judges"):
-        if any(results.get(told) != every[0].get(told) for results in every):
-            raise UserError(f"the results differ in {told}: name those of the same people, prompts and judges")
+    check_alike(every)
     points: dict[str, dict[str, Point]] = {}  # of each row, by how it was made
     for results in every:
         for row, values in results.get("values", {}).items():

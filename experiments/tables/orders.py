@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hyperdb.metrics.figures import differences
-from hyperdb.report.results import load
+from hyperdb.report.results import check_alike, load
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, save_json
 
@@ -35,9 +35,7 @@ def compare(every: list[dict[str, Any]], paper: dict[str, Any]) -> list[dict[str
 
     Raises `UserError` for results of several people, bases, recipes or judges.
     """
-    for told in ("base", "data", "persons", "seeds", "made_from", "hypernet", "judges"):
-        if any(results.get(told) != every[0].get(told) for results in every):
-            raise UserError(f"the results differ in {told}: name those of one evaluation")
+    check_alike(every)
     methods: dict[str, Any] = {}
     for row, how in (pair for results in every for pair in results.get("methods", {}).items()):
         if methods.setdefault(row, how) != how:

@@ -86,3 +86,10 @@ def load(path: Path) -> dict[str, Any]:
     if (wrong := _wrong(found)) is not None:
         raise UserError(f"{path} is not a results file of `hyperdb evaluate`: {wrong}")
     return dict(found)
+
+
+def check_alike(every: list[dict[str, Any]]) -> None:
+    """Raise `UserError` if results are not of the same people, base, recipe and judges, so that rows compare."""
+    for told in ("base", "data", "persons", "seeds", "made_from", "hypernet", "judges"):
+        if any(results.get(told) != every[0].get(told) for results in every):
+            raise UserError(f"the results differ in {told}: name those of the same people, prompts and judges")

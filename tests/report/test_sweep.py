@@ -122,7 +122,8 @@ def test_the_picture_is_the_same_again_and_differs_with_the_figures(tmp_path):
 
 
 def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_path):
-    choose = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "tables" / "sweeps.py"))["choose"]
+    sweeps = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "tables" / "sweeps.py"))
+    choose = sweeps["choose"]
     told = {"split": "validation", "seeds": 1, "base": "b", "data": "d", "hypernet": {}, "commit": "c", "dirty": None}
 
     def write(rate, changed, place, style, hypernet="h"):
@@ -133,12 +134,14 @@ def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_pat
         (tmp_path / "sweep" / f"rate={rate}" / "results.json").write_text(json.dumps(one))
 
     write(1e-3, 0.8, 0.95, 0.5)  # another style
-    for rate, changed, place in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.95), (3e-4, 0.45, 0.92)):
+    for rate, changed, place in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.86), (3e-4, 0.6, 0.84)):
         write(rate, changed, place, 0.9)
     found = choose("lora", tmp_path / "sweep")
     assert (found["rate"], found["at_an_end"]) == (1e-4, False)  # .003 repeats the photo
     assert [one["rate"] for one in found["rates"]] == [1e-5, 1e-4, 3e-4, 1e-3, 3e-3]
     assert found["chosen_by"]["obedience"] == ["place_accuracy", "style_accuracy"]
+    line = sweeps["table"]([found]).splitlines()[2]
+    assert line.startswith("| `lora` | 1e-05: 0.400; 1.00, 0.90 | **0.0001: 0.500; 0.86, 0.90** | 0.0003: 0.600; 0.84, ")
     write(1e-5, 0.4, 1.0, 0.9, hypernet="former")
     with pytest.raises(UserError, match="holds results of several hypernetworks"):
         choose("lora", tmp_path / "sweep")
