@@ -126,6 +126,9 @@ def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_pat
     choose = sweeps["choose"]
     told = {"split": "validation", "seeds": 1, "base": "b", "data": "d", "hypernet": {}, "commit": "c", "dirty": None}
 
+    floor = result() | told
+    floor["rows"]["floor"] = {"place_accuracy": {"mean": 1.0}, "style_accuracy": {"mean": 1.0}}
+
     def write(rate, changed, place, style, hypernet="h"):
         one = result(methods={"lora": {"finetune": {"rate": rate}, "hypernet": hypernet}}) | told
         for figure, value in (("cosine_changed", changed), ("place_accuracy", place), ("style_accuracy", style)):
@@ -134,22 +137,25 @@ def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_pat
         (tmp_path / "sweep" / f"rate={rate}" / "results.json").write_text(json.dumps(one))
 
     write(1e-3, 0.8, 0.95, 0.5)  # another style
-    for rate, changed, place in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.86), (3e-4, 0.6, 0.84)):
+    for rate, changed, place in ((3e-3, 0.9, 0.1), (1e-5, 0.4, 1.0), (1e-4, 0.5, 0.72), (3e-4, 0.6, 0.68)):
         write(rate, changed, place, 0.9)
-    found = choose("lora", tmp_path / "sweep")
+    found = choose("lora", tmp_path / "sweep", floor)
     assert (found["rate"], found["at_an_end"]) == (1e-4, False)  # .003 repeats the photo
     assert [one["rate"] for one in found["rates"]] == [1e-5, 1e-4, 3e-4, 1e-3, 3e-3]
-    assert found["chosen_by"]["obedience"] == ["place_accuracy", "style_accuracy"]
+    assert found["chosen_by"]["obedience"] == ("place_accuracy", "style_accuracy")
+    assert found["chosen_by"]["least"] == 0.8
     line = sweeps["table"]([found]).splitlines()[2]
-    assert line.startswith("| `lora` | 1e-05: 0.400; 1.00, 0.90 | **0.0001: 0.500; 0.86, 0.90** | ")
+    assert line.startswith("| `lora` | 1e-05: 0.400; 1.00, 0.90 | **0.0001: 0.500; 0.72, 0.90** | ")
     write(1e-5, 0.4, 1.0, 0.9, hypernet="former")
     with pytest.raises(UserError, match="holds results of several hypernetworks"):
-        choose("lora", tmp_path / "sweep")
+        choose("lora", tmp_path / "sweep", floor)
     write(1e-5, 0.6, 1.0, 0.9)
-    assert choose("lora", tmp_path / "sweep")["at_an_end"]
+    assert choose("lora", tmp_path / "sweep", floor)["at_an_end"]
+    with pytest.raises(UserError, match="the row floor is of another base or people"):
+        choose("lora", tmp_path / "sweep", floor | {"people": 8})
     (tmp_path / "sweep" / "rate=1e-05" / "results.json").unlink()
     with pytest.raises(UserError, match="holds 4 rates of 5"):
-        choose("lora", tmp_path / "sweep")
+        choose("lora", tmp_path / "sweep", floor)
     for method, folder in (("svdiff", "sweep"), ("lora", "none")):
         with pytest.raises(UserError, match=f"holds no sweep; run .*experiment=sweep/{method}"):
-            choose(method, tmp_path / folder)
+            choose(method, tmp_path / folder, floor)
