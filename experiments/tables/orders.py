@@ -3,8 +3,9 @@
     python experiments/tables/orders.py runs/evaluate/tables/table1.json runs/evaluate/tables/table2.json ...
 
 Prints a table, and writes orders.json beside this file (or out=FILE). The paper's figures are in paper.json. Ours are
-under changed prompts, its Face Rec. by SFace; of each pair those of the people whom both rows have, and the 95 %
-interval of their difference. "not seen" is an interval that holds 0: so many people cannot tell.
+those of all prompts, a person's mean of changed ones and of styles, which are as many; but Face Rec., SFace's, is of
+the changed ones alone, for no recogniser of photos judges a drawing. Of each pair the people whom both rows have, and
+the 95 % interval of their difference. "not seen" is an interval that holds 0: so many people cannot tell.
 """
 
 from __future__ import annotations
@@ -22,12 +23,20 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, save_json
 
 HERE = Path(__file__).parent
-OURS = {  # the paper's figure: ours, of which the first that is known stands for it
+OURS = {  # the paper's figure: ours under changed prompts, of which the first that is known stands for it
     "Face Rec.": ("cosine_changed",),
     "DINO": ("dino_changed", "vicreg_changed"),
     "CLIP-I": ("clip_i_changed",),
     "CLIP-T": ("clip_t_changed",),
 }
+CHANGED, STYLED = "_changed", "_styled"
+
+
+def _of_all(scores: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's figures, those of changed prompts as the mean with those of styles where it has both."""
+    others = {name: scores.get(name.removesuffix(CHANGED) + STYLED) for name in scores if name.endswith(CHANGED)}
+    others.pop("cosine_changed", None)
+    return scores | {name: (scores[name] + other) / 2 for name, other in others.items() if other is not None}
 
 
 def compare(every: list[dict[str, Any]], paper: dict[str, Any]) -> list[dict[str, Any]]:
@@ -41,14 +50,14 @@ def compare(every: list[dict[str, Any]], paper: dict[str, Any]) -> list[dict[str
         if methods.setdefault(row, how) != how:
             raise UserError(f"the results differ in how {row} was made: name those of one evaluation")
     values = {row: found for results in every for row, found in results["values"].items()}
-    scores = {row: {k: np.array(v, float).T for k, v in found.items()} for row, found in values.items()}
+    scores = {row: _of_all({k: np.array(v, float).T for k, v in found.items()}) for row, found in values.items()}
     known = {figure for score in scores.values() for figure in score}
     compared = []
     for one, other in paper["orders"]:
         for column, figure in enumerate(paper["figures"]):
             ours = next((name for name in OURS[figure] if name in known), None)
             found = differences(scores, {one: [other]}, ours, 0) if ours is not None else {}
-            if (difference := found.get(f"{one}-{other}")) is None:
+            if ours is None or (difference := found.get(f"{one}-{other}")) is None:
                 continue
             theirs = round(paper["rows"][one][column] - paper["rows"][other][column], 3)
             seen = difference["lo"] > 0 or difference["hi"] < 0

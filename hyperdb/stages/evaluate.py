@@ -39,9 +39,10 @@ UNASKED = {  # they obey no prompt, but that the ceiling's renders have styles a
 }
 # figures compared in pairs, beside the cosine
 FURTHER = (
-    *("cosine_dlib", "rank1", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
+    *("cosine_dlib", "rank1", "rank1_dlib", "cosine_changed", "cosine_changed_dlib", "rank1_changed", "rank1_styled"),
     *("cosine_facenet", "cosine_changed_facenet"),
     *("cosine_verifier", "rank1_verifier", "rank1_styled_verifier"),
+    *("cosine_changed_verifier", "rank1_changed_verifier"),
     *("style_accuracy", "place_accuracy", "copy_pose", "copy_background", "diversity"),
     *("dino", "dino_changed", "vicreg", "vicreg_changed", "clip_i", "clip_i_changed", "clip_t", "clip_t_changed"),
 )

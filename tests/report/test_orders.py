@@ -38,6 +38,15 @@ def test_an_order_is_the_papers_the_other_or_not_seen():
     assert lines[2].startswith("| `hyper_40` − `dreambooth` | Face Rec. | +0.037 | +0.125 [")
 
 
+def test_a_figure_of_pictures_is_that_of_all_prompts():
+    one = results(hyper_40=(0.7, 0.8), dreambooth=(0.6, 0.7))
+    for row, styled in (("hyper_40", 0.5), ("dreambooth", 0.1)):
+        one["values"][row] |= {"clip_t_changed": [[0.3, 0.3]], "clip_t_styled": [[styled, styled]]}
+        one["values"][row]["cosine_styled"] = [[0.0, 0.0]]  # a drawing is out of its domain
+    found = {line["figure"]: line["mean"] for line in orders["compare"]([one], load_json(TABLES / "paper.json"))}
+    assert found == {"Face Rec.": pytest.approx(0.1), "CLIP-T": pytest.approx(0.2)}
+
+
 def test_results_of_other_people_are_refused():
     one, other = results(hyper_40=(0.7, 0.8)), results(dreambooth=(0.6, 0.7)) | {"persons": [5, 6, 7, 8]}
     with pytest.raises(UserError, match="differ in persons"):
