@@ -8,6 +8,11 @@ A row that stands in several files, made in different ways, has a point in each:
 backdrop, and its likeness under changed prompts. Between two neighbours the likeness is read off a straight line, at
 the copying of `hyper_40`; beyond the last point it is that of the last. Intervals are over people, all of whom count at
 every point. Prints a table, and writes equal_copying.json beside this file (or out=FILE).
+
+Two other figures compare as well, and rows with another than ours: how varied FouRA's pictures are at the likeness of
+LoRA's, which is its claim, is read off by
+
+    python experiments/tables/equal_copying.py ours=foura at=cosine_changed read=diversity out=FILE FOLDER FOLDER
 """
 
 from __future__ import annotations
@@ -25,21 +30,23 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import save_json
 
 HERE = Path(__file__).parent
-OURS, LIKENESS, COPYING = "hyper_40", "cosine_changed", ("copy_pose", "copy_background")
+WORDS = {"ours": "hyper_40", "at": "copying", "read": "cosine_changed"}
+MEANS = {"copying": ("copy_pose", "copy_background")}  # of several figures; any other word is a figure's name
 DRAWS = 10_000
-Point = tuple[NDArray[np.float64], NDArray[np.float64]]  # copying and likeness of each person, `[I]`
+Point = tuple[NDArray[np.float64], NDArray[np.float64]]  # two figures of each person, copying and likeness, `[I]`
 
 
-def point(values: dict[str, Any]) -> Point | None:
-    """Return a row's copying and likeness, the mean over seeds; None where it was not asked for them."""
-    if not {LIKENESS, *COPYING} <= values.keys():
+def point(values: dict[str, Any], at: str, read: str) -> Point | None:
+    """Return two figures of a row, each the mean over seeds; None where it was not asked for them."""
+    names = [MEANS.get(name, (name,)) for name in (at, read)]
+    if not {figure for some in names for figure in some} <= values.keys():
         return None
-    copying = np.mean([np.mean(values[figure], 0) for figure in COPYING], 0)
-    return copying, np.mean(values[LIKENESS], 0)
+    first, second = (np.mean([np.mean(values[figure], 0) for figure in some], 0) for some in names)
+    return first, second
 
 
 def at_equal_copying(points: list[Point], ours: Point, seed: int = 0) -> dict[str, Any]:
-    """Return the likeness of a method at the copying of ours, and ours minus it with its 95 % interval."""
+    """Return a method's second figure where its first is that of ours, and ours minus it with its 95 % interval."""
     count = min(len(copying) for copying, _ in [*points, ours])
     every = np.stack([np.stack([x[:count] for x in one]) for one in [*points, ours]])  #   [P + 1, 2, I]
     rows = np.random.default_rng(seed).integers(0, count, (DRAWS, count))
@@ -53,14 +60,14 @@ def at_equal_copying(points: list[Point], ours: Point, seed: int = 0) -> dict[st
     differences = [drawn[-1, 1, i] - read(drawn[..., i]) for i in range(DRAWS)]
     low, high = np.quantile(differences, [0.025, 0.975])
     return {
-        "people": count, "points": len(points), "copying": float(whole[-1, 0]), "likeness": read(whole),
+        "people": count, "points": len(points), "at": float(whole[-1, 0]), "read": read(whole),
         "within": bool(whole[:-1, 0].min() <= whole[-1, 0] <= whole[:-1, 0].max()),
         "ours": float(whole[-1, 1]), "mean": float(whole[-1, 1]) - read(whole), "lo": float(low), "hi": float(high),
     }  # fmt: skip
 
 
-def compare(every: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return {row: its comparison} of every row that learns from the photo.
+def compare(every: list[dict[str, Any]], ours: str, at: str, read: str) -> dict[str, dict[str, Any]]:
+    """Return {row: its comparison} with ours of every row that learns from the photo.
 
     Raises `UserError` for results of several people, bases, recipes or judges, and for two ways to make ours.
     """
@@ -68,22 +75,22 @@ def compare(every: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     points: dict[str, dict[str, Point]] = {}  # of each row, by how it was made
     for results in every:
         for row, values in results.get("values", {}).items():
-            if results["rows"][row].get("steps") and (found := point(values)) is not None:
+            if results["rows"][row].get("steps") and (found := point(values, at, read)) is not None:
                 made = json.dumps(results.get("methods", {}).get(row), sort_keys=True)
                 points.setdefault(row, {})[made] = found
-    ours = list(points.pop(OURS, {}).values())
-    if len(ours) != 1:
-        which = "none" if not ours else "several"
-        raise UserError(f"{which} of the rows {OURS} with {', '.join((LIKENESS, *COPYING))}: name results with one")
-    return {row: at_equal_copying(list(found.values()), ours[0]) for row, found in points.items()}
+    mine = list(points.pop(ours, {}).values())
+    if len(mine) != 1:
+        which = "none" if not mine else "several"
+        raise UserError(f"{which} of the rows {ours} with {at} and {read}: name results with one")
+    return {row: at_equal_copying(list(found.values()), mine[0]) for row, found in points.items()}
 
 
-def table(compared: dict[str, dict[str, Any]]) -> str:
+def table(compared: dict[str, dict[str, Any]], ours: str, at: str, read: str) -> str:
     """Return the comparison as Markdown."""
-    lines = [f"| row | points | people | likeness at the copying of `{OURS}` | `{OURS}` − it |", "|" + " --- |" * 5]
+    lines = [f"| row | points | people | {read} at the {at} of `{ours}` | `{ours}` − it |", "|" + " --- |" * 5]
     for row, one in compared.items():
-        likeness = f"{one['likeness']:.3f}{'' if one['within'] else ' (of the point next to it)'}"
-        cells = [f"`{row}`", str(one["points"]), str(one["people"]), likeness,
+        figure = f"{one['read']:.3f}{'' if one['within'] else ' (of the point next to it)'}"
+        cells = [f"`{row}`", str(one["points"]), str(one["people"]), figure,
                  f"{one['mean']:+.3f} [{one['lo']:+.3f}, {one['hi']:+.3f}]"]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -91,16 +98,18 @@ def table(compared: dict[str, dict[str, Any]]) -> str:
 
 def main(words: list[str]) -> None:
     """Read the results, compare, print and write."""
-    out = next((word.removeprefix("out=") for word in words if word.startswith("out=")), "")
-    named = [Path(word) for word in words if not word.startswith("out=")]
+    told = {**WORDS, "out": str(HERE / "equal_copying.json")}
+    told |= {key: value for key, _, value in (word.partition("=") for word in words) if key in told}
+    named = [Path(word) for word in words if word.partition("=")[0] not in told]
+    out, how = told.pop("out"), told
     files = [file for path in named for file in (sorted(path.rglob("results.json")) if path.is_dir() else [path])]
     if not files:
         raise UserError("name results files of `hyperdb evaluate`, or folders of them")
     every = [load(file) for file in files]
-    compared = compare(every)
-    told = {key: every[0].get(key) for key in ("base", "data", "people", "seeds", "commit", "dirty")}
-    print(table(compared))
-    print(f"in {save_json(out or HERE / 'equal_copying.json', {'compared': compared, **told})}")
+    compared = compare(every, **how)
+    common = {key: every[0].get(key) for key in ("base", "data", "people", "seeds", "commit", "dirty")}
+    print(table(compared, **how))
+    print(f"in {save_json(out, {**how, 'compared': compared, **common})}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Choose each method's rate on validation people, from what its sweep found.
 
-    hyperdb evaluate experiment=sweep/hyper_40 rows=[floor] name=sweep_floor     # what the base alone obeys, once
-    hyperdb evaluate -m experiment=sweep/lora
+    hyperdb evaluate experiment=ablation/trained rows=[floor] name=sweep_floor people=6   # what the base alone obeys
+    hyperdb evaluate -m experiment=sweep/lora people=6
     python experiments/tables/sweeps.py lora      # several, or lora=FOLDER; floor=FOLDER; out=FOLDER of the files
     python experiments/tables/sweeps.py           # the table of all that were chosen
 
@@ -10,7 +10,8 @@ likeness under changed prompts of those that still obey them. Likeness alone wou
 rate obeys if its obedience, CLIP-T or the mean of the places and the styles recognised, is at least OBEYED of what the
 base alone has for the same people and prompts: the same mark for every method, low enough for what a person in the
 picture costs. A rate at an end of those that were tried is called so: a further one may be better. Every method has as
-many rates: one that could not be trained is to be replaced by another.
+many rates: one that could not be trained is to be replaced by another. `people=3` counts the first three people of each
+results alone, for methods so slow that they were run on no more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hyperdb.metrics.figures import summary
 from hyperdb.report.results import is_figure, load
 from hyperdb.report.sweep import axis
 from hyperdb.runtime.errors import UserError
@@ -30,7 +34,7 @@ LIKENESS = "cosine_changed"
 OBEDIENCE = (("clip_t_changed",), ("place_accuracy", "style_accuracy"))  # the mean of the first that are known
 OBEYED = 0.8
 RATES = 5
-FLOOR = "run `hyperdb evaluate experiment=sweep/hyper_40 rows=[floor] name=sweep_floor`"
+FLOOR = "run `hyperdb evaluate experiment=ablation/trained rows=[floor] name=sweep_floor` with the same `people`"
 
 
 def _without(found: dict[str, Any]) -> dict[str, Any]:
@@ -38,12 +42,28 @@ def _without(found: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.get("settings", {}).items() if key != "hypernet"}
 
 
-def choose(method: str, folder: Path, floor: dict[str, Any]) -> dict[str, Any]:
+def _of_the_first(found: dict[str, Any], people: int | None) -> dict[str, Any]:
+    """Return results as those of the first people alone; None: of all."""
+    if people is None:
+        return found
+    rows = {}
+    for row, values in found["values"].items():
+        if any(len(seed) < people for seed in values[LIKENESS]):
+            raise UserError(f"results of fewer than {people} people")
+        scores = {figure: np.array(seeds, float).T[:people] for figure, seeds in values.items()}
+        rows[row] = {**found["rows"][row], **summary(scores, 0)}
+    told = {"rows": rows, "people": people, "persons": found["persons"][:people]}
+    return {**found, **told, "settings": {**found["settings"], "people": people}}
+
+
+def choose(method: str, folder: Path, floor: dict[str, Any], people: int | None = None) -> dict[str, Any]:
     """Return the rates of a method's sweep with their figures, and the best.
 
-    `floor` are the results of the base alone. Raises `UserError` for another folder, and for other people.
+    `floor` are the results of the base alone; of all `people` the first count, None: all. Raises `UserError` for
+    another folder, and for other people.
     """
-    named = {str(path): load(path) for path in sorted(folder.glob("*/results.json"))}
+    floor = _of_the_first(floor, people)
+    named = {str(path): _of_the_first(load(path), people) for path in sorted(folder.glob("*/results.json"))}
     begun = {json.dumps(found.get("methods", {}).get(method, {}).get("hypernet")) for found in named.values()}
     if begun == {"null"}:  # a row that begins at no prediction is the same with any hypernetwork
         named = {path: {**found, "hypernet": None, "settings": _without(found)} for path, found in named.items()}
@@ -56,7 +76,7 @@ def choose(method: str, folder: Path, floor: dict[str, Any]) -> dict[str, Any]:
     if len(rows) < RATES:
         raise UserError(f"{folder} holds {len(rows)} rates of {RATES}; run the others, or one in place of another")
     base = floor["rows"].get("floor", {})
-    if any(floor.get(told) != every[0].get(told) for told in ("base", "data", "people", "seeds")) or not base:
+    if any(floor.get(told) != every[0].get(told) for told in ("base", "data", "persons", "seeds")) or not base:
         raise UserError(f"{folder}: the row floor is of another base or people; {FLOOR}")
     asked = next((names for names in OBEDIENCE if all(set(names) <= row.keys() for row in (base, *rows))), None)
     if asked is None:
@@ -101,11 +121,12 @@ def main(words: list[str]) -> None:
         print(table([load_json(file) for file in sorted((HERE / "sweeps").glob("*.json"))]))
     folders = {method: folder or RUNS / f"sweep_{method}" for method, _, folder in (w.partition("=") for w in words)}
     out = Path(folders.pop("out", HERE / "sweeps"))
+    people = int(str(folders.pop("people", "0"))) or None
     floor = Path(folders.pop("floor", RUNS / "sweep_floor")) / "results.json"
     if folders and not floor.is_file():
         raise UserError(f"{floor} is not there: {FLOOR}")
     for method, folder in folders.items():
-        found = choose(method, Path(folder), load(floor))
+        found = choose(method, Path(folder), load(floor), people)
         end = ", at an end of those tried" if found["at_an_end"] else ""
         print(f"{method}: {found['rate']:g} of {len(found['rates'])}{end}; {save_json(out / f'{method}.json', found)}")
 

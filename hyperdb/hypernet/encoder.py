@@ -55,6 +55,7 @@ class Encoder(nn.Module):
         self.frozen = config.frozen
         if self.frozen:
             self.requires_grad_(False)
+        self.train()  # modules begin in training: batch normalisation must not
 
     def load(self, path: Path) -> None:
         """Read the network's weights from a safetensors file, a hypernetwork's included."""

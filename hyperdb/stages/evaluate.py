@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hyperdb.data.people import People
+    from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
+    from hyperdb.metrics.figures import Standard
     from hyperdb.tuning.memory import Sketch
     from hyperdb.tuning.personalizer import Personalizer
 
@@ -192,6 +194,111 @@ def styled_views(people: People, rows: list[Tensor], words: list[str]) -> dict[s
             raise UserError(f"styled={style!r}: every person needs two renders of it; render more views")
         found[style] = people.images[torch.stack([r[:count] for r in each])]
     return found
+
+
+@dataclass
+class Panel:
+    """Whom an evaluation shows, and by what pictures of them a row is judged.
+
+    Of I people: the photos that could be learned from, `shown [I, V, 3, H, W]`, those that judge, `views [I, K, 3, H,
+    W]`, and two or more renders in each style, `styled`.
+    """
+
+    config: Config
+    people: People
+    rows: list[Tensor]  # of each person's pictures: first those shown, then those that judge
+    shown: Tensor
+    views: Tensor
+    styled: dict[str, Tensor]
+
+    @classmethod
+    def gather(cls, config: Config) -> Panel:
+        """Read the people that `config` names. Raises `UserError` for people without what it asks of them."""
+        import torch
+
+        from hyperdb.data.people import load_people
+        from hyperdb.heads import PLACE_PHRASES
+
+        given = config.kept_apart()
+        used = given + config.views
+        needed = max(used + 1, config.reference + 1)
+        people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
+        rows = people.given_first(config.data, given, needed, config.reference)
+        shown = people.images[torch.stack([r[:given] for r in rows])]
+        views = people.images[torch.stack([r[given:used] for r in rows])]
+        if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
+            raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
+        styles = [word.partition("/")[0] for word in config.styled]
+        return cls(config, people, rows, shown, views, styled_views(people, rows, styles))
+
+    @property
+    def persons(self) -> list[int]:
+        """Return the number of each person."""
+        import torch
+
+        found: list[int] = self.people.seed[torch.stack([r[0] for r in self.rows])].tolist()
+        return found
+
+    @property
+    def styles(self) -> list[str]:
+        """Return the style of each of `styled`."""
+        return [word.partition("/")[0] for word in self.config.styled]
+
+    @property
+    def unseen(self) -> list[Tensor]:
+        """Return the rows of each person's pictures that are neither shown nor judge."""
+        return [r[self.config.kept_apart() + self.config.views :] for r in self.rows]
+
+    @property
+    def places(self) -> list[str | None]:
+        """Return the place that each of `changed` names; None for none, and of photos, whose places no judge knows."""
+        from hyperdb.heads import PLACE_PHRASES
+
+        phrases = PLACE_PHRASES if "place" in self.people.labels else {}
+        return [next((p for p, phrase in phrases.items() if phrase in text), None) for text in self.config.changed]
+
+    def prompts(self, instance_prompt: str) -> list[str]:
+        """Return what is drawn of each person: plain pictures, those under changed prompts, those in styles."""
+        from hyperdb.heads import prompt
+
+        pairs = [word.partition("/")[::2] for word in self.config.styled]
+        plain = [instance_prompt] * self.config.images
+        return [*plain, *self.config.changed, *(prompt(style, "[V]", place or None) for style, place in pairs)]
+
+    def best(self, some: slice) -> Tensor:
+        """Return some people's own pictures in the place of what is drawn, `[J, images + changed + styled, ...]`."""
+        import torch
+
+        count = self.config.images + len(self.config.changed)
+        cycled = [[r[k % len(r)] for k in range(count)] for r in self.unseen[some]]
+        return torch.cat(
+            [self.people.images[torch.tensor(cycled)], *(self.styled[style][some, :1] for style in self.styles)], 1
+        )
+
+    def standard(self, base: Base, out: Path, photos: dict[str, int]) -> tuple[Standard, dict[str, str]]:
+        """Return what judges the pictures, and the digest of each of its networks.
+
+        What a recogniser makes of a picture is kept in `out`. `photos` says how many a row has learned from. Raises
+        `UserError` for a judge that is missing.
+        """
+        from hyperdb.metrics.feature import Remembered
+        from hyperdb.metrics.figures import Standard
+        from hyperdb.metrics.obedience import Judge
+
+        config, styles, places = self.config, self.styles, self.places
+
+        def asked(name: str) -> Any:
+            path = getattr(config.judges, name, None)
+            return judge(name) if path is None else judge(name, path, base.device)
+
+        recognisers, encoders = ([asked(name) for name in some] for some in (config.recognisers, config.judges.asked()))
+        standard = Standard(
+            [Remembered(one, out / FACES.replace("*", one.name)) for one in recognisers],
+            Judge.load(resolve("package:embedded/judge.safetensors")) if styles or any(places) else None,
+            self.shown, self.views, styles, {style: renders[:, 1:] for style, renders in self.styled.items()}, places,
+            encoders, [base.config.plain_prompt(text) for text in self.prompts(base.config.instance_prompt)], photos,
+        )  # fmt: skip
+        return standard, {one.name: one.digest for one in [*recognisers, *encoders] if hasattr(one, "digest")}
 
 
 def _digest(text: bytes) -> str:
@@ -396,12 +503,9 @@ def run(config: Config) -> Path:
     import torch
     from tqdm import tqdm
 
-    from hyperdb.data.people import load_people
     from hyperdb.faces.image import grid, save_png
-    from hyperdb.heads import PLACE_PHRASES, Identity, prompt
-    from hyperdb.metrics.feature import Remembered
-    from hyperdb.metrics.figures import Standard, closed, differences, slices, summary
-    from hyperdb.metrics.obedience import Judge
+    from hyperdb.heads import Identity
+    from hyperdb.metrics.figures import closed, differences, slices, summary
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
@@ -415,26 +519,8 @@ def run(config: Config) -> Path:
     if config.hypernet is None and begun:
         raise UserError(f"rows={begun[0]!r} begins at a prediction, which needs a hypernetwork; set hypernet=FOLDER")
 
-    # --- people: one reference, `views` judges, the rest for the ceiling
-    given = config.kept_apart()
-    used = given + config.views
-    needed = max(used + 1, config.reference + 1)
-    people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
-    rows = people.given_first(config.data, given, needed, config.reference)
-    shown = people.images[torch.stack([r[:given] for r in rows])]  #                [I, V, 3, H, W]
-    views = people.images[torch.stack([r[given:used] for r in rows])]  #            [I, K, 3, H, W]
-    photos = config.images + len(config.changed)
-    cycled = [[r[used + k % (len(r) - used)] for k in range(photos)] for r in rows]
-    pairs = [word.partition("/")[::2] for word in config.styled]
-    styles = [style for style, _ in pairs]
-    if odd := [w for w in config.styled if "/" in w and w.partition("/")[2] not in PLACE_PHRASES]:
-        raise UserError(f"styled={odd[0]!r}: the place is one of {', '.join(PLACE_PHRASES)}")
-    styled = styled_views(people, rows, styles)
-
-    def best(some: slice) -> Tensor:  #                                             [I, images + changed + styled, ...]
-        others = people.images[torch.tensor(cycled[some])]
-        return torch.cat([others, *(styled[style][some, :1] for style in styles)], 1)
-
+    panel = Panel.gather(config)
+    people, rows, shown = panel.people, panel.rows, panel.shown
     model = Personalizer(config)
     base = model.base
     seen = {row: method.photos or config.photos for row, method in methods.items()}
@@ -443,8 +529,7 @@ def run(config: Config) -> Path:
     if odd := [row for row, method in methods.items() if (method.refinements or 0) > trained]:
         count = methods[odd[0]].refinements
         raise UserError(f"methods.{odd[0]}.refinements={count}: the hypernetwork was trained with {trained}")
-    prompts = [base.config.instance_prompt] * config.images + config.changed
-    prompts += [prompt(style, "[V]", place or None) for style, place in pairs]
+    prompts = panel.prompts(base.config.instance_prompt)
 
     whole, digest = _made_from(config, model, people), _network_digest(model.hypernet)
     described = {row: _described(config, model, row, len(rows), digest) for row in config.rows}
@@ -458,21 +543,7 @@ def run(config: Config) -> Path:
     claim(config.out, ("prior.safetensors",), whole)
     claim(config.out, (FACES,), {})
     file = results_file(config, made_from, described)
-    phrases = PLACE_PHRASES if "place" in people.labels else {}  # the judge of places knows renders alone
-    places = [next((p for p, phrase in phrases.items() if phrase in text), None) for text in config.changed]
-
-    def asked(name: str) -> Any:
-        path = getattr(config.judges, name, None)
-        return judge(name) if path is None else judge(name, path, base.device)
-
-    recognisers, encoders = ([asked(name) for name in names] for names in (config.recognisers, config.judges.asked()))
-    looking = [Remembered(one, out / FACES.replace("*", one.name)) for one in recognisers]
-    standard = Standard(  # before the long part: what is missing is said now
-        looking,
-        Judge.load(resolve("package:embedded/judge.safetensors")) if styles or any(places) else None,
-        shown, views, styles, {style: renders[:, 1:] for style, renders in styled.items()}, places,
-        encoders, [base.config.plain_prompt(text) for text in prompts], seen,
-    )  # fmt: skip
+    standard, judges = panel.standard(base, out, seen)  # before the long part: what is missing is said now
     fits = {row: config.fit(row) for row in config.rows}
     if model.prior is None and any(fit is not None and fit.prior_weight > 0 for fit in fits.values()):
         model.prior = load_prior(base, config.prior, out / "prior.safetensors")
@@ -481,12 +552,12 @@ def run(config: Config) -> Path:
     def draw(row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         if row in methods:
             return cohorts[seen[row]].draw(methods[row], fits[row], seed, prompts, bar.update, some)
-        sent = best(some) if row == "ceiling" else shown[some, :1]  # the given photo stands for every picture
+        sent = panel.best(some) if row == "ceiling" else shown[some, :1]  # the given photo stands for every picture
         through = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent])
         bar.update(len(sent))
         return through.expand(-1, len(prompts), -1, -1, -1), dict.fromkeys(COSTS, 0.0)
 
-    persons = people.seed[torch.stack([r[0] for r in rows])].tolist()
+    persons = panel.persons
     counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
     work = {row: 2 if fit is not None else 1 for row, fit in fits.items()}  # of a person: fine-tuned, drawn
     pictures = Pictures(
@@ -513,7 +584,7 @@ def run(config: Config) -> Path:
         return out
 
     # --- scores: a value a person and seed
-    repeated = any(len(r) - used < config.images for r in rows)  # photos that tell nothing of how varied they are
+    repeated = any(len(r) < config.images for r in panel.unseen)  # photos that tell nothing of how varied they are
     unasked = {**UNASKED, "ceiling": (*UNASKED["ceiling"], "diversity")} if repeated else UNASKED
     found: dict[str, dict[str, list[Any]]] = {row: {} for row in config.rows}
     for seed in range(config.seeds):
@@ -552,7 +623,7 @@ def run(config: Config) -> Path:
         "hypernet": {"digest": digest, **{key: hypernet.get(key) for key in ("base", "data", "steps")}},
         "data": people.digest,
         "recognisers": config.recognisers,
-        "judges": {one.name: one.digest for one in [*recognisers, *encoders] if hasattr(one, "digest")},
+        "judges": judges,
         "methods": described,
         "settings": _settings(config, hypernet),
         "made_from": made_from,

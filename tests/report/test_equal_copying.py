@@ -14,7 +14,11 @@ from hyperdb.runtime.errors import UserError
 
 FILE = Path(__file__).parent.parent.parent / "experiments" / "tables" / "equal_copying.py"
 module = runpy.run_path(str(FILE))
-compare, at_equal_copying = module["compare"], module["at_equal_copying"]
+at_equal_copying, WORDS = module["at_equal_copying"], module["WORDS"]
+
+
+def compare(every, **words):
+    return module["compare"](every, **{**WORDS, **words})
 
 
 def values(copying, likeness, seeds=1):
@@ -34,11 +38,11 @@ def test_a_likeness_is_read_off_the_line_between_two_points():
     ours = np.full(3, 0.3), np.array([0.8, 0.8, 0.8])
     points = [(np.full(3, 0.5), np.array([0.9, 0.9, 0.9])), (np.full(3, 0.1), np.array([0.5, 0.5, 0.5]))]
     found = at_equal_copying(points, ours)
-    assert found["likeness"] == pytest.approx(0.7)
+    assert found["read"] == pytest.approx(0.7)
     assert (found["mean"], found["lo"], found["hi"]) == pytest.approx((0.1, 0.1, 0.1))
     assert found["within"]
     beyond = at_equal_copying(points[:1], ours)
-    assert (beyond["likeness"], beyond["within"]) == (pytest.approx(0.9), False)
+    assert (beyond["read"], beyond["within"]) == (pytest.approx(0.9), False)
 
 
 def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tmp_path, capsys):
@@ -51,7 +55,7 @@ def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tm
     found = compare([one, other])
     assert set(found) == {"dreambooth"}
     assert (found["dreambooth"]["points"], found["dreambooth"]["people"]) == (2, 2)
-    assert found["dreambooth"]["likeness"] == pytest.approx(0.25 + 0.5 / 5)
+    assert found["dreambooth"]["read"] == pytest.approx(0.25 + 0.5 / 5)
     assert found["dreambooth"]["ours"] == pytest.approx(0.75)
     for name, told in (("one", one), ("other", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(told))
@@ -67,6 +71,16 @@ def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tm
         compare([one, {**other, "methods": {"hyper_40": {"steps": 80}}}])
     with pytest.raises(UserError, match="none of the rows hyper_40"):
         compare([{key: value for key, value in one.items() if key != "values"}])
+
+
+def test_other_figures_and_rows_compare_as_well():
+    """How far each copies where both are as like: the line of LoRA's two points at FouRA's likeness."""
+    lora = [results(lora=values([copying] * 3, [likeness] * 3)) for copying, likeness in ((0.2, 0.5), (0.6, 0.9))]
+    for rate, one in enumerate(lora):
+        one["methods"] = {"lora": {"rate": rate}}
+    foura = results(foura=values([0.3] * 3, [0.8] * 3))
+    found = compare([*lora, foura], ours="foura", at="cosine_changed", read="copying")["lora"]
+    assert (found["at"], found["read"], found["mean"]) == pytest.approx((0.8, 0.5, -0.2))
 
 
 def test_what_it_is_not_given_is_asked_for(monkeypatch):

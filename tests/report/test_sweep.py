@@ -152,7 +152,7 @@ def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_pat
     write(1e-5, 0.6, 1.0, 0.9)
     assert choose("lora", tmp_path / "sweep", floor)["at_an_end"]
     with pytest.raises(UserError, match="the row floor is of another base or people"):
-        choose("lora", tmp_path / "sweep", floor | {"people": 8})
+        choose("lora", tmp_path / "sweep", floor | {"persons": [1]})
     (tmp_path / "sweep" / "rate=1e-05" / "results.json").unlink()
     with pytest.raises(UserError, match="holds 4 rates of 5"):
         choose("lora", tmp_path / "sweep", floor)

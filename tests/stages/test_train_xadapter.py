@@ -43,6 +43,7 @@ def test_it_learns_and_an_old_adapter_moves_the_new_bases_pictures(tiny_base, ne
     out = config.run("train_xadapter", words(tiny_base, newer, rendered, tmp_path / "x", "steps=60", "rate=0.01"))
     report = load_json(out / "report.json")
     assert report["loss"]["steered"] < 0.97 * report["loss"]["alone"]
+    assert report["loss"]["told"] > 0
     assert report["numbers"]["old_unet"] == report["numbers"]["new_unet"] > report["numbers"]["mapper"] > 0
     assert report["seconds_a_pass"]["alone"] > 0
     assert "both UNets run" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.faces.image import read_image
 from hyperdb.formats.native import Part, Personalization
+from hyperdb.report import results
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json
+from hyperdb.runtime.files import load_json, load_tensors
 
 OTHER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 KINDS = {
@@ -155,3 +157,37 @@ def test_what_cannot_be_merged_or_is_of_another_base_is_refused(tiny_base, versi
         with pytest.raises(UserError, match=re.escape(word.partition("=")[0])):
             transfer(tiny_base, person, tiny_base, tmp_path, word)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_study_measures_each_way_and_goes_on_where_it_was(versions, tiny_base, people, tmp_path, capsys):
+    """On the same base an adapter is what it was, and so is one fitted there; what was drawn is not drawn again."""
+    script = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "embedded" / "transfer" / "transfer.py"))
+    words = [f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32"]
+    words += ["diffusion.subject_guidance=3", "hypernet=null", f"data={people}", "people=2", "views=2", "given=1"]
+    words += ["images=1", "styled=[]", "changed=['a photo of a [V] face']", "recognisers=[sface]", "batch=2"]
+    words += ["judges.clip=null", "judges.verifier=null", "rows=[lora]"]
+    words += [f"methods.lora.finetune.{word}" for word in ("steps=2", "rate=0.05", "levels=2")]
+    for to in (tiny_base, versions["further"]):
+        script["main"](["--to", str(to), "--out", str(tmp_path / to.name), "--subspace", "4096", *words])
+    capsys.readouterr()
+    same = results.load(tmp_path / tiny_base.name / "results.json")
+    drawn = [load_tensors(tmp_path / tiny_base.name / "rows" / f"lora{way}.safetensors")[0]["images"]
+             for way in ("", "_untouched", "_fitted")]  # fmt: skip
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    layers = same["layers"]["lora_transferred"]
+    square = [layer["kept"] for name, layer in layers.items() if name.endswith("attn1.to_q")]
+    assert square == [pytest.approx(1.0, abs=1e-3)] * len(square) != []  # of others there is more than W spans
+    assert same["rows"]["lora"]["label"] == "LoRA DreamBooth, 2 iterations, on its own base"
+    assert set(same["rows"]) == {"old", "new", "lora", "lora_untouched", "lora_transferred", "lora_fitted"}
+    assert set(same["paired"]) == {f"lora_transferred-lora{way}" for way in ("", "_untouched", "_fitted")}
+    other = results.load(tmp_path / "further" / "results.json")
+    assert other["rows"]["lora"]["cosine"] == same["rows"]["lora"]["cosine"]
+    assert any("skipped" in layer for layer in other["layers"]["lora_transferred"].values())
+
+    file = tmp_path / "further" / "rows" / "lora_untouched.safetensors"
+    before = file.stat().st_mtime_ns
+    (tmp_path / "further" / "rows" / "lora_fitted.safetensors").unlink()
+    script["main"](["--to", str(to), "--out", str(tmp_path / "further"), "--subspace", "4096", *words])
+    assert file.stat().st_mtime_ns == before
+    assert results.load(tmp_path / "further" / "results.json")["values"] == other["values"]

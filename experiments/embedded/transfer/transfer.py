@@ -1,19 +1,22 @@
 """What of an adapter is left on another version of its base: as it is, transferred, steering it, or fitted there.
 
-    python experiments/embedded/transfer/transfer.py --to FOLDER [--xadapter FOLDER] [data=FOLDER people=12]
+    python experiments/embedded/transfer/transfer.py --to FOLDER [--xadapter FOLDER] [--subspace N] [people=6 ...]
 
-Each of the methods personalises validation people on the base `diffusion`. Rows: `METHOD`, its pictures there; and on
-the base in --to `METHOD-untouched`, the same changes; `METHOD-transferred`, what `hyperdb transfer` makes of them;
-`METHOD-steered`, the old base with them in it steers the new one (`hyperdb train_xadapter`); `METHOD-fitted`, the
-method without the hypernetwork, which is of the old base, on the new one. `base` and `to` are the bases alone.
-The words are settings of `hyperdb evaluate experiment=sweep/hyper_40`. Writes results.json beside this file.
+Each of the methods personalises people on the base `diffusion`. Rows: METHOD, its pictures there; and on the base in
+--to METHOD_untouched, the same changes; METHOD_transferred, what `hyperdb transfer` makes of them; METHOD_steered, the
+old base with them in it steers the new one (`hyperdb train_xadapter`); METHOD_fitted, fitted on the new one, without
+the hypernetwork, which is of the old base. `old` and `new` are the bases alone. The words are settings of `hyperdb
+evaluate experiment=methods`, whose people, prompts, judges and columns these are. Pictures are kept in --out, so that
+the same command goes on where it was stopped. Writes results.json there, which `hyperdb report` reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,24 +30,31 @@ from hyperdb.adapters.inject import Injection, settled
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
 from hyperdb.adapters.svdiff import narrowest
-from hyperdb.data.people import load_people
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.xadapter import Mapper, XAdapter, find
-from hyperdb.metrics.face import SFace
-from hyperdb.metrics.figures import Standard, differences, summary
+from hyperdb.metrics.figures import differences, summary
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import save_json
+from hyperdb.runtime.files import hash_files, load_made, save_json, save_tensors
 from hyperdb.runtime.provenance import provenance
+from hyperdb.runtime.recipe import recipe
 from hyperdb.stages import transfer
-from hyperdb.stages.evaluate import Config
+from hyperdb.stages.evaluate import FURTHER, Config, Panel
 from hyperdb.tuning.draw import draw
-from hyperdb.tuning.methods import Cohort
+from hyperdb.tuning.methods import Cohort, seconds_now
 from hyperdb.tuning.personalizer import Personalizer
+from hyperdb.tuning.prior import load_prior
 
-ROWS = "rows=[hyper_only,hyper_40,lora,lorax]"
-WORDS = ["experiment=sweep/hyper_40", "people=12", "styled=[]", ROWS]
-FITTED = {"hyper_40": "no_hyper_40"}  # what stands for a method on a base without hypernetwork
+ROWS = "rows=[hyper_only,hyper_40,lidb_fit,lora,lorax]"
+WORDS = ["experiment=methods", "people=10", "seeds=1", ROWS]
+FITTED = {"hyper_40": "no_hyper_40", "hyper_only": "lidb_fit"}  # what stands for a row without the hypernetwork
+HOW = {
+    "": "on its own base",
+    "untouched": "as it is on the new base",
+    "transferred": "transferred",
+    "steered": "its base steers the new one",
+    "fitted": "fitted on the new base",
+}
 
 
 def personalised(settings: Config, model: Personalizer, photos: Tensor, row: str) -> Changes:
@@ -87,87 +97,164 @@ def steered(old: Base, new: Base, mapper: Mapper, changes: Changes, prompts: lis
     return torch.stack(found)
 
 
+class Study:
+    """Two bases, the same people on both, and the pictures of each row, kept in a folder."""
+
+    def __init__(self, settings: Config, given: argparse.Namespace) -> None:
+        self.settings, self.out = settings, Path(given.out)
+        there = replace(settings, diffusion=replace(settings.diffusion, path=given.to), hypernet=None, rows=["floor"])
+        self.how = config.load("transfer", [f"to={given.to}", "adapter=none"])
+        self.panel = Panel.gather(settings)
+        self.photos = self.panel.shown[:, 0]
+        self.here, self.away = Personalizer(settings), Personalizer(there)
+        self.old, self.new = self.here.base, self.away.base
+        self.mapper = Mapper.load(find(given.xadapter), self.old, self.new) if given.xadapter else None
+        self.subspace = given.subspace or narrowest(Layout.of(self.old.targets()))
+        self.prompts = self.panel.prompts(self.old.config.instance_prompt)
+        self.noises = list(range(len(self.prompts)))
+        own = ("out", "rows", "methods", "judges", "recognisers")
+        told = {key: value for key, value in recipe(settings).items() if key not in own}
+        told |= {"bases": [self.old.digest, self.new.digest], "data": self.panel.people.digest}
+        self.shared = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.alone = {
+            "transferred": str(self.subspace),
+            "steered": hash_files([find(given.xadapter)]) if given.xadapter else "",
+        }
+        self.pictures: dict[str, Tensor] = {}
+        self.told: dict[str, dict[str, Any]] = {}
+
+    def prior(self, model: Personalizer, row: str) -> None:
+        """Make the class pictures of a base, if a row learns from them."""
+        fit = self.settings.fit(row)
+        if model.prior is None and fit is not None and fit.prior_weight > 0:
+            file = self.out / f"prior-{model.base.digest}.safetensors"
+            model.prior = load_prior(model.base, self.settings.prior, file)
+
+    def made_from(self, row: str) -> str:
+        """Return what decides a row's pictures, beside its name."""
+        return f"{self.shared} {self.alone.get(row.rpartition('_')[2], '')}"
+
+    def has(self, row: str) -> bool:
+        """Take a row's pictures from the folder, if they are there."""
+        made = load_made(self.out / "rows" / f"{row}.safetensors")
+        if made is None or made[1].get("made_from") != self.made_from(row):
+            return False
+        self.pictures[row], self.told[row] = made[0]["images"], json.loads(made[1]["told"])
+        return True
+
+    def keep(self, row: str, make: Callable[[], Tensor], **told: Any) -> None:
+        """Draw a row's pictures, unless they are there, and keep them with what is told of it."""
+        if self.has(row):
+            return
+        began = seconds_now(self.new)
+        images = make()
+        told["drawing_seconds"] = round((seconds_now(self.new) - began) / len(images), 3)
+        file = self.out / "rows" / f"{row}.safetensors"
+        save_tensors(file, {"images": images}, {"made_from": self.made_from(row), "told": json.dumps(told)})
+        self.pictures[row], self.told[row] = images, told
+
+    def show(self, row: str, base: Base, changes: Changes | None, **told: Any) -> None:
+        """Keep the pictures that a base draws with changes, of which the file's size is told."""
+        if changes is not None:
+            told["bytes"] = 4.0 * sum(x.numel() for change in changes.values() for x in change) / len(self.photos)
+        people = len(self.photos)
+        self.keep(row, lambda: draw(base, changes, people, self.prompts, self.noises), **told)
+
+    def method(self, row: str) -> None:
+        """Keep the pictures of a method on its own base, and of all that can become of it on the new one."""
+        ways = ["untouched", "transferred", *(["steered"] if self.mapper is not None else [])]
+        if not all(self.has(name) for name in (row, *(f"{row}_{way}" for way in ways))):
+            self.prior(self.here, row)
+            began = seconds_now(self.old)
+            changes = personalised(self.settings, self.here, self.photos, row)
+            seconds = round((seconds_now(self.old) - began) / len(self.photos), 3)
+            self.show(row, self.old, changes, seconds=seconds)
+            self.show(f"{row}_untouched", self.new, changes, seconds=seconds)
+            sites = [{n: Site(n, m) for n, m in base.sites(changes).items()} for base in (self.old, self.new)]
+            moved, layers = transferred(changes, *sites, self.subspace, self.how)
+            self.show(f"{row}_transferred", self.new, moved, layers=layers, seconds=seconds)
+            if self.mapper is not None:
+                everything = (self.old, self.new, self.mapper, changes, self.prompts, self.noises)
+                self.keep(f"{row}_steered", lambda: steered(*everything), seconds=seconds)
+        instead, name = FITTED.get(row, row), f"{row}_fitted"
+        if self.settings.methods[instead].start is None and not self.has(name):
+            self.prior(self.away, instead)
+            began = seconds_now(self.new)
+            changes = personalised(self.settings, self.away, self.photos, instead)
+            self.show(name, self.new, changes, seconds=round((seconds_now(self.new) - began) / len(self.photos), 3))
+
+    def results(self) -> dict[str, Any]:
+        """Return what is measured of all rows, as `hyperdb evaluate` writes it."""
+        standard, judges = self.panel.standard(self.new, self.out, dict.fromkeys(self.pictures, 1))
+        scores = {
+            row: {name: values.double().numpy().round(6)[:, None] for name, values in score.items()}
+            for row, score in standard.measure(self.pictures).items()
+        }
+        against = {
+            f"{row}_transferred": [
+                other
+                for other in (row, *(f"{row}_{way}" for way in ("untouched", "steered", "fitted")))
+                if other in scores
+            ]
+            for row in self.settings.rows
+        }
+        figures = ["cosine", *(name for name in FURTHER if any(name in score for score in scores.values()))]
+        paired = {figure: differences(scores, against, figure, 0) for figure in figures}
+        rows, layers = {}, {}
+        for row, score in scores.items():
+            told = dict(self.told[row])
+            layers[row] = told.pop("layers", None)
+            rows[row] = {"label": self.label(row), "people": len(self.photos), **summary(score, 0), **told}
+        return {
+            "rows": rows,
+            "paired": paired.pop("cosine"),
+            "paired_further": paired,
+            "layers": {row: found for row, found in layers.items() if found is not None},
+            "subspace": self.subspace,
+            "people": len(self.photos),
+            "seeds": 1,
+            "split": self.settings.split,
+            "persons": self.panel.persons,
+            "base": self.old.digest,
+            "to": self.new.digest,
+            "data": self.panel.people.digest,
+            "recognisers": self.settings.recognisers,
+            "judges": judges,
+            **provenance(),
+            "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},
+        }
+
+    def label(self, row: str) -> str:
+        """Return what people read of a row."""
+        if row in ("old", "new"):
+            return f"the {row} base without adapter"
+        method = next(name for name in sorted(self.settings.rows, key=len, reverse=True) if row.startswith(name))
+        fit = self.settings.fit(method)
+        label = self.settings.methods[method].text(fit.steps if fit is not None else 0)
+        return f"{label}, {HOW[row.removeprefix(method).removeprefix('_')]}"
+
+
 def main(arguments: list[str]) -> None:
     """Personalise, move, draw, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", required=True)
     parser.add_argument("--xadapter")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.json"))
+    parser.add_argument("--subspace", type=int, help="singular vectors of a weight that a change may lie in")
+    parser.add_argument("--out", default="runs/transfer_study")
     parser.add_argument("words", nargs="*", help="key=value")
     given = parser.parse_intermixed_args(arguments)
-    settings = config.load("evaluate", [*WORDS, *given.words])
-    there = replace(settings, diffusion=replace(settings.diffusion, path=given.to), hypernet=None, rows=["floor"])
-    how = config.load("transfer", [f"to={given.to}", "adapter=none"])
-    least = 1 + settings.views
-    people = load_people(settings.data, settings.people, settings.split, settings.diffusion.size, least=least)
-    rows = [r[:least] for r in people.given_first(settings.data, 1, least)]
-    images = people.images[torch.stack(rows)]  #                                     [I, 1 + views, 3, H, W]
-    shown, views, count = images[:, 0], images[:, 1:], len(images)
-    here, away = Personalizer(settings), Personalizer(there)
-    old, new = here.base, away.base
-    mapper = Mapper.load(find(given.xadapter), old, new) if given.xadapter else None
-    prompts = [old.config.instance_prompt] * settings.images + settings.changed
-    noises = list(range(len(prompts)))
-
-    pictures = {"base": draw(old, None, count, prompts, noises), "to": draw(new, None, count, prompts, noises)}
-    subspace = how.subspace or narrowest(Layout.of(old.targets()))
-    layers, seconds = {}, {}
-
-    def show(row: str, base: Base, changes: Changes) -> None:
-        began = time.perf_counter()
-        pictures[row] = draw(base, changes, count, prompts, noises)
-        seconds[row] = round((time.perf_counter() - began) / count, 3)
-
-    for row in settings.rows:
-        print(f"{row}, {count} people", flush=True)
-        changes = personalised(settings, here, shown, row)
-        show(row, old, changes)
-        show(f"{row}-untouched", new, changes)
-        sites = [{n: Site(n, m) for n, m in base.sites(changes).items()} for base in (old, new)]
-        moved, layers[row] = transferred(changes, *sites, subspace, how)
-        show(f"{row}-transferred", new, moved)
-        if mapper is not None:
-            began = time.perf_counter()
-            pictures[f"{row}-steered"] = steered(old, new, mapper, changes, prompts, noises)
-            seconds[f"{row}-steered"] = round((time.perf_counter() - began) / count, 3)
-        instead = FITTED.get(row, row)
-        if settings.methods[instead].start is None:
-            show(f"{row}-fitted", new, personalised(settings, away, shown, instead))
-
-    standard = Standard([SFace()], None, shown[:, None], views, [], {}, [None] * len(settings.changed))
-    scores = {
-        row: {name: values.double().numpy().round(6)[:, None] for name, values in score.items()}
-        for row, score in standard.measure(pictures).items()
-    }
-    pairs = {
-        f"{row}-transferred": [f"{row}-untouched", f"{row}-fitted", f"{row}-steered", row] for row in settings.rows
-    }
-    against = {row: [other for other in others if other in scores] for row, others in pairs.items()}
-    result = {
-        "rows": {row: summary(score, 0) | {"seconds": seconds.get(row, 0.0)} for row, score in scores.items()},
-        "paired": {
-            figure: {
-                f"{row} − {other}": differences({"a": scores[row], "b": scores[other]}, {"a": ["b"]}, figure, 0)["a-b"]
-                for row, others in against.items()
-                for other in others
-            }
-            for figure in ("cosine", "cosine_changed")
-        },
-        "layers": layers,
-        "people": count,
-        "split": settings.split,
-        "images_a_person": settings.images,
-        "changed": settings.changed,
-        "bases": {"old": old.digest, "new": new.digest},
-        "data": people.digest,
-        **provenance(),
-        "values": {row: {name: v.T.tolist() for name, v in score.items()} for row, score in scores.items()},  # [1, I]
-    }
-    save_json(given.out, result)
-    for row, score in result["rows"].items():
+    study = Study(config.load("evaluate", [*WORDS, *given.words]), given)
+    study.show("old", study.old, None)
+    study.show("new", study.new, None)
+    for row in study.settings.rows:
+        print(f"{row}, {len(study.photos)} people", flush=True)
+        study.method(row)
+    found = study.results()
+    file = save_json(study.out / "results.json", found)
+    for row, score in found["rows"].items():
         changed = score["cosine_changed"]["mean"]
-        print(f"{row:26s} face cosine {score['cosine']['mean']:.3f}, changed prompt {changed:.3f}")
-    print(f"results in {given.out}")
+        print(f"{row:24s} face cosine {score['cosine']['mean']:.3f}, changed prompts {changed:.3f}")
+    print(f"results in {file}")
 
 
 if __name__ == "__main__":
