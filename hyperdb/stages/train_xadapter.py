@@ -131,7 +131,7 @@ def run(config: Config, track: Track) -> Path:
         where=lambda: bad_levels(new.schedule, *last),
     )  # fmt: skip
 
-    # --- write; of pictures that were not trained on, the loss of the new base steered, alone, and alone with all captions
+    # --- write; of pictures not trained on, the loss of the new base steered, alone, and alone with all captions
     file = mapper.save(out / FILE, old, new)
     z, noise, t, mine, said = rows(generator(config.seed, "held"), torch.arange(len(people) - held, len(people)))
     loss, seconds = {}, {}
