@@ -42,5 +42,13 @@ def shown(feature: Feature, images: Tensor, gallery: Tensor) -> dict[str, dict[s
     }
 
 
+def mean(every: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the mean of each figure of several results of `shown`."""
+    return {
+        side: {figure: round(sum(one[side][figure] for one in every) / len(every), 4) for figure in every[0][side]}
+        for side in SIDES
+    }
+
+
 def _share(hits: Tensor) -> float:
     return round(hits.float().mean().item(), 4)

@@ -44,13 +44,16 @@ class Config:
     both orders. The share of mixed pictures is the paper's. The weight of the regulariser is not tuned: at 20 its
     gradient is a quarter to all as long as that of the denoising, at the start on the embedded base.
 
-    A half of a picture is recognised among the two people and `others`, by SFace and one photo of each. With `compare`
+    Half of the pictures are drawn in either order. A half of a picture is recognised among the two people and `others`,
+    by SFace and one photo of each: of `judged`, which the adapter has not seen, or the given ones. The photos
+    themselves, put side by side through the autoencoder, are judged too: better no picture can be. With `compare`
     another adapter is trained without the regulariser, in the same time again, and measured too.
     """
 
     images: list[FilePath] = "???"  # type: ignore[assignment]
     """photos of the two people"""
     others: list[FilePath] = field(default_factory=list)  # photos of other people, one each
+    judged: list[FilePath] = field(default_factory=list)  # other photos of those people, in the same order
     align: bool = True  # find the faces and crop them as FFHQ does; false: the pictures are such crops already
     second: str = "q"  # word of the second person, one token of the base; the first one's is diffusion.rare_token
     prompt: str  # of both people
@@ -70,8 +73,8 @@ class Config:
             raise UserError(f"mix={self.mix}: expected a share from 0 to below 1")
         if self.unmix < 0 or (self.compare and not self.unmix):
             raise UserError(f"unmix={self.unmix}: expected a weight, at least 0, and above 0 with compare=true")
-        if not 1 <= self.num_images <= 1000:
-            raise UserError(f"num_images={self.num_images}: expected 1 to 1000")
+        if not 2 <= self.num_images <= 1000:
+            raise UserError(f"num_images={self.num_images}: expected 2 to 1000")
         of_one = {"face_weight": "0", "masked_prior": "0", "flips": "false", "instance_prompt": "null"}
         if odd := [f"finetune.{name}={off}" for name, off in of_one.items() if getattr(self.finetune, name)]:
             raise UserError(f"{', '.join(x.partition('=')[0] for x in odd)}: is for one person; set {' '.join(odd)}")
@@ -83,21 +86,23 @@ class Config:
 
 
 def _photos(config: Config) -> tuple[Tensor, Tensor]:
-    """Return the crops of the two people, and one of everybody who is told from whom, `[N, 3, H, W]` uint8."""
+    """Return the crops of the two people, and one by which each of N is recognised, `[N, 3, H, W]` uint8."""
     import numpy as np
 
     from hyperdb.faces.align import face_crop
     from hyperdb.faces.image import read_image
     from hyperdb.tuning.personalizer import to_images
 
-    crops, how = [], config.diffusion
-    for path in (*config.images, *config.others):
+    crops, how, people = [], config.diffusion, len(config.images) + len(config.others)
+    if config.judged and len(config.judged) != people:
+        raise UserError(f"judged={config.judged}: expected a photo of each of the {people} people of images and others")
+    for path in (*config.images, *config.others, *config.judged):
         crop, notice = face_crop(read_image(path), how.size, how.crop, None, path, config.align)
         if notice:
             print(notice)
         crops.append(crop)
     everybody = to_images(np.stack(crops))
-    return everybody[:2], everybody
+    return everybody[:2], everybody[-people:]
 
 
 def _words(config: Config, base: Base) -> tuple[str, str]:
@@ -111,6 +116,7 @@ def _words(config: Config, base: Base) -> tuple[str, str]:
 
 def run(config: Config) -> Path:
     """Write `out/adapter.safetensors`, pictures of the two people, and `report.json`; return `out`."""
+    import torch
     from tqdm import tqdm
 
     from hyperdb.adapters.base import moved
@@ -119,13 +125,13 @@ def run(config: Config) -> Path:
     from hyperdb.faces.image import grid, save_png
     from hyperdb.formats.native import Part, Personalization
     from hyperdb.metrics.face import SFace
-    from hyperdb.metrics.halves import SIDES, shown
+    from hyperdb.metrics.halves import SIDES, mean, shown
     from hyperdb.metrics.likeness import galleries
-    from hyperdb.runtime.files import save_json
+    from hyperdb.runtime.files import load_json, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
-    from hyperdb.tuning.cutmix import of_nobody, of_two, scenes, with_pairs
+    from hyperdb.tuning.cutmix import of_nobody, of_two, scenes, side_by_side, with_pairs
     from hyperdb.tuning.draw import draw
     from hyperdb.tuning.fit import fit
     from hyperdb.tuning.prior import load_prior
@@ -150,15 +156,26 @@ def run(config: Config) -> Path:
     tuning = replace(config.finetune, steps=2 * config.finetune.steps)
 
     # --- train, draw, look at the halves; without the regulariser the same again
-    feature, prompt = SFace(), of_two(config.prompt, *words)
+    feature, orders = SFace(), (words, words[::-1])
+    prompts = [of_two(config.prompt, *orders[k % 2]) for k in range(config.num_images)]
     gallery = galleries(feature, everybody[:, None])
-    for path, known in zip(config.images, gallery, strict=False):
+    for path, known in zip(config.judged or config.images, gallery[:2], strict=False):
         if not known.isfinite().all():
             print(f"no face is recognised in {path}: its half of the pictures counts as missed")
-    seeds = list(range(config.num_images))
-    results: dict[str, Any] = {}
+
+    def measured(pictures: Tensor) -> dict[str, Any]:
+        turned = [1, 0, *range(2, len(gallery))]
+        return mean([shown(feature, pictures[::2], gallery), shown(feature, pictures[1::2], gallery[turned])])
+
+    pairs = torch.cat([side_by_side(crops[:1], crops[1:]), side_by_side(crops[1:], crops[:1])])
+    told = {"words": list(words), "prompt": prompts[0], "people": len(everybody), "pictures": len(prompts)}
+    told |= {"base": base.digest, "ceiling": measured(base.decode(base.moments(pairs)[:, 0]))}
+    report = load_json(out / "report.json") if (out / "report.json").is_file() else {"results": {}}
+    results: dict[str, Any] = report["results"]  # of the part before a stop
     runs = {"unmix" if config.unmix else "mixed": config.unmix} | ({"mixed": 0.0} if config.compare else {})
     for number, (name, unmix) in enumerate(runs.items()):
+        if name in results:
+            continue
         began = time.perf_counter()
         with tqdm(total=tuning.steps, desc=name, unit="step", dynamic_ncols=True) as bar:
 
@@ -170,10 +187,9 @@ def run(config: Config) -> Path:
         seconds = round(time.perf_counter() - began, 1)
         changes: Changes = moved(adapter.changes(params))
         # ordinary guidance: hybrid guidance would take one of the two words for the person, and leave the other
-        pictures = draw(base, changes, 1, [prompt] * len(seeds), seeds, hybrid=False)[0]
-        results[name] = {**shown(feature, pictures, gallery), "seconds": seconds}
+        pictures = draw(base, changes, 1, prompts, list(range(len(prompts))), hybrid=False)[0]
         sheet = grid(list(pictures.permute(0, 2, 3, 1).numpy()), 8)
-        text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompt}
+        text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompts[0]}
         save_png(out / ("pictures_mixed.png" if number else "pictures.png"), sheet, text)
         if not number:
             kept = [Part(settings, adapter.layout, {k: v.cpu() for k, v in params.items()})]
@@ -181,10 +197,10 @@ def run(config: Config) -> Path:
                 Layout.of(base.targets()), None, base=base_hash(base.targets()), rare_token=words[0],
                 class_word=base.config.class_word, parts=kept,
             ).save(out / "adapter.safetensors")  # fmt: skip
+        results[name] = {**measured(pictures), "seconds": seconds}
+        save_json(out / "report.json", {**told, "results": results, "provenance": provenance()})
         rates = ", ".join(f"{side} {results[name][side]['rank1']:.2f}" for side in SIDES)
         print(f"{name}: the right person among {len(everybody)} in a share of the halves of {rates}")
-    told = {"words": list(words), "prompt": prompt, "people": len(everybody), "pictures": len(seeds)}
-    save_json(out / "report.json", {**told, "base": base.digest, "results": results, "provenance": provenance()})
     print(f"adapter in {out / 'adapter.safetensors'}, pictures in {out / 'pictures.png'}")
     both = of_two(config.prompt, "[V]", config.second)
     print(f"next: hyperdb generate adapter={config.out} prompt='{both}' diffusion.subject_guidance=null")

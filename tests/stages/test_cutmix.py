@@ -9,7 +9,7 @@ from hyperdb import config
 from hyperdb.faces.image import read_image, save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json
+from hyperdb.runtime.files import load_json, save_json
 
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "diffusion.device=cpu", "prior.images=2",
         "prior.levels=2", "second=zwx", "align=false", "num_images=2", "finetune.steps=2",
@@ -32,7 +32,8 @@ def made(tiny_base, tmp_path, files, *words):
 
 
 def test_two_photos_become_an_adapter_pictures_and_a_report(tiny_base, tmp_path, photos, capsys):
-    out = made(tiny_base, tmp_path, photos, f"others=[{photos[0]}]", "compare=true", "unmix=100")
+    more = [f"others=[{photos[0]}]", f"judged=[{photos[0]},{photos[1]},{photos[1]}]", "compare=true", "unmix=100"]
+    out = made(tiny_base, tmp_path, photos, *more)
     person = Personalization.load(out / "adapter.safetensors")
     assert [part.kind for part in person.parts] == ["svdiff"]
     assert person.rare_token == "sks"
@@ -40,12 +41,17 @@ def test_two_photos_become_an_adapter_pictures_and_a_report(tiny_base, tmp_path,
     assert (report["words"], report["people"]) == (["sks", "zwx"], 3)
     assert report["prompt"] == "a photo of a sks face, a zwx face"
     assert set(report["results"]) == {"unmix", "mixed"}
-    for run in report["results"].values():
+    for run in (*report["results"].values(), report["ceiling"]):
         for side in ("left", "right"):
             assert set(run[side]) == {"rank1", "swapped", "detected", "cosine"}
             assert 0 <= run[side]["rank1"] <= run[side]["detected"] <= 1
     sheets = [read_image(out / name) for name in ("pictures.png", "pictures_mixed.png")]
     assert (sheets[0] != sheets[1]).any()
+    before = (out / "pictures.png").stat().st_mtime_ns
+    save_json(out / "report.json", report | {"results": {"unmix": report["results"]["unmix"]}})  # stopped in between
+    again = load_json(made(tiny_base, tmp_path, photos, *more) / "report.json")
+    assert (out / "pictures.png").stat().st_mtime_ns == before
+    assert again["results"]["mixed"] == report["results"]["mixed"] | {"seconds": again["results"]["mixed"]["seconds"]}
     prompt = "a photo of a [V] face, a zwx face"
     assert f"prompt='{prompt}'" in capsys.readouterr().out
     words = [f"diffusion.path={tiny_base}", *TINY[:4], f"prompt={prompt}", "num_images=1"]
@@ -68,6 +74,8 @@ def test_any_adapter_of_the_network_learns_two_people(tiny_base, tmp_path, photo
         (["adapter=svdiff", "finetune.masked_prior=0.5"], "masked_prior: is for one.*set finetune.masked_prior=0$"),
         (["adapter=svdiff", "finetune.flips=true"], "finetune.flips: is for one person; set finetune.flips=false$"),
         (["adapter=svdiff", "finetune.instance_prompt=a [V]"], "instance_prompt: is for.*instance_prompt=null$"),
+        (["num_images=1"], "num_images=1: expected 2"),
+        (["judged=[x.png]"], "expected a photo of each of the 2 people"),
         (["mix=1"], "mix=1.0: expected a share"),
         (["unmix=0", "compare=true"], "unmix=0.0: expected a weight"),
         (["second=sks"], "second='sks': expected one token of the base, another than 'sks'"),
