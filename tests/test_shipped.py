@@ -75,6 +75,10 @@ def test_the_shipped_judges_know_people_in_styles_and_captions():
     named = [(clip(images) @ words.T).argmax(1) for images in pictures.values()]
     right = torch.cat([found == i for i, found in enumerate(named)])
     assert right.float().mean() > 0.8
+    vicreg = judge("vicreg", str(EMBEDDED / "judges" / "vicreg"), torch.device("cpu"))
+    every = torch.cat([pictures["photo"], pictures["oil"]])
+    seen, darker = vicreg(every), vicreg((every.float() * 0.9).byte().roll(2, 3))
+    assert ((seen @ darker.T).argmax(1) == torch.arange(len(every))).all()  # a picture is nearest to itself
     one, several = clip(pictures["oil"][:1]), clip(pictures["oil"])
     assert torch.allclose(one, several[:1], atol=1e-5)  # whatever the batch
 
