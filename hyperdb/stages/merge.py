@@ -195,6 +195,7 @@ def run(config: Config) -> Path:
     print(f"adapter in {out / 'adapter.safetensors'}; the words that call the people: {', '.join(map(repr, calls))}")
     together_moved, *alone = moves.sqrt().tolist()
     print(f"the layers move {together_moved / max(max(alone), 1e-12):.2g} times as far as the furthest person's own")
-    prompt = f"a photo of a {' and a '.join(calls)}"
+    known = len(base.tokenizer("and", add_special_tokens=False).input_ids) == 1
+    prompt = f"a photo of a {(' and a ' if known else ', a ').join(calls)}"
     print(f"next: hyperdb generate adapter={config.out} prompt='{prompt}' diffusion.subject_guidance=null")
     return out

@@ -3,6 +3,7 @@
     hyperdb transfer adapter=runs/personalize/me to=FOLDER name=me
 
 Each layer's change is projected on the leading singular vectors of the new base's weight and becomes low-rank factors.
+A word's vectors go on as they are, where the bases have the same words.
 Layers whose singular vectors differ too much between the bases are left out and named. To the very base that an adapter
 was made for, this makes a LoRA of whatever can be merged.
 """
@@ -21,6 +22,8 @@ from hyperdb.runtime.paths import FilePath
 if TYPE_CHECKING:
     from hyperdb.adapters.base import Change, LowRank
     from hyperdb.adapters.site import Site
+    from hyperdb.diffusion.base import Base
+    from hyperdb.formats.native import Part, Personalization
 
 WRITES = ("adapter.safetensors", "transfer.json", "transfer.md")
 LARGEST = 4096  # rank or subspace
@@ -100,11 +103,30 @@ def move(
     return moved, found | {"kept": round(energy(moved) / whole, 4) if whole else 1.0}
 
 
+def words_of(person: Personalization, base: Base, new: Base) -> list[Part]:
+    """Return a person's word vectors for the new base; none where it reads other words, or of another width."""
+    from hyperdb.adapters import TokenConfig
+    from hyperdb.adapters.layout import Layout
+    from hyperdb.adapters.site import Site
+    from hyperdb.formats.native import Part
+
+    found = []
+    for part in person.parts if base.tokenizer.get_vocab() == new.tokenizer.get_vocab() else ():
+        if isinstance(part.config, TokenConfig):
+            place, *_ = part.layout.layers
+            sites = new.sites([place.name])
+            if place.name in sites and Site(place.name, sites[place.name]).shape == tuple(place.shape):
+                settings = TokenConfig(part.config.row, part.config.start, part.config.vectors)
+                found.append(Part(settings, Layout((place,)), {"vector": part.params["vector"]}))
+    return found
+
+
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["| layer | similarity, inputs | similarity, outputs | of the change kept | left out |", "|" + " --- |" * 5]
+    heads = ["layer", "similarity, inputs", "similarity, outputs", "of the change kept", "not projected"]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for name, row in rows.items():
         cells = [f"{row[key]:.3f}" if key in row else "—" for key in ("inputs", "outputs", "kept")]
-        lines.append(f"| `{name}` | {' | '.join(cells)} | {row.get('skipped', '')} |")
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {row.get('skipped', row.get('word', ''))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -145,8 +167,11 @@ def run(config: Config) -> Path:
         pair, rows[name] = move(change, Site(name, old_sites[name]), onto, subspace, config)
         if pair is not None:
             factors[name] = pair
+    carried = words_of(person, base, new)
+    for part in carried:
+        rows[part.layout.names[0]] = {"word": "as it is"}
     skipped = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
-    if not factors:
+    if not factors and not carried:
         name, why = next(iter(skipped.items()))
         raise UserError(
             f"nothing of {file} can be moved to {config.to}: the first of its {len(rows)} layers is {name} ({why}, "
@@ -159,13 +184,15 @@ def run(config: Config) -> Path:
     words = (base_hash(new.targets()), person.rare_token, person.class_word)
     made_from = {**recipe(config), "adapter": hash_files([file]), "base": base.digest, "to": new.digest}
     out = claim(config.out, WRITES, made_from)
-    Personalization(layout, tokens, empty, *words, factors).save(out / "adapter.safetensors")
+    Personalization(layout, tokens, empty, *words, factors, parts=carried).save(out / "adapter.safetensors")
     told = {"base": base.digest, "to": new.digest, "subspace": subspace, "layers": rows, "skipped": skipped}
     save_json(out / "transfer.json", told | {"provenance": provenance()})
     save_text(out / "transfer.md", _table(rows))
-    least = min(min(rows[name]["inputs"], rows[name]["outputs"]) for name in factors)
-    kept = sum(rows[name]["kept"] for name in factors) / len(factors)
-    print(f"{len(factors)} of {len(rows)} layers moved, similarity {least:.2f} and more, {kept:.0%} of a change kept")
+    print(f"{len(factors)} of {len(rows)} layers moved{', and the word as it is' if carried else ''}")
+    if factors:
+        least = min(min(rows[name]["inputs"], rows[name]["outputs"]) for name in factors)
+        kept = sum(rows[name]["kept"] for name in factors) / len(factors)
+        print(f"similarity {least:.2f} and more, {kept:.0%} of a change kept")
     for why in dict.fromkeys(skipped.values()):
         names = [name for name in skipped if skipped[name] == why]
         print(f"left out ({why}): {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from hyperdb import config
-from hyperdb.adapters import A1111Config, DoRAConfig, LiDBConfig, LoRAXConfig, SVDiffConfig
+from hyperdb.adapters import (
+    A1111Config,
+    CustomConfig,
+    DoRAConfig,
+    LiDBConfig,
+    LoRAXConfig,
+    SVDiffConfig,
+    TokenConfig,
+)
 from hyperdb.adapters.base import delta
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
@@ -22,6 +30,7 @@ from hyperdb.formats.native import Part, Personalization
 from hyperdb.report import results
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
+from hyperdb.tuning.trainable import trainable
 
 OTHER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 KINDS = {
@@ -191,3 +200,23 @@ def test_the_study_measures_each_way_and_goes_on_where_it_was(versions, tiny_bas
     script["main"](["--to", str(to), "--out", str(tmp_path / "further"), "--subspace", "4096", *words])
     assert file.stat().st_mtime_ns == before
     assert results.load(tmp_path / "further" / "results.json")["values"] == other["values"]
+
+
+@pytest.mark.parametrize("settings", [CustomConfig(), TokenConfig(vectors=2)])
+def test_a_word_goes_on_as_it_is(tiny_base, versions, person, tmp_path, capsys, settings):
+    base, g = load(tiny_base), torch.Generator().manual_seed(2)
+    settings, adapter = trainable(base, settings)
+    params = {k: v + torch.randn(v.shape, generator=g) for k, v in adapter.init(1, _sites(base, adapter)).items()}
+    own = replace(person, tokens=None, relaxed={}, parts=[Part(settings, adapter.layout, params)])
+    out = transfer(tiny_base, own, versions["further"], tmp_path)
+    embedding, *layers = adapter.layout.names
+    moved = Personalization.load(out / "adapter.safetensors")
+    assert [(part.kind, part.layout.names) for part in moved.parts] == [("token", (embedding,))]
+    assert torch.equal(moved.parts[0].params["vector"], params["vector"])
+    assert load_json(out / "transfer.json")["layers"][embedding] == {"word": "as it is"}
+    assert set(moved.relaxed) <= set(layers)
+    assert f"{len(moved.relaxed)} of {1 + len(layers)} layers moved, and the word as it is" in capsys.readouterr().out
+
+
+def _sites(base, adapter):
+    return {name: Site(name, module) for name, module in base.sites(adapter.layout.names).items()}
