@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,17 @@ def require(kind: str) -> None:
     """Raise `UserError` if torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
         raise UserError(f"diffusion.quantise={kind} needs torchao: pip install 'hyperdb[quantise]'")
+
+
+def stored(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and buffers as they lie in memory."""
+
+    def size(tensor: Any) -> int:
+        if hasattr(tensor, "__tensor_flatten__"):  # one that is made of others: numbers in fewer bits, and their scales
+            return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return int(tensor.numel() * tensor.element_size())
+
+    return sum(size(tensor.data) for tensor in (*model.parameters(), *model.buffers()))
 
 
 def quantise(model: nn.Module, kind: str) -> None:

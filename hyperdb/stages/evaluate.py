@@ -503,6 +503,7 @@ def run(config: Config) -> Path:
     import torch
     from tqdm import tqdm
 
+    from hyperdb.diffusion.quantise import stored
     from hyperdb.faces.image import grid, save_png
     from hyperdb.heads import Identity
     from hyperdb.metrics.figures import closed, differences, slices, summary
@@ -620,6 +621,7 @@ def run(config: Config) -> Path:
         "styled": config.styled,
         "changed": config.changed,
         "base": base.digest,
+        "base_bytes": stored(base.unet) + stored(base.text_encoder),
         "hypernet": {"digest": digest, **{key: hypernet.get(key) for key in ("base", "data", "steps")}},
         "data": people.digest,
         "recognisers": config.recognisers,

@@ -32,6 +32,11 @@ def settings(tiny_base):
     return DiffusionConfig(path=str(tiny_base), size=32, dtype="fp32", device="cpu")
 
 
+def test_the_bytes_of_a_model_are_those_of_its_numbers():
+    model = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32)).half()
+    assert quantise.stored(model) == 2 * (64 * 32 + 32 + 4 * 32) + 8  # and how many batches were seen
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_the_library_one_line_says_what_to_install(settings, monkeypatch, kind):
     find = importlib.util.find_spec
@@ -58,6 +63,7 @@ def test_it_is_the_same_base_in_fewer_bits(settings, kind):
     for _, site, layer in layers:
         error = (site.weight() - layer.weight).abs().max() / layer.weight.abs().max()
         assert 0 < error < (0.51 if kind == "int8" else 1.2) / steps
+    assert 0 < quantise.stored(fewer.unet) < quantise.stored(plain.unet)
     inputs = torch.randn(2, *plain.latent_shape), torch.tensor([10, 900])
     with torch.no_grad():
         words = [base.text_encoder(base.tokenize(["a sks face"] * 2))[0] for base in (plain, fewer)]
