@@ -1,4 +1,7 @@
-"""Tables from results files: `python -m hyperdb.report.table experiments/embedded/likeness/results.json`."""
+"""Tables from results files: `python -m hyperdb.report.table experiments/embedded/likeness/results.json`.
+
+Figures that are named behind the file are the columns, in this order.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,16 +150,24 @@ def _slices(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
-    """Return the tables that are not empty: rows, paired differences and, but in brief, slices."""
+def _tables(results: Mapping[str, Any], brief: bool, only: Sequence[str] = ()) -> list[Table]:
+    """Return the tables that are not empty: rows, paired differences and, but in brief, slices.
+
+    With `only` they have these figures alone beside the face cosine, in this order, and there are no slices.
+    """
     rows, pairs = results["rows"], _pairs(results)
-    columns = {name: column for name, column in _columns(rows.values()).items() if column.brief or not brief}
+    known = _columns(rows.values())
+    columns = {name: column for name, column in known.items() if column.brief or not brief}
+    if only:
+        columns = {name: known[name] for name in ("cosine", *only) if name in known}
     table = [["way to personalise", *(column.label for column in columns.values())]]
     for name, row in rows.items():
         cells = [_cell(row, figure, column.digits) for figure, column in columns.items() if figure != "cosine"]
         table.append([_label(results, name), _interval(row["cosine"]), *cells])
     compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
-    if brief:
+    if only:
+        compared = {name: label for name, label in compared.items() if name in ("cosine", "people", *only)}
+    elif brief:
         compared = {name: label for name, label in compared.items() if name in ("cosine", "people", "cosine_changed")}
         compared |= {"cosine": f"face cosine [95 % interval over {_over(results)}]"}
     differences = [["paired difference", *compared.values()]]
@@ -166,7 +177,8 @@ def _tables(results: Mapping[str, Any], brief: bool) -> list[Table]:
             for figure in compared
         ]
         differences.append([_label(results, name), *cells])
-    return [found for found in (table, differences, _slices(results)[: 0 if brief else None]) if len(found) > 1]
+    parts = [table, differences] if brief or only else [table, differences, _slices(results)]
+    return [found for found in parts if len(found) > 1]
 
 
 def comma_separated(named: Mapping[str, Mapping[str, Any]]) -> str:
@@ -220,13 +232,14 @@ def latex(results: Mapping[str, Any], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def markdown(results: Mapping[str, Any], brief: bool = True) -> str:
+def markdown(results: Mapping[str, Any], brief: bool = True, only: Sequence[str] = ()) -> str:
     """Return the tables of an evaluation, of the rows and columns that it has.
 
     The brief ones leave out the figures that COLUMNS does not call brief, and how many people and seeds there were.
+    With `only` there are these figures beside the face cosine, in this order.
     """
     lines = []
-    for heading, *body in _tables(results, brief):
+    for heading, *body in _tables(results, brief, only):
         for cells in (heading, ["---"] * len(heading), *body):
             lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
         lines.append("")
@@ -234,4 +247,5 @@ def markdown(results: Mapping[str, Any], brief: bool = True) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(load(Path(sys.argv[1]))))
+    file, *figures = sys.argv[1:]
+    print(markdown(load(Path(file)), only=figures))

@@ -29,6 +29,14 @@ def test_what_a_row_was_not_asked_is_a_dash():
     assert table[3].endswith("| 0.25 | 0.800 | — |")
 
 
+def test_a_table_has_the_columns_that_are_asked_for():
+    table = markdown(RESULTS, only=["bytes", "copy_pose", "unknown"]).splitlines()
+    assert table[0] == "| way to personalise | face cosine | bytes | pose copied |"
+    assert table[3] == "| lora | 0.500 [0.375, 0.625] | — | — |"
+    assert table[5] == "| paired difference | face cosine | pose copied |"
+    assert len(table) == 8
+
+
 RESULTS = {
     "rows": {
         "copy": {
