@@ -160,7 +160,7 @@ class Hypernet(nn.Module):
             yield torch.cat([x.cpu().flatten() for x in wanted])[None]
 
         encoder = f"{json.dumps(asdict(self.config.encoder))} {hash_tensors(self.encoder.state_dict().values())}"
-        packed = kept(None, "features", f"{key} {encoder} {self.config.summary}", 1, measured)[0]
+        packed = kept(None, "features", f"{key} {encoder} {self.config.summary} running", 1, measured)[0]
         for buffer, value in zip(wanted, packed.split([x.numel() for x in wanted]), strict=True):
             buffer.copy_(value.view_as(buffer))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hyperdb.report.results import is_figure, load
+from hyperdb.runtime.errors import UserError
 
 
 class Column(NamedTuple):
@@ -44,6 +45,8 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "cosine_verifier": Column("cosine by the verifier", 3),
     "rank1_verifier": Column("rank-1 by the verifier", brief=True),
     "rank1_styled_verifier": Column("rank-1 by the verifier in the style", brief=True),
+    "cosine_changed_verifier": Column("cosine by the verifier, changed prompt", 3),
+    "rank1_changed_verifier": Column("rank-1 by the verifier, changed prompt"),
     "style_accuracy": Column("style obeyed", brief=True),
     "place_accuracy": Column("place obeyed"),
     "copy_pose": Column("pose copied", brief=True),
@@ -52,6 +55,7 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "vicreg": Column("VICReg", 3, brief=True),
     "clip_i": Column("CLIP-I", 3, brief=True),
     "clip_t": Column("CLIP-T", 3, brief=True),
+    "vicreg_plain": Column("VICReg, plain prompt", 3),
     "dino_plain": Column("DINO, plain prompt", 3),
     "clip_i_plain": Column("CLIP-I, plain prompt", 3),
     "clip_t_plain": Column("CLIP-T, plain prompt", 3),
@@ -59,6 +63,7 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "clip_i_changed": Column("CLIP-I, changed prompt", 3),
     "clip_t_changed": Column("CLIP-T, changed prompt", 3),
     "vicreg_changed": Column("VICReg, changed prompt", 3),
+    "vicreg_styled": Column("VICReg, in the style", 3),
     "dino_styled": Column("DINO, in the style", 3),
     "clip_i_styled": Column("CLIP-I, in the style", 3),
     "clip_t_styled": Column("CLIP-T, in the style", 3),
@@ -157,16 +162,18 @@ def _tables(results: Mapping[str, Any], brief: bool, only: Sequence[str] = ()) -
     """
     rows, pairs = results["rows"], _pairs(results)
     known = _columns(rows.values())
+    if odd := [name for name in only if name not in known]:
+        raise UserError(f"no row has the figure {odd[0]}; expected of {', '.join(known)}")
     columns = {name: column for name, column in known.items() if column.brief or not brief}
     if only:
-        columns = {name: known[name] for name in ("cosine", *only) if name in known}
+        columns = {name: known[name] for name in ("cosine", *only)}
     table = [["way to personalise", *(column.label for column in columns.values())]]
     for name, row in rows.items():
         cells = [_cell(row, figure, column.digits) for figure, column in columns.items() if figure != "cosine"]
         table.append([_label(results, name), _interval(row["cosine"]), *cells])
     compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
     if only:
-        compared = {name: label for name, label in compared.items() if name in ("cosine", "people", *only)}
+        compared = {name: compared[name] for name in ("cosine", *only) if name in compared}
     elif brief:
         compared = {name: label for name, label in compared.items() if name in ("cosine", "people", "cosine_changed")}
         compared |= {"cosine": f"face cosine [95 % interval over {_over(results)}]"}

@@ -145,7 +145,8 @@ def run(config: Config) -> Path:
     words = _words(config, base)
     settings, adapter = trainable(base, config.adapter)
     moments, shows = scenes(base, crops, words, config.prompt, config.mix, config.unmix)
-    photos = hashlib.sha256(everybody.numpy().tobytes()).hexdigest()
+    seen = torch.cat([crops, everybody]) if config.judged else everybody
+    photos = hashlib.sha256(seen.numpy().tobytes()).hexdigest()
     made_from = {**recipe(config), "base": base.digest, "photos": photos}
     made_from["adapter"]["kind"] = kind_of(config.adapter)
     out = claim(config.out, WRITES, made_from)
@@ -168,13 +169,14 @@ def run(config: Config) -> Path:
         return mean([shown(feature, pictures[::2], gallery), shown(feature, pictures[1::2], gallery[turned])])
 
     pairs = torch.cat([side_by_side(crops[:1], crops[1:]), side_by_side(crops[1:], crops[:1])])
-    told = {"words": list(words), "prompt": prompts[0], "people": len(everybody), "pictures": len(prompts)}
+    told = {"words": list(words), "prompts": prompts[:2], "people": len(everybody), "pictures": len(prompts)}
     told |= {"base": base.digest, "ceiling": measured(base.decode(base.moments(pairs)[:, 0]))}
-    report = load_json(out / "report.json") if (out / "report.json").is_file() else {"results": {}}
-    results: dict[str, Any] = report["results"]  # of the part before a stop
+    report = load_json(out / "report.json") if (out / "report.json").is_file() else {}
+    results: dict[str, Any] = report["results"] if report.get("ceiling") == told["ceiling"] else {}  # before a stop
     runs = {"unmix" if config.unmix else "mixed": config.unmix} | ({"mixed": 0.0} if config.compare else {})
     for number, (name, unmix) in enumerate(runs.items()):
-        if name in results:
+        sheet, adapter_file = out / ("pictures_mixed.png" if number else "pictures.png"), out / "adapter.safetensors"
+        if name in results and sheet.is_file() and (number or adapter_file.is_file()):
             continue
         began = time.perf_counter()
         with tqdm(total=tuning.steps, desc=name, unit="step", dynamic_ncols=True) as bar:
@@ -188,15 +190,14 @@ def run(config: Config) -> Path:
         changes: Changes = moved(adapter.changes(params))
         # ordinary guidance: hybrid guidance would take one of the two words for the person, and leave the other
         pictures = draw(base, changes, 1, prompts, list(range(len(prompts))), hybrid=False)[0]
-        sheet = grid(list(pictures.permute(0, 2, 3, 1).numpy()), 8)
-        text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompts[0]}
-        save_png(out / ("pictures_mixed.png" if number else "pictures.png"), sheet, text)
+        text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": " | ".join(prompts[:2])}
+        save_png(sheet, grid(list(pictures.permute(0, 2, 3, 1).numpy()), 8), text)
         if not number:
             kept = [Part(settings, adapter.layout, {k: v.cpu() for k, v in params.items()})]
             Personalization(
                 Layout.of(base.targets()), None, base=base_hash(base.targets()), rare_token=words[0],
                 class_word=base.config.class_word, parts=kept,
-            ).save(out / "adapter.safetensors")  # fmt: skip
+            ).save(adapter_file)  # fmt: skip
         results[name] = {**measured(pictures), "seconds": seconds}
         save_json(out / "report.json", {**told, "results": results, "provenance": provenance()})
         rates = ", ".join(f"{side} {results[name][side]['rank1']:.2f}" for side in SIDES)

@@ -257,6 +257,10 @@ class Panel:
         phrases = PLACE_PHRASES if "place" in self.people.labels else {}
         return [next((p for p, phrase in phrases.items() if phrase in text), None) for text in self.config.changed]
 
+    def described(self, model: Personalizer, row: str) -> dict[str, Any]:
+        """Return all of a row's method that decides its pictures: its start, adapter and training, and whom."""
+        return _described(self.config, model, row, len(self.rows), _network_digest(model.hypernet))
+
     def prompts(self, instance_prompt: str) -> list[str]:
         """Return what is drawn of each person: plain pictures, those under changed prompts, those in styles."""
         from hyperdb.heads import prompt

@@ -91,12 +91,14 @@ def run(config: Config, track: Track) -> Path:
     people = load_people(config.data, size=config.diffusion.size)
     old, new = Base.load(config.diffusion), Base.load(replace(config.diffusion, path=config.to))
     mapper = Mapper.between(old, new, config.width, config.seed)
-    whole = {**recipe(config), "made_from": [people.digest, old.digest, new.digest]}
+    held = min(HELD, -(-len(people) // 4))
+    if held == len(people):
+        raise UserError(f"{config.data} holds one picture; a mapper is trained on some and measured on others")
+    whole = {**recipe(config), "held": held, "made_from": [people.digest, old.digest, new.digest]}
     out = claim(config.out, WRITES, whole)
     latents = latent_moments(new, people)
     ids, empty = new.tokenize(people.captions), new.tokenize([""])
     levels, device = new.schedule.config.num_train_timesteps, new.device
-    held = min(HELD, -(-len(people) // 4))
 
     def rows(g: torch.Generator, index: Tensor) -> tuple[Tensor, ...]:
         """Draw noisy latents of pictures: z, noise, timesteps, what the new base reads, what the old one does."""
@@ -133,9 +135,10 @@ def run(config: Config, track: Track) -> Path:
 
     # --- write; of pictures not trained on, the loss of the new base steered, alone, and alone with all captions
     file = mapper.save(out / FILE, old, new)
-    z, noise, t, mine, said = rows(generator(config.seed, "held"), torch.arange(len(people) - held, len(people)))
+    unseen = torch.arange(len(people) - held, len(people))
+    z, noise, t, mine, said = rows(generator(config.seed, "held"), unseen)
     loss, seconds = {}, {}
-    for name, reads in (("steered", mine), ("alone", mine), ("told", said)):
+    for name, reads in (("steered", mine), ("alone", mine), ("told", ids[unseen.to(device)])):
         began = time.perf_counter()
         with torch.no_grad(), xadapter.saying(said):
             loss[name] = round(diffusion_loss(new, z, noise, t, reads).mean().item(), 5)

@@ -171,7 +171,7 @@ def run(config: Config) -> Path:
     for part in carried:
         rows[part.layout.names[0]] = {"word": "as it is"}
     skipped = {name: row["skipped"] for name, row in rows.items() if "skipped" in row}
-    if not factors and not carried:
+    if not factors and len(rows) > len(carried):
         name, why = next(iter(skipped.items()))
         raise UserError(
             f"nothing of {file} can be moved to {config.to}: the first of its {len(rows)} layers is {name} ({why}, "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hyperdb.report.table import comma_separated, latex, markdown
+from hyperdb.runtime.errors import UserError
 
 
 def row(**told):
@@ -30,11 +33,13 @@ def test_what_a_row_was_not_asked_is_a_dash():
 
 
 def test_a_table_has_the_columns_that_are_asked_for():
-    table = markdown(RESULTS, only=["bytes", "copy_pose", "unknown"]).splitlines()
+    table = markdown(RESULTS, only=["bytes", "copy_pose"]).splitlines()
     assert table[0] == "| way to personalise | face cosine | bytes | pose copied |"
     assert table[3] == "| lora | 0.500 [0.375, 0.625] | — | — |"
     assert table[5] == "| paired difference | face cosine | pose copied |"
     assert len(table) == 8
+    with pytest.raises(UserError, match="no row has the figure copies; expected of cosine, "):
+        markdown(RESULTS, only=["copies"])
 
 
 RESULTS = {

@@ -39,7 +39,7 @@ def test_two_photos_become_an_adapter_pictures_and_a_report(tiny_base, tmp_path,
     assert person.rare_token == "sks"
     report = load_json(out / "report.json")
     assert (report["words"], report["people"]) == (["sks", "zwx"], 3)
-    assert report["prompt"] == "a photo of a sks face, a zwx face"
+    assert report["prompts"] == ["a photo of a sks face, a zwx face", "a photo of a zwx face, a sks face"]
     assert set(report["results"]) == {"unmix", "mixed"}
     for run in (*report["results"].values(), report["ceiling"]):
         for side in ("left", "right"):
@@ -52,6 +52,8 @@ def test_two_photos_become_an_adapter_pictures_and_a_report(tiny_base, tmp_path,
     again = load_json(made(tiny_base, tmp_path, photos, *more) / "report.json")
     assert (out / "pictures.png").stat().st_mtime_ns == before
     assert again["results"]["mixed"] == report["results"]["mixed"] | {"seconds": again["results"]["mixed"]["seconds"]}
+    with pytest.raises(UserError, match="a run with other photos"):
+        made(tiny_base, tmp_path, photos[::-1], *more)  # judged by the same photos
     prompt = "a photo of a [V] face, a zwx face"
     assert f"prompt='{prompt}'" in capsys.readouterr().out
     words = [f"diffusion.path={tiny_base}", *TINY[:4], f"prompt={prompt}", "num_images=1"]

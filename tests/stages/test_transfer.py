@@ -215,6 +215,7 @@ def test_a_word_goes_on_as_it_is(tiny_base, versions, person, tmp_path, capsys, 
     assert torch.equal(moved.parts[0].params["vector"], params["vector"])
     assert load_json(out / "transfer.json")["layers"][embedding] == {"word": "as it is"}
     assert set(moved.relaxed) <= set(layers)
+    assert bool(moved.relaxed) == bool(layers)
     assert f"{len(moved.relaxed)} of {1 + len(layers)} layers moved, and the word as it is" in capsys.readouterr().out
 
 

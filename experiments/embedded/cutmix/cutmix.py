@@ -29,15 +29,15 @@ from hyperdb.runtime.provenance import provenance
 FIGURES = ("rank1", "swapped", "detected", "cosine")
 
 
-def photos(data: str, people: int, size: int, folder: Path) -> tuple[list[Path], list[Path]]:
-    """Write two photos of each person, that in another pose and place second; return the files of both."""
+def photos(data: str, people: int, size: int, folder: Path) -> tuple[list[Path], list[Path], str]:
+    """Write two photos of each person, that in another pose and place second; return both files, and the digest."""
     every = load_people(data, people, "validation", size)
     files: tuple[list[Path], list[Path]] = [], []
     for person, rows in enumerate(every.given_first(data, 1, 2)):
         for k, some in enumerate(files):
             image = every.images[rows[k : k + 1]][0].permute(1, 2, 0).contiguous().numpy()
             some.append(save_png(folder / f"{person}_{k}.png", image, {}))
-    return files
+    return *files, every.digest
 
 
 def words(name: str, files: list[Path]) -> str:
@@ -55,14 +55,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("words", nargs="*", help="key=value")
     given = parser.parse_intermixed_args(arguments)
     size = config.load("cutmix", [*given.words, "images=[a,b]"]).diffusion.size
-    shown, judged = photos(given.data, 2 * given.pairs, size, given.out / "photos")
+    shown, judged, data = photos(given.data, 2 * given.pairs, size, given.out / "photos")
     found: list[dict[str, Any]] = []
     for pair in range(given.pairs):
         two = [2 * pair, 2 * pair + 1]
         rest = [person for person in range(2 * given.pairs) if person not in two]
         how = [words("images", [shown[i] for i in two]), words("others", [shown[i] for i in rest])]
         how += [words("judged", [judged[i] for i in two + rest]), "align=false", "compare=true"]
-        report = load_json(config.run("cutmix", [*how, *given.words, f"out={given.out / str(pair)}"]) / "report.json")
+        report = load_json(config.run("cutmix", [*given.words, *how, f"out={given.out / str(pair)}"]) / "report.json")
         found.append({"ceiling": report["ceiling"], **report["results"]})
     values = {
         way: {name: np.array([[one[way][side][name] for side in SIDES] for one in found]).mean(1) for name in FIGURES}
@@ -74,7 +74,9 @@ def main(arguments: list[str]) -> None:
         "pairs": found,
         "people": 2 * given.pairs,
         "pictures": report["pictures"],
-        "prompt": report["prompt"],
+        "prompts": report["prompts"],
+        "data": data,
+        "words": given.words,
         "base": report["base"],
         **provenance(),
     }

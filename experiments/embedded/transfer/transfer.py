@@ -1,13 +1,14 @@
 """What of an adapter is left on another version of its base: as it is, transferred, steering it, or fitted there.
 
-    python experiments/embedded/transfer/transfer.py --to FOLDER [--xadapter FOLDER] [--subspace N] [people=6 ...]
+    python experiments/embedded/transfer/transfer.py --to FOLDER [--xadapter FOLDER] [--subspace N] [--out FOLDER]
 
 Each of the methods personalises people on the base `diffusion`. Rows: METHOD, its pictures there; and on the base in
 --to METHOD_untouched, the same changes; METHOD_transferred, what `hyperdb transfer` makes of them; METHOD_steered, the
-old base with them in it steers the new one (`hyperdb train_xadapter`); METHOD_fitted, fitted on the new one, without
-the hypernetwork, which is of the old base. `old` and `new` are the bases alone. The words are settings of `hyperdb
-evaluate experiment=methods`, whose people, prompts, judges and columns these are. Pictures are kept in --out, so that
-the same command goes on where it was stopped. Writes results.json there, which `hyperdb report` reads.
+old base with them in it steers the new one (`hyperdb train_xadapter`); METHOD_fitted, fitted on the new one. The
+hypernetwork is of the old base: beside its rows stand those fitted without it. `old` and `new` are the bases alone.
+Further words are settings of `hyperdb evaluate experiment=methods`, whose people, prompts, judges and columns these
+are. Pictures are kept in --out, so that the same command goes on where it was stopped. Writes results.json there, which
+`hyperdb report` reads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,14 +36,16 @@ from hyperdb.diffusion.xadapter import Mapper, XAdapter, find
 from hyperdb.metrics.figures import differences, summary
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import hash_files, load_made, save_json, save_tensors
+from hyperdb.runtime.output import claim
 from hyperdb.runtime.provenance import provenance
 from hyperdb.runtime.recipe import recipe
 from hyperdb.stages import transfer
-from hyperdb.stages.evaluate import FURTHER, Config, Panel
+from hyperdb.stages.evaluate import FACES, FURTHER, Config, Panel
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.methods import Cohort, seconds_now
 from hyperdb.tuning.personalizer import Personalizer
 from hyperdb.tuning.prior import load_prior
+from hyperdb.tuning.trainable import numbers
 
 ROWS = "rows=[hyper_only,hyper_40,lidb_fit,lora,lorax]"
 WORDS = ["experiment=methods", "people=10", "seeds=1", ROWS]
@@ -97,25 +99,34 @@ def steered(old: Base, new: Base, mapper: Mapper, changes: Changes, prompts: lis
     return torch.stack(found)
 
 
+WRITES = ("rows/*.safetensors", "prior-*.safetensors", FACES, "results.json")
+
+
 class Study:
     """Two bases, the same people on both, and the pictures of each row, kept in a folder."""
 
     def __init__(self, settings: Config, given: argparse.Namespace) -> None:
-        self.settings, self.out = settings, Path(given.out)
+        self.settings = settings
+        for row in settings.rows:
+            method = settings.methods.get(row)
+            if method is None or not (method.trains or method.start) or method.photos or method.strength != 1:
+                raise UserError(f"rows={row}: expected ways to personalise by one photo, each at its own strength")
         there = replace(settings, diffusion=replace(settings.diffusion, path=given.to), hypernet=None, rows=["floor"])
-        self.how = config.load("transfer", [f"to={given.to}", "adapter=none"])
+        subspace = "null" if given.subspace is None else given.subspace
+        self.how = config.load("transfer", [f"to={given.to}", "adapter=none", f"subspace={subspace}"])
         self.panel = Panel.gather(settings)
         self.photos = self.panel.shown[:, 0]
         self.here, self.away = Personalizer(settings), Personalizer(there)
         self.old, self.new = self.here.base, self.away.base
         self.mapper = Mapper.load(find(given.xadapter), self.old, self.new) if given.xadapter else None
-        self.subspace = given.subspace or narrowest(Layout.of(self.old.targets()))
+        narrow = narrowest(Layout.of(self.old.targets()))
+        self.subspace = narrow if self.how.subspace is None else self.how.subspace
         self.prompts = self.panel.prompts(self.old.config.instance_prompt)
         self.noises = list(range(len(self.prompts)))
         own = ("out", "rows", "methods", "judges", "recognisers")
         told = {key: value for key, value in recipe(settings).items() if key not in own}
         told |= {"bases": [self.old.digest, self.new.digest], "data": self.panel.people.digest}
-        self.shared = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.out, self.shared = claim(given.out, WRITES, told), told
         self.alone = {
             "transferred": str(self.subspace),
             "steered": hash_files([find(given.xadapter)]) if given.xadapter else "",
@@ -131,8 +142,21 @@ class Study:
             model.prior = load_prior(model.base, self.settings.prior, file)
 
     def made_from(self, row: str) -> str:
-        """Return what decides a row's pictures, beside its name."""
-        return f"{self.shared} {self.alone.get(row.rpartition('_')[2], '')}"
+        """Return 16 hex digits over all that decides a row's pictures."""
+        method, way = self.parts(row)
+        model = self.away if way == "fitted" else self.here
+        how = self.panel.described(model, method) if method in self.settings.methods else None
+        told = json.dumps([self.shared, row, how, self.alone.get(way)], sort_keys=True, default=str)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def parts(self, row: str) -> tuple[str, str]:
+        """Return the method of a row and what became of it."""
+        method, _, way = row.rpartition("_")
+        return (method, way) if way in HOW and method else (row, "")
+
+    def fitted(self, row: str) -> str:
+        """Return the row that is fitted on the new base, to compare with what became of a row."""
+        return f"{FITTED.get(row, row)}_fitted"
 
     def has(self, row: str) -> bool:
         """Take a row's pictures from the folder, if they are there."""
@@ -153,10 +177,15 @@ class Study:
         save_tensors(file, {"images": images}, {"made_from": self.made_from(row), "told": json.dumps(told)})
         self.pictures[row], self.told[row] = images, told
 
+    def costs(self, model: Personalizer, row: str) -> dict[str, float]:
+        """Return how many numbers of one person a method trains, and their bytes in fp32 with those of its start."""
+        cohort, method = Cohort(model, self.photos[:, None], self.settings.batch), self.settings.methods[row]
+        trained = 0 if (adapter := cohort.adapter(method)) is None else numbers(adapter)
+        begun = 0 if method.start is None else numbers(model.lidb)
+        return {"trained": float(trained), "bytes": 4.0 * (trained + begun)}
+
     def show(self, row: str, base: Base, changes: Changes | None, **told: Any) -> None:
-        """Keep the pictures that a base draws with changes, of which the file's size is told."""
-        if changes is not None:
-            told["bytes"] = 4.0 * sum(x.numel() for change in changes.values() for x in change) / len(self.photos)
+        """Keep the pictures that a base draws with changes."""
         people = len(self.photos)
         self.keep(row, lambda: draw(base, changes, people, self.prompts, self.noises), **told)
 
@@ -168,20 +197,24 @@ class Study:
             began = seconds_now(self.old)
             changes = personalised(self.settings, self.here, self.photos, row)
             seconds = round((seconds_now(self.old) - began) / len(self.photos), 3)
-            self.show(row, self.old, changes, seconds=seconds)
-            self.show(f"{row}_untouched", self.new, changes, seconds=seconds)
+            costs = {"seconds": seconds, **self.costs(self.here, row)}
+            self.show(row, self.old, changes, **costs)
+            self.show(f"{row}_untouched", self.new, changes, **costs)
             sites = [{n: Site(n, m) for n, m in base.sites(changes).items()} for base in (self.old, self.new)]
             moved, layers = transferred(changes, *sites, self.subspace, self.how)
-            self.show(f"{row}_transferred", self.new, moved, layers=layers, seconds=seconds)
+            size = 4.0 * sum(x.numel() for change in moved.values() for x in change) / len(self.photos)
+            self.show(f"{row}_transferred", self.new, moved, layers=layers, **{**costs, "bytes": size})
             if self.mapper is not None:
                 everything = (self.old, self.new, self.mapper, changes, self.prompts, self.noises)
-                self.keep(f"{row}_steered", lambda: steered(*everything), seconds=seconds)
-        instead, name = FITTED.get(row, row), f"{row}_fitted"
+                self.keep(f"{row}_steered", lambda: steered(*everything), **costs)
+        name = self.fitted(row)
+        instead, _ = self.parts(name)
         if self.settings.methods[instead].start is None and not self.has(name):
             self.prior(self.away, instead)
             began = seconds_now(self.new)
             changes = personalised(self.settings, self.away, self.photos, instead)
-            self.show(name, self.new, changes, seconds=round((seconds_now(self.new) - began) / len(self.photos), 3))
+            seconds = round((seconds_now(self.new) - began) / len(self.photos), 3)
+            self.show(name, self.new, changes, seconds=seconds, **self.costs(self.away, instead))
 
     def results(self) -> dict[str, Any]:
         """Return what is measured of all rows, as `hyperdb evaluate` writes it."""
@@ -192,9 +225,7 @@ class Study:
         }
         against = {
             f"{row}_transferred": [
-                other
-                for other in (row, *(f"{row}_{way}" for way in ("untouched", "steered", "fitted")))
-                if other in scores
+                other for other in (row, f"{row}_untouched", f"{row}_steered", self.fitted(row)) if other in scores
             ]
             for row in self.settings.rows
         }
@@ -228,10 +259,9 @@ class Study:
         """Return what people read of a row."""
         if row in ("old", "new"):
             return f"the {row} base without adapter"
-        method = next(name for name in sorted(self.settings.rows, key=len, reverse=True) if row.startswith(name))
+        method, way = self.parts(row)
         fit = self.settings.fit(method)
-        label = self.settings.methods[method].text(fit.steps if fit is not None else 0)
-        return f"{label}, {HOW[row.removeprefix(method).removeprefix('_')]}"
+        return f"{self.settings.methods[method].text(fit.steps if fit is not None else 0)}, {HOW[way]}"
 
 
 def main(arguments: list[str]) -> None:
