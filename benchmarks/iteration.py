@@ -34,7 +34,7 @@ def measure(words: list[str]) -> dict[str, Any]:
     """Take turns, print each, and return medians and ratios."""
     repeats = int(next((w.partition("=")[2] for w in words if w.startswith("repeats=")), "9"))
     words = [w for w in words if not w.startswith("repeats=")]
-    settings = config.load("personalize", ["image=none", "finetune.prior_weight=0", *words])
+    settings = config.load("personalize", ["image=none", "finetune.prior_weight=0", "finetune.masked_prior=0", *words])
     name = next((w.partition("=")[2] for w in words if w.startswith("diffusion=")), "embedded")
     base, tuning = settings.diffusion.load(), settings.finetune
     tuning.steps = repeats + WARM

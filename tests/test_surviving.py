@@ -44,6 +44,7 @@ STAGES = ("render_heads", "preprocess", "precompute", "train_hypernet", "persona
 def _command(words: list[str], folder: str, limit: int | None) -> None:
     """Run a command in a folder, its output into `log`; no file may have more bytes than `limit`."""
     os.chdir(folder)
+    os.environ["HYPERDB_CACHE"] = str(Path(folder) / "cache")  # what is kept there is killed, too
     log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -258,7 +259,7 @@ def test_a_journal_on_a_disk_that_fills_goes_on_when_there_is_room(disk):
 
 def test_a_cache_that_cannot_be_written_says_how_to_have_another(disk):
     with pytest.raises(UserError, match=r"^cannot write .*: Read-only file system; HYPERDB_CACHE=FOLDER names another"):
-        kept(disk("ro"), "moments", "key", 2, lambda: [torch.zeros(2, 3)])
+        kept(disk("ro"), "moments", "key", 2, lambda _: [torch.zeros(2, 3)])
 
 
 # --- what is damaged ---------------------------------------------------------------------------------

@@ -88,12 +88,22 @@ def save_shard(folder: Path, number: int, tokens: Tensor, keys: Tensor, made_fro
     return save_tensors(shard_path(folder, number), {"tokens": tokens, "keys": keys}, {"key": made_from})
 
 
-def shard_is_done(folder: Path, number: int, key: str) -> bool:
-    """Return whether a shard exists; raise `UserError` if it was made from something else."""
+def refuse_fewer(folder: str | Path, count: int) -> None:
+    """Raise `UserError` if a folder is a finished store of more fits: an index of fewer would hide the others."""
+    index = Path(folder) / "index.json"
+    if index.is_file() and (there := load_json(index).get("fits", 0)) > count:
+        raise UserError(f"{folder} holds {there} fits, {count} are asked for: choose another name, or delete it")
+
+
+def shard_is_done(folder: Path, number: int, key: str, fewer: Sequence[str] = ()) -> bool:
+    """Return whether a shard exists; raise `UserError` if it was made from something else.
+
+    One that has a key of `fewer` is the last of a store that grows, and is made again.
+    """
     path = shard_path(folder, number)
-    if not path.is_file():
+    if not path.is_file() or (found := load_metadata(path).get("key")) in fewer:
         return False
-    if load_metadata(path).get("key") != key:
+    if found != key:
         raise UserError(f"{path} was made with another base, data or configuration; choose another name or delete it")
     return True
 

@@ -101,7 +101,7 @@ class People:
         if by == "person":
             return self.seed[rows]
         key = f"keys {self.images.key(rows)}"
-        return kept(None, "keys", key, len(rows), lambda: map(self._hashes, rows.split(PART)))
+        return kept(None, "keys", key, len(rows), lambda first: map(self._hashes, rows[first:].split(PART)))
 
     def _hashes(self, rows: Tensor) -> Tensor:
         return torch.tensor([hash_picture(image) for image in self.images[rows]], dtype=torch.long)
@@ -192,9 +192,10 @@ def latent_moments(
     images = people.images
     key = f"{digest_latents(base.vae)} {images.key(rows)}{' mirrored' if mirrored else ''}"
 
-    def encoded() -> Iterator[Tensor]:
-        parts = rows.split(PART)
-        for part in tqdm(parts, desc="encoding images", dynamic_ncols=True, disable=len(parts) < 4):
+    def encoded(first: int) -> Iterator[Tensor]:
+        parts, done = rows[first:].split(PART), first // PART
+        whole = len(parts) + done
+        for part in tqdm(parts, "encoding images", whole, initial=done, dynamic_ncols=True, disable=whole < 4):
             yield base.moments(images[part].flip(-1) if mirrored else images[part]).half()
 
     return kept(folder, "moments", key, len(rows), encoded)

@@ -181,6 +181,10 @@ class Pictures(Lazy):
         self.shape = (len(rows), 3, side, side)
         self.digest = hashlib.sha256(f"{digest} {side}".encode()).hexdigest()[:16]
 
+    def name(self, row: int) -> str:
+        """Return where a picture comes from."""
+        return self.reader.name(int(self.rows[row]))
+
     def key(self, rows: Tensor) -> str:
         """Return a text that is the same for the same pictures of the same data set, whatever else is loaded."""
         chosen = np.ascontiguousarray(self.rows[rows.numpy()], dtype=np.int64)

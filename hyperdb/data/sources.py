@@ -34,6 +34,7 @@ READ = ("image", "identity", "caption", "config", "revision")  # what can be set
 NONE = ("identity", "caption")  # of these what can be set to nothing: everybody is somebody else, no captions
 BUILDERS = ("arrow", "cache", "imagefolder", "parquet")  # of datasets: how data on the hub may be stored
 METADATA = "metadata.csv", "metadata.jsonl", "metadata.parquet"
+ENDS = 4096  # bytes at each end of a photo's file that count in a digest
 SAMPLE = 256  # pictures whose bytes count in a digest; of all others the lengths do
 
 
@@ -69,13 +70,28 @@ def _photos(reader: Reader, identity: Sequence[str], split: Sequence[str], diges
     return Source(reader, _numbers(identity), np.array(split, dtype=np.str_), [CAPTION] * count, photo, digest)
 
 
+def _ends_of(file: Path) -> tuple[int, str]:
+    """Return a picture's length, and 16 hex digits over its first and last bytes: one turned or edited differs there.
+
+    Raises `UserError` for a file that is not there.
+    """
+    try:
+        with file.open("rb") as content:
+            size = file.stat().st_size
+            ends = content.read(ENDS)
+            content.seek(max(ENDS, size - ENDS))
+            return size, hashlib.sha256(ends + content.read()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+
 def _aligned(path: Path) -> Source:
     """Read what `hyperdb preprocess` wrote."""
     every = [json.loads(line) for line in load_text(path / "manifest.jsonl").splitlines()]
     files = [path / record["file"] for record in every]
-    # of all splits, and of the pictures too, by their length: other crops can have the same manifest
-    lengths = [file.stat().st_size for file in files]
-    digest = hashlib.sha256(f"{hash_files([path / 'manifest.jsonl'])} {lengths}".encode()).hexdigest()[:16]
+    # of all splits, and of the pictures too: other crops can have the same manifest
+    told = [_ends_of(file) for file in files]
+    digest = hashlib.sha256(f"{hash_files([path / 'manifest.jsonl'])} {told}".encode()).hexdigest()[:16]
     identity, split = ([str(record[key]) for record in every] for key in ("identity", "split"))
     return _photos(Files(files), identity, split, digest)
 
@@ -103,7 +119,7 @@ def _folder(path: Path) -> Source | None:
     inside = [Path(*name.parts[1:]) if divided else name for name in names]
     identity = [name.parts[0] if len(name.parts) > 1 else name.stem for name in inside]
     split = [name.parts[0] if divided else split_of(who) for name, who in zip(names, identity, strict=True)]
-    digest = hashlib.sha256(json.dumps([(str(n), (path / n).stat().st_size) for n in names]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([(str(n), *_ends_of(path / n)) for n in names]).encode()).hexdigest()[:16]
     return _apart(path, _photos(Files([path / name for name in names]), identity, split, digest))
 
 

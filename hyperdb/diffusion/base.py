@@ -65,9 +65,10 @@ def _own_card(rank: int) -> torch.device:
     A launcher that shows each process one card alone is believed.
     """
     count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if 1 < count < processes:
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if count < processes and not (count == 1 and shown and "," not in shown):
         raise UserError(
-            f"{processes} processes were started on a machine with {count} cards: launch again with "
+            f"{processes} processes were started on a machine with {count} card{'s' * (count > 1)}: launch again with "
             f"--num_processes={count}"
         )
     return torch.device("cuda", rank % count)

@@ -155,7 +155,7 @@ class Hypernet(nn.Module):
             self._measure_features(images)
             return
 
-        def measured() -> Iterator[Tensor]:
+        def measured(_: int) -> Iterator[Tensor]:
             self._measure_features(images)
             yield torch.cat([x.cpu().flatten() for x in wanted])[None]
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyperdb.runtime.errors import WriteError
-from hyperdb.runtime.files import load_made, load_tensors, save_parts
+from hyperdb.runtime.files import load_made, load_tensors, save_parts, unfinished, writing
+from hyperdb.runtime.lazy import PART
+from hyperdb.runtime.lock import waited
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +24,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperdb"
 
 
-def kept(folder: Path | None, name: str, key: str, rows: int, make: Callable[[], Iterable[Tensor]]) -> Tensor:
-    """Return the tensor `[rows, ...]` whose parts `make` yields, made once for a `key`, which says what it depends on.
+def kept(folder: Path | None, name: str, key: str, rows: int, make: Callable[[int], Iterable[Tensor]]) -> Tensor:
+    """Return the tensor `[rows, ...]`, made once for a `key`, which says what it depends on.
 
-    It stays on the disk, in `folder` or in the cache's own: only what is looked at is read into memory.
+    `make(first)` yields its parts from row `first` on, all but the last of as many rows. What a run that was stopped
+    has made of them is gone on with. The tensor stays on the disk, in `folder` or in the cache's own: only what is
+    looked at is read into memory. Processes that want the same at once wait for the one that makes it.
     """
     path = (folder or cache_folder()) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if (made := load_made(path)) is not None:
-        tensors, metadata = made
-        if metadata.get("key") == key and name in tensors:
-            return tensors[name]
+    if (found := _there(path, name, key)) is not None:
+        return found
     try:
-        save_parts(path, name, make(), rows, {"key": key})
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with waited(unfinished(path)):
+            if (found := _there(path, name, key)) is not None:
+                return found
+            save_parts(path, name, make, rows, {"key": key}, PART)
     except WriteError as error:
         raise WriteError(f"{error}; HYPERDB_CACHE=FOLDER names another place for what is kept") from error
     return load_tensors(path)[0][name]
+
+
+def _there(path: Path, name: str, key: str) -> Tensor | None:
+    if (made := load_made(path)) is None:
+        return None
+    tensors, metadata = made
+    return tensors[name] if metadata.get("key") == key and name in tensors else None

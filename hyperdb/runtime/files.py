@@ -8,8 +8,8 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,41 +185,88 @@ def _sum_on(before: str, data: Any) -> str:
     return f"{zlib.crc32(data, int(before or '0', 16)):08x}"
 
 
+def unfinished(path: Path) -> Path:
+    """Return what `save_parts` calls a file until it is finished."""
+    return path.with_name(f"{TEMPORARY}{path.name}")
+
+
 def save_parts(
-    path: str | Path, name: str, parts: Iterable[torch.Tensor], rows: int, metadata: Mapping[str, str]
+    path: str | Path,
+    name: str,
+    make: Callable[[int], Iterable[torch.Tensor]],
+    rows: int,
+    metadata: Mapping[str, str],
+    part: int = 1,
 ) -> Path:
     """Write a safetensors file of one tensor `[rows, ...]`, atomically, of parts `[k, ...]` that are never all there.
+
+    `make(first)` yields the parts from row `first` on, a multiple of `part`. What a call that was stopped has written
+    stays, and the next one goes on there; two at once are to be kept apart by whoever calls.
 
     The file is eight bytes with the header's length, the header as JSON, and the numbers. The header has the checksum
     of `save_tensors`, which is known at the end.
     """
     import torch
 
+    path = Path(path)
     kinds = {"torch.float16": "F16", "torch.float32": "F32", "torch.int64": "I64", "torch.uint8": "U8"}
+    dtypes = {kind: getattr(torch, dtype.removeprefix("torch.")) for dtype, kind in kinds.items()}
+    temporary = unfinished(path)
     entry: dict[str, Any] = {}
-    done, found = 0, _sum({}, metadata)
+    found = _sum({}, metadata)
 
     def header() -> bytes:
         text = json.dumps({"__metadata__": {**metadata, CHECK: found}, name: entry}).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        for part in parts:
-            if done == 0:
-                shape = [rows, *part.shape[1:]]
-                size = rows * part[0].numel() * part.element_size()
-                entry |= {"dtype": kinds[str(part.dtype)], "shape": shape, "data_offsets": [0, size]}
+    def begun() -> int:
+        """Return how many rows are written, and take their checksum."""
+        nonlocal found
+        with suppress(OSError, ValueError, KeyError), temporary.open("rb") as file:
+            text = file.read(int.from_bytes(file.read(8), "little")) if temporary.stat().st_size < 2**50 else b""
+            told = json.loads(text)
+            there = told[name]
+            shape, dtype = there["shape"], dtypes[there["dtype"]]
+            if shape[0] != rows or {k: v for k, v in told["__metadata__"].items() if k != CHECK} != dict(metadata):
+                return 0
+            size = there["data_offsets"][1] // rows  # bytes of a row
+            done = (temporary.stat().st_size - file.tell()) // size // part * part
+            found = _sum_on(found, f"{name} {dtype} {shape}".encode())
+            for first in range(0, done, max(1, 2**24 // size)):
+                found = _sum_on(found, file.read(size * min(max(1, 2**24 // size), done - first)))
+            entry.update(there)
+            return int(done)
+        return 0
+
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = begun()
+        try:
+            with temporary.open("r+b" if done else "wb") as file:
+                if done:
+                    file.seek(len(header()) + done * entry["data_offsets"][1] // rows)
+                    file.truncate()
+                for rest in make(done):
+                    if done == 0:
+                        shape = [rows, *rest.shape[1:]]
+                        size = rows * rest[0].numel() * rest.element_size()
+                        entry |= {"dtype": kinds[str(rest.dtype)], "shape": shape, "data_offsets": [0, size]}
+                        file.write(header())
+                        found = _sum_on(found, f"{name} {rest.dtype} {shape}".encode())
+                    numbers = rest.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                    file.write(numbers)
+                    found = _sum_on(found, numbers)
+                    done += len(rest)
+                assert done == rows
+                file.seek(0)
                 file.write(header())
-                found = _sum_on(found, f"{name} {part.dtype} {shape}".encode())
-            numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            file.write(numbers)
-            found = _sum_on(found, numbers)
-            done += len(part)
-        assert done == rows
-        file.seek(0)
-        file.write(header())
-    return Path(path)
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        except OSError:  # a disk that is full gets its room back
+            temporary.unlink(missing_ok=True)
+            raise
+    return path
 
 
 def open_tensors(path: str | Path, framework: str = "pt") -> Any:
@@ -316,7 +363,8 @@ def hash_files(paths: list[Path] | Path) -> str:
     digest = hashlib.sha256()
     for name, path in zip(names, paths, strict=True):
         try:
-            content = hashlib.sha256(path.read_bytes())
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256")
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         digest.update(name.encode(errors="surrogateescape") + b"\0" + content.digest())

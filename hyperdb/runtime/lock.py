@@ -33,7 +33,7 @@ class Job:
     pid: int
     host: str
     part: str
-    running: bool
+    running: bool | None  # None: this disk or system has no locks that tell
 
     def __str__(self) -> str:
         number, _, of = self.part.partition("of")
@@ -50,14 +50,14 @@ def jobs(folder: Path) -> list[Job]:
     return found
 
 
-def _held(path: Path) -> bool:
+def _held(path: Path) -> bool | None:
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except (OSError, AttributeError):  # this disk or system has no locks
-        pass
+        return None
     return False
 
 
@@ -85,6 +85,34 @@ def _sweep(folder: Path, before: int) -> None:
         with suppress(OSError):  # removed by another
             if path.stat().st_mtime_ns < before:
                 path.unlink()
+
+
+@contextmanager
+def waited(path: Path) -> Iterator[None]:
+    """Let one process of this disk at a time into a block, where the system can; the others wait.
+
+    The file at `path`, which is what the block makes or begins to make, is made and held. It does not stay empty.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process makes {path.name.removeprefix(TEMPORARY)}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (OSError, AttributeError):  # this disk or system has no locks
+            break
+        with suppress(OSError):  # gone
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+        file.close()  # whoever had it has given it another name, or removed it
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()
+        file.close()
 
 
 @contextmanager
@@ -118,6 +146,10 @@ def writing_into(out: str | Path, part: str = "") -> Iterator[None]:
         kept = False
     finally:
         record = folder / RECORD
+        if not kept and not part:  # all is done, whatever a part of it came to
+            for other in folder.glob(".hyperdb-*.lock"):
+                if _held(other) is False:
+                    other.unlink(missing_ok=True)
         # whoever had not begun to write has nothing to tell
         began = os.fstat(file.fileno()).st_mtime_ns
         if not (kept and record.is_file() and record.stat().st_mtime_ns >= began):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from typing import Any
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import TEMPORARY, load_json, load_metadata, save_json
 from hyperdb.runtime.recipe import differences, plain
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 RECORD = ".hyperdb.json"
 ROOM = 16 * 2**20  # bytes that any result fits in; more is found out while writing
@@ -70,6 +76,21 @@ def check(out: str | Path, writes: Iterable[str] = ()) -> Path:
     return folder
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from what the block does with a folder, where the system can."""
+    if fcntl is None or not folder.is_dir():
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # this disk has no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def claim(out: str | Path, writes: Iterable[str], made_from: Mapping[str, Any], files: int | None = None) -> Path:
     """Record that a run of the settings and contents `made_from` writes these files into `out`; return the folder.
 
@@ -78,6 +99,13 @@ def claim(out: str | Path, writes: Iterable[str], made_from: Mapping[str, Any], 
     """
     writes = list(writes)
     folder = check(out, writes)
+    with _alone(folder):  # jobs of one work begin together
+        return _recorded(folder, out, writes, made_from, files)
+
+
+def _recorded(
+    folder: Path, out: str | Path, writes: list[str], made_from: Mapping[str, Any], files: int | None
+) -> Path:
     runs = recorded(folder)
     for name in _found(folder, writes):
         for run in runs:

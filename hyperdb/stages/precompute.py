@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperdb.adapters import AdapterConfig
 from hyperdb.diffusion import DiffusionConfig
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import NonFiniteError, UserError
 from hyperdb.runtime.paths import FilePath
 from hyperdb.runtime.share import Share
 from hyperdb.tuning.fit import FitConfig
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 WRITES = ("fits-*.safetensors", "start.safetensors", "statistics.safetensors", "index.json", "prior.safetensors")
 KEPT = "finished files are kept"
+KEYS = 1024  # pictures whose keys are made at once
 
 
 @dataclass(kw_only=True)
@@ -207,7 +208,7 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.layout import Layout
     from hyperdb.data import fits
     from hyperdb.data.people import latent_moments, load_people
-    from hyperdb.runtime.files import hash_files, whole
+    from hyperdb.runtime.files import hash_files, load_json, whole
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
@@ -230,7 +231,9 @@ def run(config: Config) -> Path:
         **_begun(config),
     }
     settings = recipe(config)
-    del settings["identities"]  # more of them go on where fewer were
+    for name in ("identities", "photos"):  # more of them go on where fewer were
+        del settings[name]
+    fits.refuse_fewer(config.out, len(rows))
     out = claim(config.out, WRITES, {**settings, "made_from": origin}, -(-len(rows) // config.batch))
     prior = load_prior(base, config.prior, out / "prior.safetensors") if max(_kept(config)) > 0 else None
     start: Start | None = None
@@ -265,19 +268,42 @@ def run(config: Config) -> Path:
         return Begin({"tokens": tokens}, {"tokens": start.gain(lidb, config.fit.trained)})
 
     files = rows.split(config.batch)
-    keys = cache(lambda i: people.keys(config.by, files[i][:, 0]))  # of an image they need its pixels
+    together = max(1, KEYS // config.batch)  # files whose keys are made at once: of an image they need its pixels
+    some = cache(lambda k: people.keys(config.by, torch.cat(files[k * together : (k + 1) * together])[:, 0]))
+    keys = cache(lambda i: some(i // together).split(config.batch)[i % together])
     made = cache(lambda i: fits.store_key(**origin, keys=keys(i).tolist()))
+    fewer = cache(lambda i: [fits.store_key(**origin, keys=keys(i)[:k].tolist()) for k in range(1, len(files[i]))])
     number, of = config.share()
     losses: list[float] = []
+
+    def one(photos: Tensor) -> Tensor:
+        seen = config.fit.sides(people.images[photos.flatten()].unflatten(0, photos.shape))
+        moments = base.moments(seen.flatten(0, 1)).half().unflatten(0, seen.shape[:2])
+        params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x), begin(photos))
+        return params["tokens"].cpu()
+
+    def fitted(photos: Tensor) -> tuple[list[int], Tensor]:
+        """Return which of some fits succeeded, and these; if one of them diverges, the others are made one by one."""
+        try:
+            return list(range(len(photos))), one(photos)
+        except NonFiniteError as error:
+            bad, alone = error, {}
+        for k in range(len(photos) if len(photos) > 1 else 0):
+            try:
+                alone[k] = one(photos[k : k + 1])
+            except NonFiniteError as error:
+                print(f"no fit of {people.images.name(int(photos[k, 0]))}, which is left out: {error}")
+        if not alone:
+            raise bad
+        return list(alone), torch.cat(list(alone.values()))
+
     with tqdm(total=sum(map(len, files[number::of])), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
         for i in range(number, len(files), of):
             photos = files[i]
-            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made(i))):
+            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made(i), fewer(i))):
                 losses.clear()
-                seen = config.fit.sides(people.images[photos.flatten()].unflatten(0, photos.shape))
-                moments = base.moments(seen.flatten(0, 1)).half().unflatten(0, seen.shape[:2])
-                params = fit(base, lidb, moments, config.fit, None, prior, lambda _, x: losses.append(x), begin(photos))
-                fits.save_shard(out, i, params["tokens"].cpu(), keys(i), made(i))
+                good, tokens = fitted(photos)
+                fits.save_shard(out, i, tokens, keys(i)[good], made(i))
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(photos))
     there = all(fits.shard_path(out, i).is_file() for i in range(len(files)))
@@ -285,5 +311,6 @@ def run(config: Config) -> Path:
         print(f"shard {number} of {of} is done, others are not: {out} is no store yet")
         return out
     fits.finish(out, len(files), lidb, {**origin, **provenance()})
-    print(f"{len(rows)} fits of {lidb.numbers} numbers each, one a{'n' * (config.by == 'image')} {config.by}, in {out}")
+    count = load_json(out / "index.json")["fits"]
+    print(f"{count} fits of {lidb.numbers} numbers each, one a{'n' * (config.by == 'image')} {config.by}, in {out}")
     return out

@@ -274,8 +274,13 @@ def _make_face(config: Config, picture: Path, file: Path) -> dict[str, Any]:
     recipe = json.dumps([picture.as_posix(), content, config.size, config.crop])
     text = read_text(file) if file.is_file() else {}
     if text.get("recipe") == recipe and "face" in text:
-        kept: dict[str, Any] = json.loads(text["face"])
-        return kept
+        try:
+            read_image(file)
+        except UserError as error:
+            print(f"{error}: it is made again")
+        else:
+            kept: dict[str, Any] = json.loads(text["face"])
+            return kept
     rgb = read_image(source)
     faces = detect_turned(rgb)
     face, _ = choose(faces, name=str(source))

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,12 +202,6 @@ def _plain(row: dict[str, Any], caption: str) -> dict[str, Any]:
     return {**row, "image": image, "caption": caption, "coefficients": row["coefficients"].tolist()}
 
 
-def _one_thread() -> None:
-    """Keep the maths libraries of a worker to one thread; runs before they are imported."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"
-
-
 def _known(folder: Path) -> dict[str, str]:
     """Return {shard: its checksum} of a finished folder; nothing of another, or of one whose index is damaged."""
     from hyperdb.runtime.errors import UserError
@@ -269,6 +261,7 @@ def run(config: Config) -> Path:
 
     from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.output import claim
+    from hyperdb.runtime.pool import each
 
     _check(config)
     made_from = _made_from(config)
@@ -289,10 +282,8 @@ def run(config: Config) -> Path:
     )
     with tqdm(total=config.identities, initial=done, desc="people", unit="person") as bar:
         if tasks:
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(min(config.workers, len(tasks)), _one_thread) as pool:
-                for people in pool.imap_unordered(_render_shard, tasks):
-                    bar.update(people)
+            for _, people in each(_render_shard, tasks, config.workers):
+                bar.update(people)
     written = {_path(config, number).name for number in missing}
     _finish(config, made_from, shards, {name: found for name, found in known.items() if name not in written})
     return folder

@@ -143,9 +143,11 @@ def examine(folder: Path) -> list[str]:
     written = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     lines = [str(one) for one in _counted(folder)] or [str(Progress("files", len(written), None))]
     there = jobs(folder)
-    running, failed = ([job for job in there if job.running is now] for now in (True, False))
-    lines.append(f"{'jobs':20} {len(running)} running, {len(failed)} failed")
-    lines += [f"{'':20} {'running' if job.running else 'failed'}: {job}" for job in there]
+    words = {True: "running", False: "failed", None: "running or failed"}
+    counts = {word: sum(job.running is now for job in there) for now, word in words.items()}
+    told = [f"{count} {word}" for word, count in counts.items() if count or word != words[None]]
+    lines.append(f"{'jobs':20} {', '.join(told)}")
+    lines += [f"{'':20} {words[job.running]}: {job}" for job in there]
     if written:
         last = max(path.stat().st_mtime for path in written if path.exists())
         lines.append(f"{'last written':20} {_lasting(max(0.0, time.time() - last))} ago")

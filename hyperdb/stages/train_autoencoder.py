@@ -243,8 +243,8 @@ def _picture(path: Path, x: Tensor, y: Tensor) -> None:
     import torch
     from torchvision.utils import save_image
 
-    from hyperdb.runtime.files import writing
+    from hyperdb.runtime.files import atomic
 
     rows = [t for k in range(0, 48, 16) for t in (x[k : k + 16], y[k : k + 16])]
-    with writing(path):
-        save_image(torch.cat(rows) / 2 + 0.5, path, nrow=16)
+    with atomic(path) as temporary:
+        save_image(torch.cat(rows) / 2 + 0.5, temporary, nrow=16)

@@ -308,12 +308,12 @@ def _preview(base: Base, ema: EMA, path: Path) -> None:
 
     from hyperdb.diffusion.sample import sample, start_noise
     from hyperdb.heads.captions import STYLE_PROMPTS, prompt
-    from hyperdb.runtime.files import writing
+    from hyperdb.runtime.files import atomic
 
     prompts = [prompt(style) for style in STYLE_PROMPTS for _ in range(8)]
     ema.swap()
     latents = sample(base, prompts, start_noise(base, list(range(8)) * (len(prompts) // 8)))
     images = base.decode(latents)
     ema.swap()
-    with writing(path):
-        save_image(images.float() / 255, path, nrow=8)
+    with atomic(path) as temporary:
+        save_image(images.float() / 255, temporary, nrow=8)

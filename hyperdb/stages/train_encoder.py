@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hyperdb.hypernet import EncoderConfig
 from hyperdb.runtime.paths import FilePath, resolve
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from hyperdb.data.people import People
 
+TOGETHER = 8  # people whose portraits a process renders before it is given others
 STATISTICS_PHOTOS = 2048  # that batch normalisation's means and variances are taken from
 
 
@@ -188,9 +189,13 @@ def _person(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return render(person, View(), size), person.face.astype(np.float32)
 
 
+def _people(seeds: list[int], size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return `_person` of several people; runs in a worker process."""
+    return [_person(seed, size) for seed in seeds]
+
+
 def _known(people: People, size: int, path: Path, workers: int) -> tuple[Tensor, Tensor]:
     """Return everyone's portrait `[I, 3, size, size]` uint8 and face `[I, V, 3]`, made once and kept at `path`."""
-    import multiprocessing
     from functools import partial
 
     import numpy as np
@@ -198,6 +203,7 @@ def _known(people: People, size: int, path: Path, workers: int) -> tuple[Tensor,
     from tqdm import tqdm
 
     from hyperdb.runtime.files import load_made, save_tensors
+    from hyperdb.runtime.pool import each
 
     key = f"{people.digest} {size}"
     if (there := load_made(path)) is not None:
@@ -205,10 +211,14 @@ def _known(people: People, size: int, path: Path, workers: int) -> tuple[Tensor,
         if metadata.get("key") == key and "faces" in tensors:
             return tensors["portraits"], tensors["faces"]
     seeds = [int(people.seed[rows[0]]) for rows in people.rows]
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(seeds))) as pool:
-        made = pool.imap(partial(_person, size=size), seeds, chunksize=8)
-        each = list(tqdm(made, total=len(seeds), desc="portraits", unit="person", dynamic_ncols=True))
-    pixels, points = (torch.from_numpy(np.stack(part)) for part in zip(*each, strict=True))
+    some = [seeds[k : k + TOGETHER] for k in range(0, len(seeds), TOGETHER)]
+    found: dict[int, list[Any]] = {}
+    with tqdm(total=len(seeds), desc="portraits", unit="person", dynamic_ncols=True) as bar:
+        for number, made in each(partial(_people, size=size), some, workers):
+            found[number] = made
+            bar.update(len(made))
+    drawn = [one for number in range(len(some)) for one in found[number]]
+    pixels, points = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
     portraits = pixels.permute(0, 3, 1, 2).contiguous()
     save_tensors(path, {"portraits": portraits, "faces": points}, {"key": key})
     return portraits, points

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "xadapter.safetensors")
+KEPT = "its last checkpoint is kept"
 HELD = 32  # the last pictures, which are not trained on: whose loss the report tells; of few a quarter
 
 

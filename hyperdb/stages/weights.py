@@ -165,7 +165,7 @@ def run(config: Config) -> Path:
 
     @torch.no_grad()
     def predict(people: People) -> Tensor:
-        images = people.images[torch.stack([r[0] for r in people.photos])]
+        images = people.images.part(torch.stack([r[0] for r in people.photos]))
         numbers = []
         for part in tqdm(images.split(64), desc="predicting", dynamic_ncols=True, disable=len(images) < 512):
             with base.autocast():
@@ -196,7 +196,8 @@ def run(config: Config) -> Path:
     made_in = (model.lidb.fingerprint, base_hash(base.targets()))
     save_directions(out / "directions.safetensors", directions, *made_in)
     shown, judged = torch.cat(people.photos), torch.cat(unseen.photos)
-    reader = ridge(_looks(model, people.images[shown]), known[shown] / scale, penalty=READER)
+    looks = torch.cat([_looks(model, part) for part in people.images.part(shown).split(256)])
+    reader = ridge(looks, known[shown] / scale, penalty=READER)
 
     def read(images: Tensor) -> Tensor:
         return _looks(model, images) @ reader[0] + reader[1]

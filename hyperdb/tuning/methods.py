@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STARTS = ("own", "average", "another")
 TRAINED = ("relaxed", "lidb")
+TOGETHER = 64  # photos that the hypernetwork sees in one pass
 HELD = 2**30  # bytes of the adapters that are held at once, if a batch of people does not take more
 
 
@@ -138,7 +139,8 @@ class Cohort:
             hypernet.refine(trained if refinements is None else refinements)
             began = seconds_now(base)
             with torch.no_grad(), base.autocast():
-                tokens = hypernet(self.photos.flatten(0, 1)).unflatten(0, self.photos.shape[:2]).mean(1)
+                every = [hypernet(photos) for photos in self.photos.flatten(0, 1).split(TOGETHER)]
+                tokens = torch.cat(every).unflatten(0, self.photos.shape[:2]).mean(1)
             self._predictions[refinements] = tokens, (seconds_now(base) - began) / len(self.photos)
             hypernet.refine(trained)
         return self._predictions[refinements]

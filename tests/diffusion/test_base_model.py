@@ -84,6 +84,7 @@ def test_each_process_of_a_machine_has_its_own_card(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for rank, card in (("0", 0), ("1", 1), ("2", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", card)
@@ -92,7 +93,10 @@ def test_each_process_of_a_machine_has_its_own_card(monkeypatch: pytest.MonkeyPa
     for name in ("auto", "cuda"):
         with pytest.raises(UserError, match=r"3 processes .* with 2 cards: launch again with --num_processes=2"):
             pick_device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a launcher shows each process its own
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"3 processes .* with 1 card: launch again with --num_processes=1"):
+        pick_device("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")  # a launcher shows each process its own
     assert pick_device("auto") == torch.device("cuda", 0)
 
 

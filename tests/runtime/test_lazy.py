@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_parts_and_what_is_said_of_all(whole: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.int64, torch.uint8])
 def test_a_file_written_in_parts_is_that_of_the_whole(tmp_path: Path, dtype: torch.dtype) -> None:
     whole = (100 * torch.rand(7, 2, 3)).to(dtype)
-    save_parts(tmp_path / "a.safetensors", "x", whole.split(3), 7, {"key": "ä"})
+    save_parts(tmp_path / "a.safetensors", "x", lambda first: whole[first:].split(3), 7, {"key": "ä"})
     tensors, metadata = load_tensors(tmp_path / "a.safetensors")
     assert torch.equal(tensors["x"], whole)
     assert metadata == {"key": "ä"}
@@ -70,10 +71,40 @@ def test_a_file_written_in_parts_is_that_of_the_whole(tmp_path: Path, dtype: tor
         load_tensors(tmp_path / "a.safetensors")
 
 
+def test_what_a_stop_left_is_gone_on_with(tmp_path: Path) -> None:
+    """In whole parts, to the bit; not if it is of something else."""
+    whole, begun = torch.rand(11, 2, 3), []
+
+    def make(first: int, stop: int = 99) -> Iterator[Tensor]:
+        begun.append(first)
+        for row, part in zip(range(first, 11, 2), whole[first:].split(2), strict=True):
+            if row >= stop:
+                raise KeyboardInterrupt
+            yield part
+
+    file, told = tmp_path / "a.safetensors", {"key": "one"}
+    with pytest.raises(KeyboardInterrupt):
+        save_parts(file, "x", lambda first: make(first, 6), 11, told, 4)
+    assert not file.exists()
+    with pytest.raises(KeyboardInterrupt):
+        save_parts(file, "x", lambda first: make(first, 8), 11, told, 4)
+    save_parts(file, "x", make, 11, told, 4)
+    assert begun == [0, 4, 8]
+    tensors, metadata = load_tensors(file)  # with its checksum
+    assert torch.equal(tensors["x"], whole)
+    assert metadata == told
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    with pytest.raises(KeyboardInterrupt):
+        save_parts(file, "x", lambda first: make(first, 6), 11, {"key": "two"}, 4)
+    save_parts(file, "x", make, 11, {"key": "three"}, 4)
+    assert begun[-1] == 0
+    assert load_tensors(file)[1] == {"key": "three"}
+
+
 def test_what_is_kept_is_made_once_for_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def make() -> list[Tensor]:
+    def make(_: int) -> list[Tensor]:
         made.append(1)
         return [torch.zeros(2, 3), torch.ones(1, 3)]
 
@@ -83,6 +114,34 @@ def test_what_is_kept_is_made_once_for_a_key(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("HYPERDB_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "hyperdb"
+
+
+def test_who_wants_the_same_at_once_waits_for_it(tmp_path: Path) -> None:
+    begun, go, found = threading.Event(), threading.Event(), []
+
+    def make(_: int) -> Iterator[Tensor]:
+        begun.set()
+        go.wait(20)
+        yield torch.ones(2, 3)
+
+    def want(how: Callable[[int], Iterator[Tensor]]) -> None:
+        found.append(kept(tmp_path, "x", "a", 2, how).sum().item())
+
+    def never(_: int) -> Iterator[Tensor]:
+        raise AssertionError("it is made already")
+
+    first = threading.Thread(target=want, args=(make,))
+    first.start()
+    begun.wait(20)
+    second = threading.Thread(target=want, args=(never,))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    go.set()
+    for thread in (first, second):
+        thread.join(20)
+    assert found == [6, 6]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_step_is_made_ahead_in_another_thread() -> None:

@@ -79,4 +79,4 @@ def test_a_disk_or_system_without_locks_stops_nobody(tmp_path, monkeypatch, brok
     else:
         monkeypatch.setattr(lock.fcntl, "flock", refuse)
     with writing_into(tmp_path), writing_into(tmp_path):
-        assert [job.running for job in jobs(tmp_path)] == [False]
+        assert [job.running for job in jobs(tmp_path)] == [None]

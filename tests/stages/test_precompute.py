@@ -17,8 +17,8 @@ from hyperdb.data.fits import load_store
 from hyperdb.data.people import load_people
 from hyperdb.hypernet import loss as weight_space
 from hyperdb.hypernet.model import Hypernet
-from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors
+from hyperdb.runtime.errors import NonFiniteError, UserError
+from hyperdb.runtime.files import load_json, load_tensors
 from hyperdb.stages import status
 from hyperdb.tuning import fit as fitting
 from hyperdb.tuning.fit import fit
@@ -160,6 +160,43 @@ def test_as_many_fits_as_photos_asked_for(base_words, aligned, stores, tmp_path)
     people = load_people(aligned, size=32)
     store = load_store(some, layout)
     assert store.rows_of(people.keys("image", torch.arange(len(people)))).tolist() == [0, 1, 2, 3, -1, -1]
+
+
+def test_a_store_grows_by_any_number_and_never_shrinks(base_words, aligned, tmp_path):
+    def made(name, count):
+        words = [*base_words, *FIT, f"data={aligned}", "by=image", "fit.views=1", f"photos={count}", f"out={tmp_path / name}"]
+        return configuration.run("precompute", words)
+
+    made("grown", 1)
+    made("grown", 3)  # of the last file there was less
+    files = [load_tensors(path)[0] for path in sorted(made("whole", 3).glob("fits-*"))]
+    again = [load_tensors(path)[0] for path in sorted((tmp_path / "grown").glob("fits-*"))]
+    assert [{k: v.tolist() for k, v in x.items()} for x in files] == [
+        {k: v.tolist() for k, v in x.items()} for x in again
+    ]
+    count = load_json(tmp_path / "grown" / "index.json")["fits"]
+    with pytest.raises(UserError, match=f"holds {count} fits, .* are asked for: choose another name"):
+        made("grown", 1)
+    assert load_json(tmp_path / "grown" / "index.json")["fits"] == count
+
+
+def test_one_fit_that_diverges_stops_no_other(base_words, aligned, tmp_path, monkeypatch, capsys):
+    def diverging(base, lidb, moments, *rest, **more):
+        if len(moments) > 1 or moments.mean() == worst:
+            raise NonFiniteError("the loss is nan")
+        return fit(base, lidb, moments, *rest, **more)
+
+    words = [*base_words, *FIT, f"data={aligned}", "by=image", "fit.views=1", f"out={tmp_path / 'store'}"]
+    seen = []
+    monkeypatch.setattr(fitting, "fit", lambda *a, **k: seen.append(a[2].mean()) or fit(*a, **k))
+    configuration.run("precompute", [*words[:-1], "batch=1", f"out={tmp_path / 'alone'}"])
+    worst = seen[0]
+    monkeypatch.setattr(fitting, "fit", diverging)
+    out = configuration.run("precompute", words)
+    assert "which is left out: the loss is nan" in capsys.readouterr().out
+    wanted = load_json(tmp_path / "alone" / "index.json")["fits"] - 1
+    assert load_json(out / "index.json")["fits"] == wanted
+    assert configuration.run("precompute", words) == out  # and is not tried again
 
 
 def test_a_store_of_other_photos_is_refused(base_words, aligned, stores, tmp_path):
