@@ -34,6 +34,7 @@ LIKENESS = "cosine_changed"
 OBEDIENCE = (("clip_t_changed",), ("place_accuracy", "style_accuracy"))  # the mean of the first that are known
 OBEYED = 0.8
 RATES = 5
+ALIKE = ("base", "data", "persons", "seeds", "images_a_person", "styled", "changed", "recognisers", "judges")
 FLOOR = "run `hyperdb evaluate experiment=ablation/trained rows=[floor] name=sweep_floor` with the same `people`"
 
 
@@ -51,7 +52,7 @@ def _of_the_first(found: dict[str, Any], people: int | None) -> dict[str, Any]:
         if any(len(seed) < people for seed in values[LIKENESS]):
             raise UserError(f"results of fewer than {people} people")
         scores = {figure: np.array(seeds, float).T[:people] for figure, seeds in values.items()}
-        rows[row] = {**found["rows"][row], **summary(scores, 0)}
+        rows[row] = {**found["rows"][row], **summary(scores, 0), "people": people}
     told = {"rows": rows, "people": people, "persons": found["persons"][:people]}
     return {**found, **told, "settings": {**found["settings"], "people": people}}
 
@@ -76,8 +77,8 @@ def choose(method: str, folder: Path, floor: dict[str, Any], people: int | None 
     if len(rows) < RATES:
         raise UserError(f"{folder} holds {len(rows)} rates of {RATES}; run the others, or one in place of another")
     base = floor["rows"].get("floor", {})
-    if any(floor.get(told) != every[0].get(told) for told in ("base", "data", "persons", "seeds")) or not base:
-        raise UserError(f"{folder}: the row floor is of another base or people; {FLOOR}")
+    if any(floor.get(told) != every[0].get(told) for told in ALIKE) or not base:
+        raise UserError(f"{folder}: the row floor is of another base, or of other people or prompts; {FLOOR}")
     asked = next((names for names in OBEDIENCE if all(set(names) <= row.keys() for row in (base, *rows))), None)
     if asked is None:
         raise UserError(f"{folder}: neither CLIP-T nor places and styles are known of every rate and of the base")
@@ -93,7 +94,7 @@ def choose(method: str, folder: Path, floor: dict[str, Any], people: int | None 
     return {
         "method": method,
         "rate": rows[best]["rate"],
-        "chosen_by": {"likeness": LIKENESS, "obedience": asked, "least": OBEYED * obeyed(base)},
+        "chosen_by": {"likeness": LIKENESS, "obedience": asked, "of_the_base": obeyed(base), "obeyed": OBEYED},
         "at_an_end": best in (0, len(rows) - 1),
         "rates": [{key: value for key, value in row.items() if is_figure(value)} for row in rows],
         **{key: every[0][key] for key in told},
@@ -121,7 +122,10 @@ def main(words: list[str]) -> None:
         print(table([load_json(file) for file in sorted((HERE / "sweeps").glob("*.json"))]))
     folders = {method: folder or RUNS / f"sweep_{method}" for method, _, folder in (w.partition("=") for w in words)}
     out = Path(folders.pop("out", HERE / "sweeps"))
-    people = int(str(folders.pop("people", "0"))) or None
+    count = str(folders.pop("people", ""))
+    if count and (not count.isdigit() or int(count) < 2):
+        raise UserError(f"people={count}: expected a number, at least 2")
+    people = int(count) if count else None
     floor = Path(folders.pop("floor", RUNS / "sweep_floor")) / "results.json"
     if folders and not floor.is_file():
         raise UserError(f"{floor} is not there: {FLOOR}")

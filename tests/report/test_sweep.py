@@ -143,7 +143,7 @@ def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_pat
     assert (found["rate"], found["at_an_end"]) == (1e-4, False)  # .003 repeats the photo
     assert [one["rate"] for one in found["rates"]] == [1e-5, 1e-4, 3e-4, 1e-3, 3e-3]
     assert found["chosen_by"]["obedience"] == ("place_accuracy", "style_accuracy")
-    assert found["chosen_by"]["least"] == 0.8
+    assert (found["chosen_by"]["of_the_base"], found["chosen_by"]["obeyed"]) == (1.0, 0.8)
     line = sweeps["table"]([found]).splitlines()[2]
     assert line.startswith("| `lora` | 1e-05: 0.400; 1.00, 0.90 | **0.0001: 0.500; 0.72, 0.90** | ")
     write(1e-5, 0.4, 1.0, 0.9, hypernet="former")
@@ -151,8 +151,9 @@ def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_pat
         choose("lora", tmp_path / "sweep", floor)
     write(1e-5, 0.6, 1.0, 0.9)
     assert choose("lora", tmp_path / "sweep", floor)["at_an_end"]
-    with pytest.raises(UserError, match="the row floor is of another base or people"):
-        choose("lora", tmp_path / "sweep", floor | {"persons": [1]})
+    for told in ({"persons": [1]}, {"changed": ["a [V] face in the rain"]}):
+        with pytest.raises(UserError, match="the row floor is of another base, or of other people or prompts"):
+            choose("lora", tmp_path / "sweep", floor | told)
     (tmp_path / "sweep" / "rate=1e-05" / "results.json").unlink()
     with pytest.raises(UserError, match="holds 4 rates of 5"):
         choose("lora", tmp_path / "sweep", floor)

@@ -164,8 +164,8 @@ def test_as_many_fits_as_photos_asked_for(base_words, aligned, stores, tmp_path)
 
 def test_a_store_grows_by_any_number_and_never_shrinks(base_words, aligned, tmp_path):
     def made(name, count):
-        words = [*base_words, *FIT, f"data={aligned}", "by=image", "fit.views=1", f"photos={count}", f"out={tmp_path / name}"]
-        return configuration.run("precompute", words)
+        words = [*base_words, *FIT, f"data={aligned}", "by=image", "fit.views=1", f"photos={count}"]
+        return configuration.run("precompute", [*words, f"out={tmp_path / name}"])
 
     made("grown", 1)
     made("grown", 3)  # of the last file there was less
