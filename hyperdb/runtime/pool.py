@@ -21,16 +21,19 @@ def each(make: Callable[[Any], Any], tasks: Sequence[Any], workers: int) -> Iter
     """
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _quiet)
-    done = False
+    stopped = True
     try:
         number = {pool.submit(make, task): i for i, task in enumerate(tasks)}
         for future in as_completed(number):
             yield number[future], future.result()
-        done = True
+        stopped = False
     except BrokenProcessPool as error:
         raise UserError(f"one of {workers} processes was killed, perhaps for want of memory: set workers=1") from error
+    except Exception:
+        stopped = False  # the others end what they have begun, and leave nothing half-written
+        raise
     finally:
-        if not done:
+        if stopped:
             for child in multiprocessing.active_children():
                 child.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
