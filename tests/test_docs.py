@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_the_tables_of_memory_are_the_results_files():
         assert f"| {name} | {run['expected_gb']:.1f} | {run['measured_gb']:.1f} |" in text
     for card, stages in found["by_card"].items():
         assert f"| {card} GB | {' | '.join(stages.values())} |" in text
+
+
+def test_the_table_of_the_rates_is_the_sweeps():
+    folder = ROOT / "experiments" / "tables"
+    table = runpy.run_path(str(folder / "sweeps.py"))["table"]
+    assert table([load_json(file) for file in sorted((folder / "sweeps").glob("*.json"))]) in (
+        folder / "README.md"
+    ).read_text()
 
 
 def test_the_rows_of_the_study_of_guidance_are_its_results():
