@@ -292,13 +292,17 @@ class Personalizer:
     def personalize(self, image: Picture | list[Picture], finetune: bool = True) -> Personalization:
         """Return the adapter of one photo, or of several of one person: prediction, then the fast fine-tuning.
 
-        `finetune=False` stops at the prediction.
+        `finetune=False` stops at the prediction. On a CPU it takes no more threads than cores are free.
         """
         import numpy as np
 
+        from hyperdb.runtime.threads import Watch, spared
+
+        watch = Watch()
         crops = np.stack([self.crop(one) for one in (image if isinstance(image, list | tuple) else [image])])
-        tokens = self.predict(crops)
-        return self.wrap(tokens, self.finetune(crops, tokens) if finetune else None)
+        with spared(watch, self.base.device):
+            tokens = self.predict(crops)
+            return self.wrap(tokens, self.finetune(crops, tokens) if finetune else None)
 
     def pipeline(self) -> Any:
         """Return the base as diffusers' `StableDiffusionPipeline`, with hybrid guidance on top, float32.
