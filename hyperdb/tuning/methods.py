@@ -218,10 +218,14 @@ class Cohort:
                 changes = both(changes, self.train(adapter, seeded, some, start, progress, method.adapter))
             seconds += seconds_now(base) - began
             each = some.stop - some.start
-            drawn = draw(
-                base, changes, each, prompts, noises, strength=method.strength, hybrid=method.hybrid, progress=progress
-            )
-            images.append(drawn)
+            how: dict[str, Any] = {"strength": method.strength, "hybrid": method.hybrid}
+            if method.trains or method.start in ("own", "another"):
+                images.append(draw(base, changes, each, prompts, noises, **how, progress=progress))
+            else:  # what is everybody's is drawn once
+                one = None if changes is None else select(changes, slice(0, 1))
+                drawn = draw(base, one, 1, prompts, noises, **how)
+                images.append(drawn.expand(each, *drawn.shape[1:]))
+                progress(each)
         seconds /= count
         if method.start in ("own", "another"):  # everybody's average is there before the person
             seconds += self._prediction(method.refinements)[1]

@@ -21,6 +21,7 @@ from hyperdb.report.gallery import columns
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
 from hyperdb.stages import status
+from hyperdb.tuning import draw as drawing
 from hyperdb.tuning import methods
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.personalizer import Personalizer
@@ -52,6 +53,16 @@ def evaluated(words, tmp_path_factory):
 
 def pictures(folder, row):
     return load_tensors(folder / "rows" / f"{row}.safetensors")[0]["images"]
+
+
+def test_what_is_everybodys_is_drawn_once(words, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawing, "draw", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k))
+    config.run("evaluate", [*words, "rows=[floor]", f"out={tmp_path}"])
+    assert drawn == [1] * len(drawn)
+    images = pictures(tmp_path, "floor")
+    assert len(images) == PEOPLE
+    assert (images == images[:1]).all()
 
 
 @pytest.mark.parametrize("row", KINDS)
