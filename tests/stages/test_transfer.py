@@ -25,6 +25,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.targets import base_hash
+from hyperdb.diffusion.xadapter import Mapper
 from hyperdb.faces.image import read_image
 from hyperdb.formats.native import Part, Personalization
 from hyperdb.report import results
@@ -176,8 +177,10 @@ def test_the_study_measures_each_way_and_goes_on_where_it_was(versions, tiny_bas
     words += ["images=1", "styled=[]", "changed=['a photo of a [V] face']", "recognisers=[sface]", "batch=2"]
     words += ["judges.clip=null", "judges.verifier=null", "rows=[lora]"]
     words += [f"methods.lora.finetune.{word}" for word in ("steps=2", "rate=0.05", "levels=2")]
-    for to in (tiny_base, versions["further"]):
-        script["main"](["--to", str(to), "--out", str(tmp_path / to.name), "--subspace", "4096", *words])
+    bases = load(tiny_base), load(versions["further"])
+    mapper = Mapper.between(*bases, 8).save(tmp_path / "xadapter.safetensors", *bases)
+    for to, more in ((tiny_base, []), (versions["further"], ["--xadapter", str(mapper)])):
+        script["main"](["--to", str(to), "--out", str(tmp_path / to.name), "--subspace", "4096", *more, *words])
     capsys.readouterr()
     same = results.load(tmp_path / tiny_base.name / "results.json")
     drawn = [load_tensors(tmp_path / tiny_base.name / "rows" / f"lora{way}.safetensors")[0]["images"]
@@ -193,13 +196,21 @@ def test_the_study_measures_each_way_and_goes_on_where_it_was(versions, tiny_bas
     other = results.load(tmp_path / "further" / "results.json")
     assert other["rows"]["lora"]["cosine"] == same["rows"]["lora"]["cosine"]
     assert any("skipped" in layer for layer in other["layers"]["lora_transferred"].values())
+    assert other["rows"]["lora_steered"]["label"].endswith("its base steers the new one")
+    lora, fitted = (other["rows"][row] for row in ("lora", "lora_fitted"))
+    assert fitted["bytes"] == lora["bytes"] == 4 * lora["trained"]
 
     file = tmp_path / "further" / "rows" / "lora_untouched.safetensors"
     before = file.stat().st_mtime_ns
     (tmp_path / "further" / "rows" / "lora_fitted.safetensors").unlink()
-    script["main"](["--to", str(to), "--out", str(tmp_path / "further"), "--subspace", "4096", *words])
+    script["main"](["--to", str(to), "--out", str(tmp_path / "further"), "--subspace", "4096", *more, *words])
     assert file.stat().st_mtime_ns == before
     assert results.load(tmp_path / "further" / "results.json")["values"] == other["values"]
+    script["main"](["--to", str(to), "--out", str(tmp_path / "further"), "--subspace", "4096", *more, *words,
+                    "methods.lora.finetune.rate=0.01"])  # fmt: skip
+    assert file.stat().st_mtime_ns > before
+    with pytest.raises(UserError, match="rows=floor: expected ways to personalise"):
+        script["main"](["--to", str(to), "--out", str(tmp_path / "no"), *words, "rows=[floor]"])
 
 
 @pytest.mark.parametrize("settings", [CustomConfig(), TokenConfig(vectors=2)])
