@@ -135,7 +135,7 @@ def training(work: Path, size: int, steps: int) -> dict[str, Any]:
 
 def fitting(work: Path, size: int, steps: int) -> dict[str, Any]:
     """Read as precomputing does: the photos of 16 fits, then a long fit."""
-    from hyperdb.stages.precompute import _photos
+    from hyperdb.stages.precompute import KEYS, _photos
 
     whole = settings("precompute", work, size)
     found: dict[str, Any] = {}
@@ -143,7 +143,8 @@ def fitting(work: Path, size: int, steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         people = load_people(whole.data, whole.identities, whole.split, size, first=whole.first, photos=whole.photos)
         rows = _photos(whole, people, whole.fit.first_view)
-        people.keys(whole.by, rows[:, 0])
+        for part in rows[:, 0].split(KEYS):
+            people.keys(whole.by, part)
         people.images[rows[: whole.batch].flatten()]
         found["first_batch_seconds"] = round(time.perf_counter() - began, 2)
         began, count = time.perf_counter(), 0
@@ -206,7 +207,7 @@ def main(work: Path, pictures: int = 15000, size: int = 512, fits: int = 15000, 
     runs = [result[name] for name in ("train_hypernet_empty_cache", "train_hypernet", "precompute")]
     result["limits"] = LIMITS
     result["within"] = {
-        "memory_gb": max(run["anonymous_gb"] for run in runs) <= LIMITS["memory_gb"],
+        "memory_gb": max(run["anonymous_gb"] for run in (*runs, result["store"])) <= LIMITS["memory_gb"],
         "first_batch_seconds": max(run["first_batch_seconds"] for run in runs[1:]) <= LIMITS["first_batch_seconds"],
         "waited": max(run["waited"] for run in runs) <= LIMITS["waited"],
     }
