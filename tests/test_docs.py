@@ -46,6 +46,13 @@ def test_the_tables_of_memory_are_the_results_files():
         assert f"| {card} GB | {' | '.join(stages.values())} |" in text
 
 
+@pytest.mark.parametrize("page", ["README.md", "experiments/tables/README.md"])
+def test_a_table_under_its_command_is_what_that_prints(page):
+    text = (ROOT / page).read_text()
+    for file, figures in re.findall(r"^ *python -m hyperdb\.report\.table (\S+) (.+)$", text, flags=re.MULTILINE):
+        assert markdown(load_json(ROOT / file), only=figures.split()).partition("\n\n")[0] in text, file
+
+
 def test_the_table_of_the_rates_is_the_sweeps():
     folder = ROOT / "experiments" / "tables"
     table = runpy.run_path(str(folder / "sweeps.py"))["table"]
