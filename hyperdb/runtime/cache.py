@@ -37,10 +37,10 @@ def kept(folder: Path | None, name: str, key: str, rows: int, make: Callable[[in
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with waited(unfinished(path)):
-            if (found := _there(path, name, key)) is not None:
-                return found
-            save_parts(path, name, make, rows, {"key": key}, PART)
+            with waited(unfinished(path)):
+                if (found := _there(path, name, key)) is not None:
+                    return found
+                save_parts(path, name, make, rows, {"key": key}, PART)
     except WriteError as error:
         raise WriteError(f"{error}; HYPERDB_CACHE=FOLDER names another place for what is kept") from error
     return load_tensors(path)[0][name]
