@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -95,15 +95,17 @@ def refuse_fewer(folder: str | Path, count: int) -> None:
         raise UserError(f"{folder} holds {there} fits, {count} are asked for: choose another name, or delete it")
 
 
-def shard_is_done(folder: Path, number: int, key: str, fewer: Sequence[str] = ()) -> bool:
+def shard_is_done(folder: Path, number: int, key: str, fewer: Callable[[], Sequence[str]] = tuple) -> bool:
     """Return whether a shard exists; raise `UserError` if it was made from something else.
 
-    One that has a key of `fewer` is the last of a store that grows, and is made again.
+    One that has a key of `fewer()` is the last of a store that grows, and is made again.
     """
     path = shard_path(folder, number)
-    if not path.is_file() or (found := load_metadata(path).get("key")) in fewer:
+    if not path.is_file():
         return False
-    if found != key:
+    if (found := load_metadata(path).get("key")) != key:
+        if found in fewer():
+            return False
         raise UserError(f"{path} was made with another base, data or configuration; choose another name or delete it")
     return True
 

@@ -224,18 +224,19 @@ def save_parts(
         """Return how many rows are written, and take their checksum."""
         nonlocal found
         with suppress(OSError, ValueError, KeyError), temporary.open("rb") as file:
-            text = file.read(int.from_bytes(file.read(8), "little")) if temporary.stat().st_size < 2**50 else b""
-            told = json.loads(text)
+            told = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 2**20)))
             there = told[name]
             shape, dtype = there["shape"], dtypes[there["dtype"]]
             if shape[0] != rows or {k: v for k, v in told["__metadata__"].items() if k != CHECK} != dict(metadata):
                 return 0
             size = there["data_offsets"][1] // rows  # bytes of a row
             done = (temporary.stat().st_size - file.tell()) // size // part * part
-            found = _sum_on(found, f"{name} {dtype} {shape}".encode())
-            for first in range(0, done, max(1, 2**24 // size)):
-                found = _sum_on(found, file.read(size * min(max(1, 2**24 // size), done - first)))
-            entry.update(there)
+            total, some = _sum_on(found, f"{name} {dtype} {shape}".encode()), max(1, 2**24 // size)
+            for first in range(0, done, some):
+                total = _sum_on(total, file.read(size * min(some, done - first)))
+            if done:
+                found = total
+                entry.update(there)
             return int(done)
         return 0
 

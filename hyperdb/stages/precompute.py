@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,7 +272,10 @@ def run(config: Config) -> Path:
     some = cache(lambda k: people.keys(config.by, torch.cat(files[k * together : (k + 1) * together])[:, 0]))
     keys = cache(lambda i: some(i // together).split(config.batch)[i % together])
     made = cache(lambda i: fits.store_key(**origin, keys=keys(i).tolist()))
-    fewer = cache(lambda i: [fits.store_key(**origin, keys=keys(i)[:k].tolist()) for k in range(1, len(files[i]))])
+
+    def fewer(i: int) -> list[str]:
+        return [fits.store_key(**origin, keys=keys(i)[:k].tolist()) for k in range(1, len(files[i]))]
+
     number, of = config.share()
     losses: list[float] = []
 
@@ -300,7 +303,7 @@ def run(config: Config) -> Path:
     with tqdm(total=sum(map(len, files[number::of])), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
         for i in range(number, len(files), of):
             photos = files[i]
-            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made(i), fewer(i))):
+            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made(i), partial(fewer, i))):
                 losses.clear()
                 good, tokens = fitted(photos)
                 fits.save_shard(out, i, tokens, keys(i)[good], made(i))

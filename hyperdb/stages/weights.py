@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hyperdb.data.people import People
     from hyperdb.diffusion.base import Base
     from hyperdb.hypernet.model import Hypernet
+    from hyperdb.runtime.lazy import Lazy
     from hyperdb.tuning.space import Space
 
 SMILES = ("smiling", "laughing")
@@ -88,7 +89,7 @@ def attributes(people: People) -> Tensor:
     return torch.cat([torch.tensor(rows), smile[:, None].float()], 1)
 
 
-def _looks(model: Hypernet, images: Tensor) -> Tensor:
+def _looks(model: Hypernet, images: Tensor | Lazy) -> Tensor:
     """Return pictures `[n, 3, H, W]` uint8 as what their attributes are read from, `[n, F]`.
 
     The encoder's mean feature, which knows who it is, and the pixels, which show the smile that it leaves out.
@@ -96,9 +97,12 @@ def _looks(model: Hypernet, images: Tensor) -> Tensor:
     import torch
     from torch.nn import functional as F
 
-    with torch.no_grad():
-        features = torch.cat([model.features(part)[0][:, 0].float().cpu() for part in images.split(256)])
-    return torch.cat([features, F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 32).flatten(1)], 1)
+    found = []
+    for part in images.split(256):
+        with torch.no_grad():
+            features = model.features(part)[0][:, 0].float().cpu()
+        found.append(torch.cat([features, F.adaptive_avg_pool2d(part.float() / 127.5 - 1, 32).flatten(1)], 1))
+    return torch.cat(found)
 
 
 class _Studio:
@@ -196,8 +200,7 @@ def run(config: Config) -> Path:
     made_in = (model.lidb.fingerprint, base_hash(base.targets()))
     save_directions(out / "directions.safetensors", directions, *made_in)
     shown, judged = torch.cat(people.photos), torch.cat(unseen.photos)
-    looks = torch.cat([_looks(model, part) for part in people.images.part(shown).split(256)])
-    reader = ridge(looks, known[shown] / scale, penalty=READER)
+    reader = ridge(_looks(model, people.images.part(shown)), known[shown] / scale, penalty=READER)
 
     def read(images: Tensor) -> Tensor:
         return _looks(model, images) @ reader[0] + reader[1]

@@ -84,6 +84,12 @@ def test_what_a_stop_left_is_gone_on_with(tmp_path: Path) -> None:
 
     file, told = tmp_path / "a.safetensors", {"key": "one"}
     with pytest.raises(KeyboardInterrupt):
+        save_parts(file, "x", lambda first: make(first, 2), 11, told, 4)  # less than a part
+    save_parts(file, "x", make, 11, told, 4)
+    assert torch.equal(load_tensors(file)[0]["x"], whole)  # with its checksum
+    file.unlink()
+    begun.clear()
+    with pytest.raises(KeyboardInterrupt):
         save_parts(file, "x", lambda first: make(first, 6), 11, told, 4)
     assert not file.exists()
     with pytest.raises(KeyboardInterrupt):
