@@ -43,7 +43,7 @@ from hyperdb.faces.image import save_png
 from hyperdb.formats import lora
 from hyperdb.metrics.face import SFace
 from hyperdb.metrics.figures import Standard
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.precision import cpu_has_bf16
 from hyperdb.runtime.provenance import provenance
@@ -206,7 +206,4 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_script(main)

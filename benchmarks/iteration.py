@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from hyperdb import config
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion.loss import predict
+from hyperdb.runtime.errors import run_script
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.precision import cpu_has_bf16
 from hyperdb.runtime.provenance import provenance
@@ -81,4 +81,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 
 from hyperdb import config
 from hyperdb.heads import Identity, View, render
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.precision import cpu_has_bf16
 from hyperdb.runtime.provenance import provenance
@@ -99,4 +98,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

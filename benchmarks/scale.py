@@ -14,7 +14,6 @@ training, what cards tell each other, and whatever stands in a queue.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,6 +24,7 @@ from gpu import DECODE, TEXT, UNET, VIT
 
 from hyperdb import config
 from hyperdb.adapters import FullConfig
+from hyperdb.runtime.errors import run_script
 from hyperdb.runtime.files import load_json
 from hyperdb.stages.evaluate import PHOTOS, shares
 from hyperdb.tuning.memory import GIGABYTE, KNOWN, rows
@@ -174,4 +174,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

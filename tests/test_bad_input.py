@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import skimage.data
@@ -200,3 +203,23 @@ def test_settings(in_tmp, capsys, words, said):
 def test_values_that_mean_nothing(in_tmp, capsys, words, said):
     _says(capsys, words, said)
     assert not [path for path in in_tmp.rglob("*") if path.is_file() and path.name != "multirun.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("experiments/tables/orders.py", [], "name one or several results files"),
+        ("experiments/tables/equal_copying.py", ["nowhere.json"], "nowhere.json"),
+        ("experiments/tables/sweeps.py", ["lora", "people=few"], "people=few: expected a number"),
+        ("benchmarks/iteration.py", ["rate=1"], "rate"),
+        ("benchmarks/scale.py", ["card=abacus"], "abacus.json"),
+    ],
+)
+def test_scripts_end_as_the_command_line_does(tmp_path, script, words, said):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parents[1] / script, *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,6 @@ LoRA's, which is its claim, is read off by
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperdb.report.results import check_alike, load
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import save_json
 
 HERE = Path(__file__).parent
@@ -113,7 +112,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_script(main)

@@ -10,7 +10,6 @@ the 95 % interval of their difference. "not seen" is an interval that holds 0: s
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 
 from hyperdb.metrics.figures import differences
 from hyperdb.report.results import check_alike, load
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import load_json, save_json
 
 HERE = Path(__file__).parent
@@ -96,7 +95,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_script(main)

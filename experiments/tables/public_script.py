@@ -43,7 +43,7 @@ from hyperdb.faces.image import save_png
 from hyperdb.formats import lora
 from hyperdb.metrics.face import SFace
 from hyperdb.metrics.figures import Standard, differences, summary
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import load_text, save_json
 from hyperdb.runtime.optim import adamw
 from hyperdb.runtime.paths import resolve
@@ -251,7 +251,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_script(main)

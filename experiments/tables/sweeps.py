@@ -17,7 +17,6 @@ results alone, for methods so slow that they were run on no more.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 from hyperdb.metrics.figures import summary
 from hyperdb.report.results import is_figure, load
 from hyperdb.report.sweep import axis
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import load_json, save_json
 
 HERE, RUNS = Path(__file__).parent, Path("runs/evaluate")
@@ -136,7 +135,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_script(main)

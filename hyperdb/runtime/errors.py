@@ -1,5 +1,10 @@
 """The exceptions that mean "the user can fix this"."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 
 class UserError(ValueError):
     """Bad input: the message names the offending value and says what to do.
@@ -20,3 +25,12 @@ class NonFiniteError(UserError, FloatingPointError):
 def first_line(error: Exception) -> str:
     """Return the first line of what an error of a library says, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def run_script(main: Callable[[list[str]], object]) -> None:
+    """Give a script the words of its command line; a `UserError` ends it with one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -54,7 +54,7 @@ class Journal:
                 training = f"{self.name}{where}: " if self.name or where else ""
                 raise NonFiniteError(
                     f"{training}the {what} is {value} at step {step}; lower the learning rate or use fp32, under "
-                    "another name; the checkpoint is that of the last good step that was kept"
+                    "another name; the checkpoint is that of the last good step"
                 )
 
     def record(self, step: int, **values: Any) -> None:

@@ -40,8 +40,8 @@ def train(
     `out/journal.jsonl`. `after(done, terms, journal)` runs after every step, `saved(done)` after every checkpoint that
     is due. Of several processes only the `main` one writes, and tells a `track` the loss, its terms and the rates of
     every step. Raises `UserError` for a checkpoint of another `config`,
-    `NonFiniteError` for a loss or gradient that is no number, before anything is changed by it; `where()` adds at which
-    noise levels it was so.
+    `NonFiniteError` for a loss or gradient that is no number, before anything is changed by it and with a checkpoint of
+    the step before; `where()` adds at which noise levels it was so.
 
     SIGINT or SIGTERM ends it after the step, with a checkpoint: then `KeyboardInterrupt` or `Terminated` is raised.
     `agreed` returns whether any of several processes is to end, so that all do after the same step.
@@ -58,6 +58,8 @@ def train(
             *losses, gradient = torch.stack([v.detach().float() for v in (*found.values(), length)]).tolist()
             terms = dict(zip(found, losses, strict=True))
             if not math.isfinite(sum(losses) + gradient):
+                if main:
+                    checkpoint.save(path, step, optimizer, ema, config)
                 journal.guard(done, sum(losses), gradient, where() if where is not None else "")
             optimizer.step()
             ema.update(step)

@@ -84,15 +84,15 @@ class _TensorBoard(_Watched):
 class _WandB(_Watched):
     """Runs of the project `hyperdb` in wandb, or in trackio, whose functions are called the same.
 
-    wandb writes into the folder `wandb` of the run; `wandb sync FOLDER` uploads what was made offline. trackio keeps
-    all runs in one folder of its own.
+    wandb writes into the folder `wandb` of the run; `wandb sync FOLDER` uploads what was made offline. A training that
+    goes on from its checkpoint goes on with its run of wandb. trackio keeps all runs in one folder of its own.
     """
 
     @functools.cached_property
     def run(self) -> Any:
         where: dict[str, Any] = {}
         if self.tracker == "wandb":
-            where = {"dir": self.config.out}
+            where = {"dir": self.config.out, **_gone_on(Path(self.config.out))}
             if "WANDB_MODE" not in os.environ and not _has_key():
                 where["mode"] = "offline"
         library = importlib.import_module(self.tracker)
@@ -108,6 +108,15 @@ class _WandB(_Watched):
     def close(self) -> None:
         if "run" in self.__dict__:
             self.run.finish()
+
+
+def _gone_on(out: Path) -> dict[str, str]:
+    """Return wandb's settings for the run that a training in `out` goes on with; none if it begins anew."""
+    runs = [path for path in (out / "wandb").glob("*run-*-*") if path.is_dir() and not path.is_symlink()]
+    if not runs or not (out / "checkpoint.safetensors").is_file():
+        return {}
+    newest = max(runs, key=lambda path: path.stat().st_mtime_ns)
+    return {"id": newest.name.partition("run-")[2].split("-")[1], "resume": "allow"}  # (offline-)run-DATE_TIME-ID
 
 
 def _has_key() -> bool:

@@ -111,6 +111,22 @@ def test_the_offline_run_holds_what_was_told(tracker, in_tmp, monkeypatch):
     assert pictures == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_that_goes_on_goes_on_with_its_run_of_wandb(in_tmp):
+    wandb = pytest.importorskip("wandb")
+
+    def last() -> str:
+        run(Config("wandb", str(in_tmp)))
+        wandb.teardown()
+        newest = max(in_tmp.glob("wandb/offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+        return newest.name.split("-")[3]
+
+    first, anew = last(), last()
+    (in_tmp / "checkpoint.safetensors").touch()
+    assert first != anew
+    assert last() == anew
+
+
 def test_without_a_tracker_nothing_is_written(in_tmp):
     run(Config(None, str(in_tmp)))
     assert [path.name for path in in_tmp.iterdir()] == ["sheet.png"]

@@ -11,7 +11,6 @@ results.json beside this file: of each pair and way what the halves show, and th
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hyperdb.data.people import load_people
 from hyperdb.faces.image import save_png
 from hyperdb.metrics.halves import SIDES
 from hyperdb.metrics.score import bootstrap, paired
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import run_script
 from hyperdb.runtime.files import load_json, save_json
 from hyperdb.runtime.provenance import provenance
 
@@ -88,7 +87,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_script(main)

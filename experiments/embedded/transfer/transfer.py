@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -34,7 +33,7 @@ from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.xadapter import Mapper, XAdapter, find
 from hyperdb.metrics.figures import differences, summary
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import hash_files, load_made, save_json, save_tensors
 from hyperdb.runtime.output import claim
 from hyperdb.runtime.provenance import provenance
@@ -288,7 +287,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(str(error))
+    run_script(main)
