@@ -1,12 +1,13 @@
-"""The shards of a stage as tasks of Ray: `hyperdb STAGE --ray num_shards=64 ...`.
+"""The shards of a stage as rows of a dataset of Ray: `hyperdb STAGE --ray num_shards=64 ...`.
 
-A task is the command that a person would give, with its `shard`, so that a store or a table comes out as it would from
+Each row is a task, the command that a person would give, with its `shard`, so that a store or a table comes out as it would from
 any other launcher.
 """
 
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,20 @@ from hyperdb.runtime.errors import UserError, first_line
 from hyperdb.runtime.share import Share
 
 
-def _task(stage: str, words: Sequence[str], folder: str) -> None:
-    """Run a command where the driver was told to."""
-    os.chdir(folder)
-    config.run(stage, words)
+def _task(row: dict[str, Any]) -> dict[str, str]:
+    """Run a command where the driver was told to; return its last word and why it failed, or nothing."""
+    os.chdir(row["folder"])
+    try:
+        config.run(row["stage"], list(row["words"]))
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()  # a bug of ours, in the log of the task
+        return {"word": row["words"][-1], "failed": first_line(error)}
+    return {"word": row["words"][-1], "failed": ""}
 
 
 def run(stage: str, words: Sequence[str]) -> None:
-    """Do the `num_shards` shards of a stage, then what is left for one, as tasks of a Ray cluster.
+    """Do the `num_shards` shards of a stage, then what is left for one, as tasks of Ray Data.
 
     The cluster is the one that RAY_ADDRESS names or that runs on this machine; else one of this machine alone is begun.
     Every machine must see the folder of the command and what its settings name. A task has a core, and a graphics card
@@ -38,27 +45,27 @@ def run(stage: str, words: Sequence[str]) -> None:
     of = config.load(stage, [*words, "shard=0"]).num_shards  # what is wrong is said before anything is begun
     try:
         import ray
+        import ray.data
     except ImportError as error:
         raise UserError("--ray needs Ray: pip install 'hyperdb[ray]'") from error
 
     ray.init()
     try:
         card = min(1, ray.cluster_resources().get("GPU", 0))
-        task = ray.remote(num_cpus=1, num_gpus=card)(_task)
 
-        def why_failed(done: Any) -> str | None:
-            try:
-                ray.get(done)
-            except ray.exceptions.RayError as error:
-                return first_line(getattr(error, "cause", None) or error)
-            return None
+        def failures(more: Sequence[str]) -> dict[str, str]:
+            """Do the command once with each of the words; return why it failed with which."""
+            rows = [{"stage": stage, "words": [*words, word], "folder": os.getcwd()} for word in more]
+            tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
+            done = tasks.map(_task, num_cpus=1, num_gpus=card).take_all()  # in the order in which they end
+            return {row["word"]: row["failed"] for row in done if row["failed"]}
 
-        begun = [task.remote(stage, [*words, f"shard={shard}"], os.getcwd()) for shard in range(of)]
-        failed = {shard: why for shard, done in enumerate(begun) if (why := why_failed(done)) is not None}
-        if failed:
-            numbers, first = ", ".join(map(str, failed)), next(iter(failed.values()))
-            raise UserError(f"of {of} shards failed {numbers}: {first}; the same command does what is missing")
-        if (why := why_failed(task.remote(stage, [*words, "num_shards=1"], os.getcwd()))) is not None:
+        shards = [f"shard={shard}" for shard in range(of)]
+        if failed := failures(shards):
+            numbers = ", ".join(word.removeprefix("shard=") for word in shards if word in failed)
+            why = next(iter(failed.values()))
+            raise UserError(f"of {of} shards failed {numbers}: {why}; the same command does what is missing")
+        for why in failures(["num_shards=1"]).values():
             raise UserError(f"all {of} shards are done, but not what is left for one: {why}")
     finally:
         ray.shutdown()
