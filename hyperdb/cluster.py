@@ -1,7 +1,7 @@
 """The shards of a stage as rows of a dataset of Ray: `hyperdb STAGE --ray num_shards=64 ...`.
 
-Each row is a task, the command that a person would give, with its `shard`, so that a store or a table comes out as it would from
-any other launcher.
+Each row is a task, the command that a person would give, with its `shard`, so that a store or a table comes out as it
+would from any other launcher.
 """
 
 from __future__ import annotations
