@@ -40,8 +40,10 @@ def measure(words: list[str], repeats: int, out: str) -> dict[str, Any]:
     """Take turns, print each, and return each method's label, iterations and seconds."""
     settings = config.load("evaluate", ["experiment=table1", *words, f"out={out}"])
     methods = {row: settings.methods[row] for row in settings.rows if row in settings.methods}
-    # at another's or everybody's prediction it takes as long as at the own one, and the base alone takes nothing
+    # at another's or everybody's prediction it takes as long as at the own one, and so does another guidance; the base
+    # alone takes nothing
     methods = {row: m for row, m in methods.items() if m.start in (None, "own") and (m.trains or m.start)}
+    methods = {row: m for row, m in methods.items() if m.hybrid is not False}
     fits = {row: settings.fit(row) for row in methods}
     if several := [row for row, method in methods.items() if (method.photos or 1) > 1]:
         raise UserError(f"rows={settings.rows}: {several[0]} learns from several photos, and a turn has one")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hyperdb import config, options
-from hyperdb.runtime.errors import UserError
+from hyperdb.runtime.errors import UserError, first_line
 from hyperdb.runtime.files import load_text
 from hyperdb.runtime.share import processes
 from hyperdb.runtime.stop import Terminated, ending
@@ -40,6 +40,10 @@ quotes: "preview_styles=['a sketch, by night',a cartoon of a [V] face]"; after -
 """
 
 INDENT = " " * 6
+NO_MEMORY = (
+    "the card has too little memory: the same command with dry_run=true says how much is needed; a smaller batch or "
+    "diffusion.checkpointing=true needs less"
+)
 # what the disk or its owner refuses: the user's to mend
 THE_DISKS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -230,7 +234,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"hyperdb: error: {where}{error.strerror}", file=sys.stderr)
         return 2
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            print(f"hyperdb: error: {NO_MEMORY} ({first_line(error)})", file=sys.stderr)
+            return 2
         traceback.print_exc()
         return 1
     return 0

@@ -43,16 +43,20 @@ class Site:
         import torch
 
         found = self.parameter.detach()
-        # nf4's `dequantize` is another function
-        found = found.get_original_weight() if hasattr(found, "get_original_weight") else found.dequantize()
+        if self._in_fewer_bits():
+            # nf4's `dequantize` is another function
+            found = found.get_original_weight() if hasattr(found, "get_original_weight") else found.dequantize()
         return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def _in_fewer_bits(self) -> bool:
+        return type(self.parameter.data).__module__.startswith("torchao.")
 
     def require_whole(self) -> None:
         """Raise `UserError` for a parameter that is stored in fewer bits than it was trained in.
 
         Its singular vectors are not the weight's: numbers along them would mean something else on the base as it is.
         """
-        if type(self.parameter.data).__module__.startswith("torchao."):
+        if self._in_fewer_bits():
             raise UserError(
                 "this adapter's numbers are along the singular vectors of the base's weights, which a base in fewer "
                 "bits does not have: leave out diffusion.quantise"

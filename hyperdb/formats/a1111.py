@@ -89,6 +89,10 @@ def read(path: Path, sites: Mapping[str, nn.Module], base: str) -> Part:
     layers = {network: [steps[i] for i in sorted(steps)] for network, steps in networks.items()}
     if any("weight" not in step for steps in layers.values() for step in steps):
         raise UserError(f"{path} has a bias without its weight")
+    if "activation_func" not in told and any(0 < len(steps) <= max(steps) for steps in networks.values()):
+        raise UserError(
+            f"{path} counts activations among its layers and does not say which: state activation_func in its header"
+        )
     bias = any("bias" in step for steps in layers.values() for step in steps)
     structure = _structure(path, layers)
     try:

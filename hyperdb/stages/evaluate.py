@@ -124,6 +124,8 @@ class Config(PersonalizerConfig, Share):
             self.fit(row)
             if unknown := [name for name in self.against(row) if name not in known]:
                 raise UserError(f"methods.{row}.against={unknown[0]!r}: expected of {', '.join(known)}")
+        if self.hypernet == "default" and self.default_hypernet is None and not self.begun():
+            self.hypernet = None  # none is known for the base, and none is needed
         if self.reference < 0 or self.photos < 1 or self.views < 1:
             raise UserError(
                 f"reference={self.reference}, photos={self.photos}, views={self.views}: expected at least 0, 1, 1"
@@ -141,6 +143,10 @@ class Config(PersonalizerConfig, Share):
                 raise UserError(f"recognisers={name!r}: expected {' or '.join(RECOGNISERS)}")
             if name in MADE and getattr(self.judges, name) is None:
                 raise UserError(f"recognisers={name!r} needs judges.{name}=FOLDER; {MADE[name]}")
+
+    def begun(self) -> list[str]:
+        """Return the rows that begin at a prediction."""
+        return [row for row in self.rows if row in self.methods and self.methods[row].start is not None]
 
     def kept_apart(self) -> int:
         """Return how many photos of a person no judge sees."""
@@ -520,8 +526,7 @@ def run(config: Config) -> Path:
     from hyperdb.tuning.prior import load_prior
 
     methods = {row: config.methods[row] for row in config.rows if row not in PHOTOS}
-    begun = [row for row, method in methods.items() if method.start is not None]
-    if config.hypernet is None and begun:
+    if config.hypernet is None and (begun := config.begun()):
         raise UserError(f"rows={begun[0]!r} begins at a prediction, which needs a hypernetwork; set hypernet=FOLDER")
 
     panel = Panel.gather(config)

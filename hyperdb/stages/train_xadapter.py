@@ -140,10 +140,11 @@ def run(config: Config, track: Track) -> Path:
     z, noise, t, mine, said = rows(generator(config.seed, "held"), unseen)
     loss, seconds = {}, {}
     for name, reads in (("steered", mine), ("alone", mine), ("told", ids[unseen.to(device)])):
-        began = time.perf_counter()
-        with torch.no_grad(), xadapter.saying(said):
-            loss[name] = round(diffusion_loss(new, z, noise, t, reads).mean().item(), 5)
-        seconds[name] = round(time.perf_counter() - began, 4)
+        for _ in range(2):  # the first pass of its size takes longer
+            began = time.perf_counter()
+            with torch.no_grad(), xadapter.saying(said):
+                loss[name] = round(diffusion_loss(new, z, noise, t, reads).mean().item(), 5)
+            seconds[name] = round(time.perf_counter() - began, 4)
         xadapter.remove()
     numbers = {
         name: sum(p.numel() for p in part.parameters())

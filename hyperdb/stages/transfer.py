@@ -81,8 +81,11 @@ def move(
 
     `onto` is the new base's layer of that name, None where it has none.
     """
+    import torch
+
     from hyperdb.adapters.lorax import alike, energy, projected
 
+    change.check(site)
     if site.kind not in ("linear", "conv"):
         return None, {"skipped": f"{site.kind}, no matrix"}
     if onto is None:
@@ -98,6 +101,8 @@ def move(
     if min(found.values()) < config.least:
         return None, found | {"skipped": "other singular vectors"}
     pair = _pair(change, site)
+    if config.subspace is None and config.rank is None and torch.equal(site.weight(), onto.weight()):
+        return pair, found | {"kept": 1.0}
     moved = projected(pair, u[:, :kept], vt[:kept], config.rank)
     whole = energy(pair)
     return moved, found | {"kept": round(energy(moved) / whole, 4) if whole else 1.0}

@@ -100,6 +100,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tiny_base, in_tmp):
     ("change", "message"),
     [
         (lambda t, m: m.update(activation_func="sine"), "the activation 'sine'"),
+        (lambda t, m: m.pop("activation_func"), "counts activations among its layers"),
         (lambda t, m: m.update(is_layer_norm="True"), "layer normalisation"),
         (lambda t, m: m.update(activate_output="True"), "after its last layer"),
         (lambda t, m: m.update(activate_output="None"), "does not say activate_output"),

@@ -316,6 +316,12 @@ def test_the_prompts_of_the_embedded_base_are_in_words_that_it_knows():
     assert {word for text in found.changed for word in words_of(text.replace("[V]", "sks"))} <= set(vocabulary())
 
 
+def test_rows_that_begin_at_nothing_need_no_hypernetwork():
+    found = [config.load("evaluate", [f"experiment=sweep/{row}", "diffusion=sd15"]) for row in ("lora", "hyper_40")]
+    assert [one.hypernet for one in found] == [None, "default"]
+    assert config.load("evaluate", ["experiment=sweep/lora"]).hypernet == "default"  # it is there, and is told
+
+
 def test_a_table_is_made_of_photographs(tiny_base, tiny_judges, tmp_path):
     """An aligned folder knows no styles, places or accessories, and none are asked for."""
     rng, folder, records = np.random.default_rng(0), tmp_path / "aligned", []

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hyperdb import config
+from hyperdb.adapters import TokenConfig
 from hyperdb.adapters.base import Changes, both, identities_of, select
 from hyperdb.adapters.inject import Injection, settled
 from hyperdb.adapters.layout import Layout
@@ -110,6 +111,8 @@ class Study:
             method = settings.methods.get(row)
             if method is None or not (method.trains or method.start) or method.photos or method.strength != 1:
                 raise UserError(f"rows={row}: expected ways to personalise by one photo, each at its own strength")
+            if isinstance(method.adapter, TokenConfig):
+                raise UserError(f"rows={row} trains a word, and nothing of a word is projected; leave it out")
         there = replace(settings, diffusion=replace(settings.diffusion, path=given.to), hypernet=None, rows=["floor"])
         subspace = "null" if given.subspace is None else given.subspace
         self.how = config.load("transfer", [f"to={given.to}", "adapter=none", f"subspace={subspace}"])
