@@ -5,7 +5,7 @@ r"""The likeness of other methods at the copying of ours: what repeats the photo
     python experiments/tables/equal_copying.py runs/evaluate/tables/table1.json runs/evaluate/along
 
 A row that stands in several files, made in different ways, has a point in each: its copying, the mean of pose and
-backdrop, and its likeness under changed prompts. Between two neighbours the likeness is read off a straight line, at
+backdrop, and its likeness under changed prompts; one that begins at nothing has the base alone as its first. Between two neighbours the likeness is read off a straight line, at
 the copying of `hyper_40`; beyond the last point it is that of the last. Intervals are over people, all of whom count at
 every point. Prints a table, and writes equal_copying.json beside this file (or out=FILE).
 
@@ -72,11 +72,14 @@ def compare(every: list[dict[str, Any]], ours: str, at: str, read: str) -> dict[
     """
     check_alike(every)
     points: dict[str, dict[str, Point]] = {}  # of each row, by how it was made
+    nothing = [found for x in every if (base := x.get("values", {}).get("floor")) and (found := point(base, at, read))]
     for results in every:
         for row, values in results.get("values", {}).items():
             if results["rows"][row].get("steps") and (found := point(values, at, read)) is not None:
                 made = json.dumps(results.get("methods", {}).get(row), sort_keys=True)
                 points.setdefault(row, {})[made] = found
+                if nothing and results.get("methods", {}).get(row, {"start": ""}).get("start") is None:
+                    points[row]["floor"] = nothing[0]
     mine = list(points.pop(ours, {}).values())
     if len(mine) != 1:
         which = "none" if not mine else "several"

@@ -83,7 +83,18 @@ def test_other_figures_and_rows_compare_as_well():
     assert (found["at"], found["read"], found["mean"]) == pytest.approx((0.8, 0.5, -0.2))
 
 
-def test_what_it_is_not_given_is_asked_for(monkeypatch):
+def test_what_begins_at_nothing_is_the_base_at_first():
+    one = results(hyper_40=values([0.2] * 3, [0.7] * 3), floor=values([0.0] * 3, [0.4] * 3),
+                  dreambooth=values([0.8] * 3, [0.8] * 3), mean_40=values([0.8] * 3, [0.8] * 3))  # fmt: skip
+    one["rows"]["floor"]["steps"] = 0
+    one["methods"] = {"hyper_40": {"start": "own"}, "dreambooth": {"start": None}, "mean_40": {"start": "average"}}
+    found = compare([one])
+    assert (found["dreambooth"]["points"], found["dreambooth"]["read"]) == (2, pytest.approx(0.5))
+    assert (found["mean_40"]["points"], found["mean_40"]["read"]) == (1, pytest.approx(0.8))
+
+
+def test_what_it_is_not_given_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(FILE)])
-    with pytest.raises(SystemExit, match="name results files"):
+    with pytest.raises(SystemExit, match="^2$"):
         runpy.run_path(str(FILE), run_name="__main__")
+    assert "name results files" in capsys.readouterr().err
