@@ -61,6 +61,14 @@ def test_the_table_of_the_rates_is_the_sweeps():
     ).read_text()
 
 
+def test_the_chosen_rates_are_those_of_the_tables():
+    settings = config.load("evaluate", ["experiment=table1"])
+    for file in sorted((ROOT / "experiments" / "tables" / "sweeps").glob("*.json")):
+        fit = settings.methods[file.stem].fit(settings.finetune)
+        assert fit is not None
+        assert fit.rate == load_json(file)["rate"], file.stem
+
+
 def test_the_rows_of_the_study_of_guidance_are_its_results():
     folder = ROOT / "experiments" / "embedded" / "base64" / "guidance"
     rows, text = load_json(folder / "results.json")["rows"], (folder / "README.md").read_text()

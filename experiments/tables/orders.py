@@ -3,8 +3,8 @@
     python experiments/tables/orders.py runs/evaluate/tables/table1.json runs/evaluate/tables/table2.json ...
 
 Prints a table, and writes orders.json beside this file (or out=FILE). The paper's figures are in paper.json. Ours are
-those of all prompts, a person's mean of changed ones and of styles, which are as many; but Face Rec., SFace's, is of
-the changed ones alone, for no recogniser of photos judges a drawing. Of each pair the people whom both rows have, and
+those of all prompts, a person's mean of changed ones and of styles, which are as many; but Face Rec., SFace's and
+dlib's, is of the changed ones alone, for no recogniser of photos judges a drawing. Of each pair the people whom both rows have, and
 the 95 % interval of their difference. "not seen" is an interval that holds 0: so many people cannot tell.
 """
 
@@ -24,6 +24,7 @@ from hyperdb.runtime.files import load_json, save_json
 HERE = Path(__file__).parent
 OURS = {  # the paper's figure: ours under changed prompts, of which the first that is known stands for it
     "Face Rec.": ("cosine_changed",),
+    "Face Rec. by dlib": ("cosine_changed_dlib",),
     "DINO": ("dino_changed", "vicreg_changed, vicreg_styled", "vicreg_changed"),
     "CLIP-I": ("clip_i_changed, clip_i_styled", "clip_i_changed"),
     "CLIP-T": ("clip_t_changed, clip_t_styled", "clip_t_changed"),
@@ -55,7 +56,8 @@ def compare(every: list[dict[str, Any]], paper: dict[str, Any]) -> list[dict[str
     known = {figure for score in scores.values() for figure in score}
     compared = []
     for one, other in paper["orders"]:
-        for column, figure in enumerate(paper["figures"]):
+        for figure in OURS:
+            column = paper["figures"].index(figure.removesuffix(" by dlib"))
             ours = next((name for name in OURS[figure] if name in known), None)
             found = differences(scores, {one: [other]}, ours, 0) if ours is not None else {}
             if ours is None or (difference := found.get(f"{one}-{other}")) is None:

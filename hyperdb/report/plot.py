@@ -14,7 +14,10 @@ from hyperdb.report.table import COLUMNS
 from hyperdb.runtime.files import atomic
 
 MARKERS = "os^Dv<>P*X"  # one a results file
-OVER = ("cosine", "cosine_changed", "rank1_styled", "clip_t", "copy_pose")  # drawn over a setting's values, where known
+OVER = (  # drawn over a setting's values, where known
+    *("cosine", "cosine_changed", "rank1_styled", "rank1_styled_verifier"),
+    *("style_accuracy", "clip_t", "copy_pose"),
+)
 
 
 Spread = tuple[float, float, float]  # a mean, and how far its 95 % interval goes below and above

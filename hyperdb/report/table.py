@@ -82,6 +82,7 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "trained": Column("numbers trained", 0),
     "bytes": Column("bytes", 0),
 }
+LEAD = ("cosine", "cosine_changed")  # told with their intervals, for rows as for differences
 BAR = r"\|"  # in Markdown
 LATEX: dict[str, str | int | None] = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
@@ -169,8 +170,11 @@ def _tables(results: Mapping[str, Any], brief: bool, only: Sequence[str] = ()) -
         columns = {name: known[name] for name in ("cosine", *only)}
     table = [["way to personalise", *(column.label for column in columns.values())]]
     for name, row in rows.items():
-        cells = [_cell(row, figure, column.digits) for figure, column in columns.items() if figure != "cosine"]
-        table.append([_label(results, name), _interval(row["cosine"]), *cells])
+        cells = [
+            _interval(row[figure]) if figure in LEAD and figure in row else _cell(row, figure, column.digits)
+            for figure, column in columns.items()
+        ]
+        table.append([_label(results, name), *cells])
     compared = {figure: column.label for figure, column in _columns(pairs.values()).items()}
     if only:
         compared = {name: compared[name] for name in ("cosine", *only) if name in compared}

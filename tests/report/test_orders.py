@@ -58,3 +58,8 @@ def test_the_tables_shown_are_the_papers():
     text = (TABLES / "README.md").read_text()
     for figures in load_json(TABLES / "paper.json")["rows"].values():
         assert f"| {' | '.join(f'{x:.3f}'.lstrip('0') for x in figures)} |" in text
+
+
+def test_the_table_of_the_orders_is_its_file():
+    found = load_json(TABLES / "orders.json")["compared"]
+    assert orders["table"](found) in (TABLES / "README.md").read_text()

@@ -28,7 +28,7 @@ def test_what_a_row_was_not_asked_is_a_dash():
             "copy": row(label="photo", cosine_changed={**changed, "mean": 0.8})}  # fmt: skip
     table = markdown({"rows": rows, "paired": {}}).splitlines()
     assert table[0] == "| way to personalise | face cosine | rank-1 | face cosine, changed prompt | style obeyed |"
-    assert table[2].endswith("| 0.25 | 0.457 | 0.99 |")
+    assert table[2].endswith("| 0.25 | 0.457 [0.457, 0.457] | 0.99 |")
     assert table[3].endswith("| 0.25 | 0.800 | — |")
 
 
