@@ -73,7 +73,13 @@ def main(repeats: int = 5, iterations: int = 40) -> None:
         name: {"median": statistics.median(times), "seconds": times, "threads": threads[name]}
         for name, times in seconds.items()
     }
-    result = {"iterations": iterations, "runs": rows, "cores": os.cpu_count(), **provenance()}
+    ratios = {
+        where: round(rows[f"{where}, free threads"]["median"] / rows[f"{where}, all threads"]["median"], 3)
+        for where in ("alone", "beside another program")
+    }
+    within = {where: ratio <= (1.05 if where == "alone" else 1.0) for where, ratio in ratios.items()}
+    result = {"ratios": ratios, "within": within,
+              "iterations": iterations, "runs": rows, "cores": os.cpu_count(), **provenance()}  # fmt: skip
     save_json(Path(__file__).with_suffix(".json"), result)
     for name, row in rows.items():
         print(f"{name:40s}{row['median']:8.2f} s   threads {row['threads']}")

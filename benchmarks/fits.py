@@ -54,6 +54,7 @@ from hyperdb.tuning.fit import FitConfig
 ROOT = Path(__file__).parent.parent
 UNSEEN, IMAGES = 4, 8  # photos a person that judge, and pictures that are judged
 TOGETHER, APART, SCRIPT = "precompute", "precompute, batch=1", "script"
+AIMS = {APART: 8, SCRIPT: 20}  # times as many people an hour
 
 
 def public_script() -> ModuleType:
@@ -197,6 +198,9 @@ def main(arguments: list[str]) -> dict[str, Any]:
             f"({row['people_an_hour_without_start_ratio']:.2f} x), face cosine {row['cosine']:.3f} after "
             f"{row['steps']} steps{'' if row['as_like'] else ': LESS LIKE'}"
         )
+    result["aims"] = {name: aim for name, aim in AIMS.items() if name in result["rows"]}
+    ratios = {name: result["rows"][name]["people_an_hour_ratio"] for name in result["aims"]}
+    result["within"] = {name: ratio >= AIMS[name] for name, ratio in ratios.items()}
     device = torch.cuda.get_device_name() if base.device.type == "cuda" else "cpu"
     result |= {"device": device, "cores": os.cpu_count(), "cpu_has_bf16": cpu_has_bf16(), "base": base.digest}
     result |= provenance()

@@ -5,9 +5,10 @@ r"""The likeness of other methods at the copying of ours: what repeats the photo
     python experiments/tables/equal_copying.py runs/evaluate/tables/table1.json runs/evaluate/along
 
 A row that stands in several files, made in different ways, has a point in each: its copying, the mean of pose and
-backdrop, and its likeness under changed prompts; one that begins at nothing has the base alone as its first. Between two neighbours the likeness is read off a straight line, at
-the copying of `hyper_40`; beyond the last point it is that of the last. Intervals are over people, all of whom count at
-every point. Prints a table, and writes equal_copying.json beside this file (or out=FILE).
+backdrop, and its likeness under changed prompts; one that begins at nothing has the base alone as its first. Between
+two neighbours the likeness is read off a straight line, at the copying of `hyper_40`; beyond the last point it is that
+of the last. Intervals are over people, all of whom count at every point. Prints a table, and writes equal_copying.json
+beside this file (or out=FILE).
 
 Two other figures compare as well, and rows with another than ours: how varied FouRA's pictures are at the likeness of
 LoRA's, which is its claim, is read off by

@@ -4,8 +4,9 @@
 
 Prints a table, and writes orders.json beside this file (or out=FILE). The paper's figures are in paper.json. Ours are
 those of all prompts, a person's mean of changed ones and of styles, which are as many; but Face Rec., SFace's and
-dlib's, is of the changed ones alone, for no recogniser of photos judges a drawing. Of each pair the people whom both rows have, and
-the 95 % interval of their difference. "not seen" is an interval that holds 0: so many people cannot tell.
+dlib's, is of the changed ones alone, for no recogniser of photos judges a drawing. Of each pair the people whom both
+rows have, and the 95 % interval of their difference. "not seen" is an interval that holds 0: so many people cannot
+tell.
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "steps": Column("iterations", 0),
     "trained": Column("numbers trained", 0),
     "bytes": Column("bytes", 0),
+    "base_bytes": Column("bytes of the base in memory", 0),
 }
 LEAD = ("cosine", "cosine_changed")  # told with their intervals, for rows as for differences
 BAR = r"\|"  # in Markdown

@@ -152,6 +152,10 @@ class Config(PersonalizerConfig, Share):
         """Return how many photos of a person no judge sees."""
         return self.photos if self.given is None else self.given
 
+    def needed(self) -> int:
+        """Return how many photos a person must have: those kept apart, those that judge, one for the ceiling."""
+        return max(self.kept_apart() + self.views, self.reference) + 1
+
     def fit(self, row: str) -> FitConfig | None:
         """Return the fine-tuning of a row; None where nothing is trained. Raises `UserError`."""
         try:
@@ -169,6 +173,7 @@ def passes(config: Config, sketch: Sketch) -> None:
     from hyperdb.tuning.draw import together
     from hyperdb.tuning.memory import rows
 
+    sketch.read(config.data, config.people, config.split, least=config.needed())
     sketch.begin(config, config.batch)
     rank = config.adapter.rank  # type: ignore[attr-defined]
     known = []
@@ -225,9 +230,8 @@ class Panel:
         from hyperdb.data.people import load_people
         from hyperdb.heads import PLACE_PHRASES
 
-        given = config.kept_apart()
+        given, needed = config.kept_apart(), config.needed()
         used = given + config.views
-        needed = max(used + 1, config.reference + 1)
         people = load_people(config.data, config.people, config.split, config.diffusion.size, least=needed)
         rows = people.given_first(config.data, given, needed, config.reference)
         shown = people.images[torch.stack([r[:given] for r in rows])]
@@ -614,9 +618,11 @@ def run(config: Config) -> Path:
         for person, (first, *_) in zip(known, rows, strict=True):
             person["reference_wears"] = people.names["accessory"][int(people.labels["accessory"][first])]
     hypernet = {} if model.hypernet is None else model.hypernet.metadata
+    shared = {"base_bytes": stored(base.unet) + stored(base.text_encoder)}
     result: dict[str, Any] = {
         "rows": {
-            row: _read(config, row, described[row]) | {"people": counts[row]} | summary(score, config.seed) | costs[row]
+            row: _read(config, row, described[row]) | shared | {"people": counts[row]}
+            | summary(score, config.seed) | costs[row]
             for row, score in scores.items()
         },
         "paired": paired.pop("cosine"),
@@ -630,7 +636,6 @@ def run(config: Config) -> Path:
         "styled": config.styled,
         "changed": config.changed,
         "base": base.digest,
-        "base_bytes": stored(base.unet) + stored(base.text_encoder),
         "hypernet": {"digest": digest, **{key: hypernet.get(key) for key in ("base", "data", "steps")}},
         "data": people.digest,
         "recognisers": config.recognisers,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hyperdb.diffusion.base import Base
     from hyperdb.formats.native import Part, Personalization
 
-WRITES = ("adapter.safetensors",)
+WRITES = ("adapter.safetensors", "pictures.png")
 LIMIT = 2000  # captions: their features are in memory at once
 
 
@@ -49,6 +49,7 @@ class Config:
     diffusion: DiffusionConfig
     prior: PriorConfig
     captions: FilePath | None = None  # further ones, of which the first LIMIT count
+    num_images: int = 8  # pictures of everybody together, drawn at the end by ordinary guidance; 0: none
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/merge/default"  # folder that is written
 
@@ -128,7 +129,10 @@ def _words(base: Base, person: Personalization, word: Changes, row: int) -> Tens
 
 
 def run(config: Config) -> Path:
-    """Write `out/adapter.safetensors`, in which every person's rare token calls that person, and return `out`."""
+    """Write `out/adapter.safetensors`, in which every person's rare token calls that person; return `out`.
+
+    `out/pictures.png` are pictures of all of them together.
+    """
     import torch
 
     from hyperdb.adapters import CustomConfig, TokenConfig
@@ -138,10 +142,12 @@ def run(config: Config) -> Path:
     from hyperdb.adapters.site import Site
     from hyperdb.diffusion.base import Base
     from hyperdb.diffusion.targets import base_hash
+    from hyperdb.faces.image import grid, save_png
     from hyperdb.formats.native import Part, Personalization, find_adapter
     from hyperdb.runtime.files import hash_files
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.recipe import recipe
+    from hyperdb.tuning.draw import draw
 
     if len(config.adapter) < 2:
         raise UserError(f"adapter={config.adapter}: name two adapters or more as [A,B]")
@@ -188,14 +194,21 @@ def run(config: Config) -> Path:
     contents: dict[str, Any] = {"adapter": [hash_files([file]) for file in files], "base": base.digest}
     contents["captions"] = texts if config.captions is not None else None
     out = claim(config.out, WRITES, {**recipe(config), **contents})
-    Personalization(
+    merged = Personalization(
         first.layout, None, base=first.base, rare_token=first.rare_token, class_word=first.class_word, parts=together
-    ).save(out / "adapter.safetensors")
+    )
+    merged.save(out / "adapter.safetensors")
     calls = [f"{person.rare_token} {person.class_word}" for person in people]
     print(f"adapter in {out / 'adapter.safetensors'}; the words that call the people: {', '.join(map(repr, calls))}")
     together_moved, *alone = moves.sqrt().tolist()
     print(f"the layers move {together_moved / max(max(alone), 1e-12):.2g} times as far as the furthest person's own")
     known = len(base.tokenizer("and", add_special_tokens=False).input_ids) == 1
     prompt = f"a photo of a {(' and a ' if known else ', a ').join(calls)}"
+    if config.num_images:
+        seeds = list(range(config.num_images))
+        drawn = draw(base, moved(merged.changes(), base.device), 1, [prompt] * len(seeds), seeds, hybrid=False)[0]
+        text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompt}
+        sheet = save_png(out / "pictures.png", grid(list(drawn.permute(0, 2, 3, 1).numpy()), 8), text)
+        print(f"{len(seeds)} pictures of {prompt!r}: {sheet}")
     print(f"next: hyperdb generate adapter={config.out} prompt='{prompt}' diffusion.subject_guidance=null")
     return out

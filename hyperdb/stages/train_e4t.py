@@ -183,6 +183,7 @@ def run(config: Config, track: Track) -> Path:
         report["held_out"] = {
             "people": len(held), "error": own.mean(), "error_of_another": others.mean(), "others_above_own": apart,
         }  # fmt: skip
+        track.log(config.steps, {"held_out/own": own.mean(), "held_out/another": others.mean()})
         print(f"{len(held)} people unseen: error {own.mean():.4f} with their word, with another's higher by "
               f"{apart['mean']:.5f} [{apart['lo']:.5f}, {apart['hi']:.5f}]")  # fmt: skip
     injection.remove()

@@ -146,6 +146,7 @@ def run(config: Config, track: Track) -> Path:
                 loss[name] = round(diffusion_loss(new, z, noise, t, reads).mean().item(), 5)
             seconds[name] = round(time.perf_counter() - began, 4)
         xadapter.remove()
+    track.log(config.steps, {f"held_out/{name}": value for name, value in loss.items()})
     numbers = {
         name: sum(p.numel() for p in part.parameters())
         for name, part in (("mapper", mapper), ("old_unet", old.unet), ("new_unet", new.unet))

@@ -95,6 +95,6 @@ def test_what_begins_at_nothing_is_the_base_at_first():
 
 def test_what_it_is_not_given_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(FILE)])
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         runpy.run_path(str(FILE), run_name="__main__")
     assert "name results files" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from hyperdb.adapters import CustomConfig, LoRAConfig
 from hyperdb.adapters.inject import Injection
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.targets import base_hash
+from hyperdb.faces.image import read_image
 from hyperdb.formats.native import Part, Personalization
 from hyperdb.runtime.errors import UserError
 from hyperdb.tuning.trainable import trainable
@@ -53,6 +54,7 @@ def test_each_word_has_its_own_keys_and_values_and_captions_keep_theirs(make, ba
     files = make("sks", CustomConfig()), make("zwx", CustomConfig(), seed=1)
     both = Personalization.load(merged(tiny_base, tmp_path, *files) / "adapter.safetensors")
     assert "'sks face', 'zwx face'" in capsys.readouterr().out
+    assert read_image(tmp_path / "both" / "pictures.png").shape == (32, 8 * 32, 3)
     assert [part.kind for part in both.parts] == ["custom", "token"]
     layer = next(name for name in both.parts[0].layout.names if name.endswith("to_k"))
     module = base.targets()[layer]
