@@ -69,12 +69,13 @@ def main(repeats: int = 5, iterations: int = 40) -> None:
                         model.finetune(crop, tokens)
                         seconds.setdefault(name, []).append(round(time.perf_counter() - began, 3))
                         threads.setdefault(name, []).append(torch.get_num_threads())
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
     rows = {
-        name: {"median": statistics.median(times), "seconds": times, "threads": threads[name]}
+        name: {"median": medians[name], "seconds": times, "threads": threads[name]}
         for name, times in seconds.items()
     }
     ratios = {
-        where: round(rows[f"{where}, free threads"]["median"] / rows[f"{where}, all threads"]["median"], 3)
+        where: round(medians[f"{where}, free threads"] / medians[f"{where}, all threads"], 3)
         for where in ("alone", "beside another program")
     }
     within = {where: ratio <= (1.05 if where == "alone" else 1.0) for where, ratio in ratios.items()}
