@@ -26,7 +26,7 @@ from hyperdb.adapters import (
     SVDiffConfig,
     TokenConfig,
 )
-from hyperdb.adapters.base import Adapter, both, select
+from hyperdb.adapters.base import Adapter, NotMergeableError, both, select
 from hyperdb.adapters.inject import Injection
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
@@ -47,6 +47,11 @@ CONFIGS: dict[str, AdapterConfig] = {
     "custom": CustomConfig(row=3, start=3),
     "e4t": E4TConfig(row=3, start=3),
     "token": TokenConfig(row=3, start=3),  # begun at another word it would be that word
+}
+UNMERGED: dict[str, AdapterConfig] = {  # of which no weight stands for what they do
+    "a1111-relu": A1111Config(activation="relu"),
+    "foura-adaptive": FouRAConfig(rank=3, adaptive=True),
+    "words": TokenConfig(row=3, start=3, vectors=2),
 }
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
@@ -96,20 +101,30 @@ class Case:
         return self.adapter.changes(self.trained(identities))
 
 
-@pytest.fixture(params=CONFIGS)
-def config(request: pytest.FixtureRequest) -> AdapterConfig:
-    return CONFIGS[request.param]
-
-
 @pytest.fixture(params=TOLERANCE, ids=str)
-def case(request: pytest.FixtureRequest, config: AdapterConfig) -> Case:
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
+@pytest.fixture(params=CONFIGS)
+def mergeable(request: pytest.FixtureRequest, dtype: torch.dtype) -> Case:
+    return make(CONFIGS[request.param], dtype)
+
+
+@pytest.fixture(params=[*CONFIGS, *UNMERGED])
+def case(request: pytest.FixtureRequest, dtype: torch.dtype) -> Case:
+    return make((CONFIGS | UNMERGED)[request.param], dtype)
+
+
+def make(config: AdapterConfig, dtype: torch.dtype) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Model().to(request.param).requires_grad_(False)
+        model = Model().to(dtype).requires_grad_(False)
         for name, parameter in model.named_parameters():
             if name.startswith(("norm", "group")):  # as after a training, neither ones nor zeros
                 parameter.add_(0.3 * torch.randn(parameter.shape))
-    return Case(config, model, request.param)
+    return Case(config, model, dtype)
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -125,33 +140,33 @@ def test_every_kind_has_its_laws() -> None:
     assert {type(config) for config in CONFIGS.values()} == set(KINDS.values())
 
 
-def test_nothing_changes_at_init_and_everyone_starts_alike(case: Case) -> None:
-    params = case.adapter.init(3, case.sites)
+def test_nothing_changes_at_init_and_everyone_starts_alike(mergeable: Case) -> None:
+    params = mergeable.adapter.init(3, mergeable.sites)
     assert params
     assert all(x.dtype == torch.float32 and torch.equal(x, x[:1].expand_as(x)) for x in params.values())
-    changes = case.adapter.changes(params)
-    assert list(changes) == list(case.sites)
-    for name, site in case.sites.items():
+    changes = mergeable.adapter.changes(params)
+    assert list(changes) == list(mergeable.sites)
+    for name, site in mergeable.sites.items():
         change = changes[name].dense(site.weight())
         assert change.shape == (3, *site.shape)
         assert change.abs().max() < 1e-6
-    with Injection(case.sites).using(changes):
-        changed = case.model(ids(6))
-    close(changed, case.model(ids(6)))
+    with Injection(mergeable.sites).using(changes):
+        changed = mergeable.model(ids(6))
+    close(changed, mergeable.model(ids(6)))
 
 
 @pytest.mark.parametrize("identities", [1, 2, 3])
-def test_hooking_adds_what_the_dense_change_makes_of_the_input(case: Case, identities: int) -> None:
-    changes = case.changes(identities)
-    for name, site in case.sites.items():
+def test_hooking_adds_what_the_dense_change_makes_of_the_input(mergeable: Case, identities: int) -> None:
+    changes = mergeable.changes(identities)
+    for name, site in mergeable.sites.items():
         with Injection({name: site}).using({name: changes[name]}):
-            hooked = case.model(ids(identities))
+            hooked = mergeable.model(ids(identities))
         frozen = site.parameter.clone()
         for i, dense in enumerate(changes[name].dense(site.weight())):
             site.parameter.copy_(frozen + dense)
-            close(hooked[i], case.model(ids(identities))[i])
+            close(hooked[i], mergeable.model(ids(identities))[i])
             site.parameter.copy_(frozen)
-        assert not torch.allclose(hooked, case.model(ids(identities)), atol=1e-4), name
+        assert not torch.allclose(hooked, mergeable.model(ids(identities)), atol=1e-4), name
 
 
 @pytest.mark.parametrize("identities", [2, 3])
@@ -184,28 +199,28 @@ def test_plain_blocks_are_left_alone(case: Case, identities: int, plain: int) ->
         case.model(ids(identities * (plain + 2) + 1))
 
 
-def test_merging_is_hooking(case: Case) -> None:
-    changes = select(case.changes(2), 1)
-    injection = Injection(case.sites)
+def test_merging_is_hooking(mergeable: Case) -> None:
+    changes = select(mergeable.changes(2), 1)
+    injection = Injection(mergeable.sites)
     with injection.using(changes, 0.5):
-        hooked = case.model(ids(4))
+        hooked = mergeable.model(ids(4))
     injection.remove()
     with torch.no_grad():
         for name, change in changes.items():
-            case.sites[name].parameter.add_(0.5 * change.dense(case.sites[name].weight())[0])
-    close(case.model(ids(4)), hooked)
+            mergeable.sites[name].parameter.add_(0.5 * change.dense(mergeable.sites[name].weight())[0])
+    close(mergeable.model(ids(4)), hooked)
 
 
-def test_both_is_the_sum(case: Case) -> None:
-    first, second = (select(case.changes(2), i) for i in (0, 1))
-    for name, site in case.sites.items():
+def test_both_is_the_sum(mergeable: Case) -> None:
+    first, second = (select(mergeable.changes(2), i) for i in (0, 1))
+    for name, site in mergeable.sites.items():
         total = both(first, second)[name].dense(site.weight())
         close(total, first[name].dense(site.weight()) + second[name].dense(site.weight()))
         with Injection({name: site}).using({name: both(first, second)[name]}):
-            together = case.model(ids(2))
+            together = mergeable.model(ids(2))
         frozen = site.parameter.clone()
         site.parameter.add_(total[0])
-        close(together, case.model(ids(2)))
+        close(together, mergeable.model(ids(2)))
         site.parameter.copy_(frozen)
 
 
@@ -268,14 +283,26 @@ def test_global_random_state_is_untouched(case: Case) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_reload_gives_the_same(case: Case) -> None:
-    def make() -> list[torch.Tensor]:
-        changes = case.adapter.changes(case.adapter.init(1, case.sites))
-        return [changes[name].dense(site.weight()) for name, site in case.sites.items()]
+def test_reload_gives_the_same(mergeable: Case) -> None:
+    def once_more() -> list[torch.Tensor]:
+        changes = mergeable.adapter.changes(mergeable.adapter.init(1, mergeable.sites))
+        return [changes[name].dense(site.weight()) for name, site in mergeable.sites.items()]
 
-    for once, again in zip(make(), make(), strict=True):
+    for once, again in zip(once_more(), once_more(), strict=True):
         assert torch.equal(once, again)
 
 
 def test_a_learning_rate_for_every_parameter(case: Case) -> None:
     assert all(0 < case.adapter.rate(name) <= 1 for name in case.adapter.init(1, case.sites))
+
+
+@pytest.mark.parametrize("name", UNMERGED)
+def test_what_no_weight_does_is_never_merged(name: str) -> None:
+    case = make(UNMERGED[name], torch.float32)
+    refused = 0
+    for place, change in case.changes(1).items():
+        try:
+            change.dense(case.sites[place].weight())
+        except NotMergeableError:
+            refused += 1
+    assert refused == len(case.sites)

@@ -62,7 +62,7 @@ class DoRA(LoRA):
         assert sites is not None, "magnitudes begin at the frozen weights"
         params = super().init(identities)
         for name in self.layout.names:
-            norms = row_norms(sites[name].weight()[None])
+            norms = row_norms(sites[name].weight()[None]).float()
             params[f"{name}.magnitude"] = norms.repeat(identities, 1).to(self.device)
         return params
 

@@ -127,7 +127,7 @@ class Token(Frozen):
     def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
         """Return `{vector: [I, C] or [I, k, C]}`, each vector the class word's: the person begins as anybody."""
         assert sites is not None, "a word vector begins at a row of the embedding"
-        vector = sites[self.layout.names[0]].weight()[self.start]
+        vector = sites[self.layout.names[0]].weight()[self.start].float()
         return {"vector": vector.expand(identities, *self.shapes()["vector"]).clone().to(self.device)}
 
     # argmin_v E |eps(z_t, c(v)) - eps|^2
