@@ -9,7 +9,9 @@ import skimage.data
 import torch
 
 from hyperdb.faces.align import face_crop
+from hyperdb.heads import Identity, View, render
 from hyperdb.metrics import face as face_module
+from hyperdb.metrics import judge
 from hyperdb.metrics.face import Dlib, SFace
 from hyperdb.metrics.feature import Feature, Remembered, detection_rate
 from hyperdb.runtime.errors import UserError
@@ -85,12 +87,37 @@ def test_dlib_missing_is_explained(monkeypatch):
         Dlib()
 
 
-@pytest.mark.skipif(
+DLIB = pytest.mark.skipif(
     any(importlib.util.find_spec(m) is None for m in ("dlib", "face_recognition_models")),
     reason="dlib and its weights are optional",
 )
+
+
+@DLIB
 def test_dlib(pictures):
     face_module._dlib.cache_clear()
     features = Dlib()(pictures)
     assert (features[:1] @ features[1:3].T > 0.95).all()
     assert features[3].isnan().all()
+
+
+@pytest.fixture(scope="module")
+def two_people():
+    """Two photos of each of two rendered people, who turn and stand in another light."""
+    views = View(), View(yaw=0.25, light_seed=3, expression="smiling")
+    shown = [render(Identity(seed), view, size=128) for seed in (1_100_003, 1_100_007) for view in views]
+    return torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["sface", pytest.param("dlib", marks=DLIB), "verifier"])
+def test_the_same_person_is_nearer_than_another(two_people, name):
+    face_module._dlib.cache_clear()
+    where = ("package:embedded/judges/verifier", torch.device("cpu")) if name == "verifier" else ()
+    recogniser = judge(name, *where)
+    features = recogniser(two_people)
+    cosine = features @ features.T
+    assert torch.allclose(cosine.diagonal(), torch.ones(4), atol=1e-5)
+    same, others = cosine[[0, 2], [1, 3]], cosine[:2, 2:]
+    assert same.min() > others.max()
+    alone = torch.cat([recogniser(one[None]) for one in two_people])
+    assert torch.allclose(alone, features, atol=1e-5)  # no dependence on the batch
