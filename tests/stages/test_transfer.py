@@ -197,6 +197,7 @@ def test_the_study_measures_each_way_and_goes_on_where_it_was(versions, tiny_bas
     assert other["rows"]["lora"]["cosine"] == same["rows"]["lora"]["cosine"]
     assert any("skipped" in layer for layer in other["layers"]["lora_transferred"].values())
     assert other["rows"]["lora_steered"]["label"].endswith("its base steers the new one")
+    assert other["rows"]["lora_steered"]["base_bytes"] > 2 * other["rows"]["lora"]["base_bytes"]
     lora, fitted = (other["rows"][row] for row in ("lora", "lora_fitted"))
     assert fitted["bytes"] == lora["bytes"] == 4 * lora["trained"]
 

@@ -31,6 +31,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
 from hyperdb.adapters.svdiff import narrowest
 from hyperdb.diffusion.base import Base
+from hyperdb.diffusion.quantise import stored
 from hyperdb.diffusion.sample import sample, start_noise
 from hyperdb.diffusion.xadapter import Mapper, XAdapter, find
 from hyperdb.metrics.figures import differences, summary
@@ -218,6 +219,13 @@ class Study:
             seconds = round((seconds_now(self.new) - began) / len(self.photos), 3)
             self.show(name, self.new, changes, seconds=seconds, **self.costs(self.away, instead))
 
+    def in_memory(self, row: str) -> int:
+        """Return the bytes of the networks that draw a row, without the autoencoder."""
+        old, new = (stored(base.unet) + stored(base.text_encoder) for base in (self.old, self.new))
+        if self.parts(row)[1] == "steered" and self.mapper is not None:
+            return old + new + stored(self.mapper)
+        return old if row == "old" or row in self.settings.rows else new
+
     def results(self) -> dict[str, Any]:
         """Return what is measured of all rows, as `hyperdb evaluate` writes it."""
         standard, judges = self.panel.standard(self.new, self.out, dict.fromkeys(self.pictures, 1))
@@ -237,6 +245,7 @@ class Study:
         for row, score in scores.items():
             told = dict(self.told[row])
             layers[row] = told.pop("layers", None)
+            told["base_bytes"] = self.in_memory(row)
             rows[row] = {"label": self.label(row), "people": len(self.photos), **summary(score, 0), **told}
         return {
             "rows": rows,
