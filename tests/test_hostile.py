@@ -36,6 +36,7 @@ from hyperdb.data import fits
 from hyperdb.data.people import load_people
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
+from hyperdb.diffusion.xadapter import Mapper
 from hyperdb.faces.image import read_image, read_text
 from hyperdb.formats import a1111, lora
 from hyperdb.formats.directions import ATTRIBUTES, load_directions, save_directions
@@ -255,6 +256,32 @@ def _listed(path: Path) -> Path:
     return path / "identity_CelebA.txt"
 
 
+def _folder(path: Path) -> Path:
+    """A folder of pictures with a table of what they show; of a csv that fails, `datasets` leaves the file open."""
+    lines = []
+    (path / "pictures").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)).save(path / "pictures" / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "identity": i // 2, "caption": "a face"}))
+    (path / "pictures" / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return path / "pictures" / "metadata.jsonl"
+
+
+def _parquet(path: Path) -> Path:
+    pictures = [Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)) for i in range(4)]
+    table = datasets.Dataset.from_dict({"image": pictures, "identity": [0, 0, 1, 2], "caption": ["a face"] * 4})
+    (path / "faces").mkdir()
+    table.cast_column("image", datasets.Image()).to_parquet(path / "faces" / "people.parquet")
+    return path / "faces" / "people.parquet"
+
+
+def _mapper(path: Path) -> Path:
+    base = Base.load(DiffusionConfig(path=str(_base(path)), size=32, dtype="fp32", device="cpu"))
+    BASES[path] = base
+    return Mapper.between(base, base, 4).save(path / "xadapter.safetensors", base, base)
+
+
+BASES: dict[Path, Base] = {}  # of each folder in which an X-Adapter lies
 KV = {f"a.to_{side}": torch.nn.Linear(12, 8) for side in "kv"}
 
 
@@ -357,6 +384,9 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any], tuple[str,
     "checkpoint": (_checkpoint, lambda path: checkpoint.load(path, *_training(), {"rate": 1.0}), SAFETENSORS),
     "hypernetwork": (_hypernet, Hypernet.load, SAFETENSORS),
     "judge": (_judge, Judge.load, SAFETENSORS),
+    "x-adapter": (_mapper, lambda path: Mapper.load(path, BASES[path.parent], BASES[path.parent]), SAFETENSORS),
+    "metadata.jsonl": (_folder, _pixels, ("lines", "bytes")),
+    "parquet": (_parquet, _pixels, ("bytes",)),
     "a1111": (_a1111, lambda path: a1111.read(path, KV, "a base"), SAFETENSORS),
     "fits": (_shard, lambda path: fits.load_store(path.parent, LAYOUT, base="0123").tokens[:], SAFETENSORS),
     "data set": (_saved, _pixels, ("bytes",)),
