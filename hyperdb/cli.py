@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a bug of ours (with its traceback), 2 the user's input (on
 from __future__ import annotations
 
 import ast
+import dataclasses
 import errno
 import inspect
 import io
@@ -40,10 +41,6 @@ quotes: "preview_styles=['a sketch, by night',a cartoon of a [V] face]"; after -
 """
 
 INDENT = " " * 6
-NO_MEMORY = (
-    "the card has too little memory: the same command with dry_run=true says how much is needed; a smaller batch or "
-    "diffusion.checkpointing=true needs less"
-)
 # what the disk or its owner refuses: the user's to mend
 THE_DISKS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -204,6 +201,17 @@ def _after_interruption(argv: Sequence[str]) -> str:
     return f"run the same command to continue ({kept})" if kept else "the same command begins again"
 
 
+def _without_memory(argv: Sequence[str]) -> str:
+    """Say what a stage may be given that needs less memory of the card."""
+    known = {field.name for field in dataclasses.fields(config.stage_module(argv[0]).Config)}
+    ways = {"batch": "a smaller batch", "diffusion": "diffusion.checkpointing=true"}
+    less = [way for name, way in ways.items() if name in known]
+    told = ["the card has too little memory"]
+    told += ["the same command with dry_run=true says how much is needed"] if "dry_run" in known else []
+    told += [f"{' or '.join(less)} needs less"] if less else []
+    return "; ".join(told)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to fail
@@ -235,8 +243,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hyperdb: error: {where}{error.strerror}", file=sys.stderr)
         return 2
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            print(f"hyperdb: error: {NO_MEMORY} ({first_line(error)})", file=sys.stderr)
+        kind = type(error)
+        if kind.__name__ == "OutOfMemoryError" and kind.__module__.startswith("torch"):  # which is not imported here
+            print(f"hyperdb: error: {_without_memory(argv)} ({first_line(error)})", file=sys.stderr)
             return 2
         traceback.print_exc()
         return 1

@@ -47,7 +47,7 @@ def run(stage: str, words: Sequence[str]) -> None:
         import ray
         import ray.data
     except ImportError as error:
-        raise UserError("--ray needs Ray: pip install 'hyperdb[ray]'") from error
+        raise UserError("--ray needs Ray: pip install -e '.[ray]'") from error
 
     ray.init()
     try:
@@ -67,5 +67,8 @@ def run(stage: str, words: Sequence[str]) -> None:
             raise UserError(f"of {of} shards failed {numbers}: {why}; the same command does what is missing")
         for why in failures(["num_shards=1"]).values():
             raise UserError(f"all {of} shards are done, but not what is left for one: {why}")
+    except ray.exceptions.RayError as error:
+        why = f"a task of Ray was lost ({first_line(error)}); the same command does what is missing"
+        raise UserError(why) from error
     finally:
         ray.shutdown()

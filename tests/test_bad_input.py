@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -216,9 +217,10 @@ def test_values_that_mean_nothing(in_tmp, capsys, words, said):
     ],
 )
 def test_scripts_end_as_the_command_line_does(tmp_path, script, words, said):
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / script, *words], capture_output=True, text=True, cwd=tmp_path
-    )
+    root = Path(__file__).parents[1]
+    known = {**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, root / script, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=known)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert said in done.stderr

@@ -290,7 +290,7 @@ def test_exit_codes_of_run(toy, capsys, monkeypatch):
         (OSError(28, "No space left on device", "x.png"), 2, "hyperdb: error: x.png: No space left on device\n"),
         (OSError(5, "Input/output error"), 1, "Traceback"),
         (ValueError("our bug"), 1, "Traceback"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "dry_run=true says how much is needed"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "the card has too little memory (CUDA out"),
     ]:
         monkeypatch.setattr(module, "run", failing(error))
         assert cli.main(["toy"]) == code

@@ -103,7 +103,7 @@ def test_each_shard_is_a_job_of_submitit(words, tmp_path):
 
 def test_each_shard_is_a_task_of_ray(words, tmp_path):
     """The folder is relative: every task works where the command was given."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hyperdb[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     done = hyperdb(tmp_path, "precompute", "--ray", *words, "out=store")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "store" / "index.json").read_text())["fits"] == 4
@@ -111,7 +111,7 @@ def test_each_shard_is_a_task_of_ray(words, tmp_path):
 
 
 def test_shards_that_fail_are_told_by_their_numbers(tmp_path):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'hyperdb[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
     lost = hyperdb(tmp_path, "preprocess", "--ray", "source=nowhere", "num_shards=2", "out=faces")
     assert lost.returncode == 2
     error = lost.stderr.splitlines()[-1]
@@ -125,7 +125,7 @@ def test_shards_that_fail_are_told_by_their_numbers(tmp_path):
         (["preprocess", "num_shards=2", "shard=1"], "leave out shard="),
         (["preprocess", "num_shards=2", "sorce=photos"], "sorce"),
         (["preprocess", "num_shards=2", "-m"], "-m and --ray both divide the work"),
-        (["preprocess", "num_shards=2"], "pip install 'hyperdb[ray]'"),
+        (["preprocess", "num_shards=2"], "pip install -e '.[ray]'"),
     ],
 )
 def test_what_ray_cannot_do_is_said_before_it_begins(words, said, capsys, monkeypatch):

@@ -35,6 +35,10 @@ def test_the_table_is_the_results_files():
     assert table in (ROOT / "hyperdb" / "embedded" / "MODEL_CARD.md").read_text()
 
 
+def test_the_readme_stays_short():
+    assert len(README.splitlines()) <= 250
+
+
 def test_the_tables_of_memory_are_the_results_files():
     text = (ROOT / "docs" / "stable_diffusion.md").read_text()
     found = load_json(ROOT / "benchmarks" / "memory.json")

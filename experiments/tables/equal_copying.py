@@ -79,7 +79,8 @@ def compare(every: list[dict[str, Any]], ours: str, at: str, read: str) -> dict[
             if results["rows"][row].get("steps") and (found := point(values, at, read)) is not None:
                 made = json.dumps(results.get("methods", {}).get(row), sort_keys=True)
                 points.setdefault(row, {})[made] = found
-                if nothing and results.get("methods", {}).get(row, {"start": ""}).get("start") is None:
+                how = results.get("methods", {}).get(row, {"start": ""})
+                if nothing and row != ours and how.get("start") is None and not how.get("encoder"):
                     points[row]["floor"] = nothing[0]
     mine = list(points.pop(ours, {}).values())
     if len(mine) != 1:

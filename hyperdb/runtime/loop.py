@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hyperdb.runtime import checkpoint
+from hyperdb.runtime.errors import WriteError
 from hyperdb.runtime.journal import Journal
 from hyperdb.runtime.optim import EMA, Schedule, set_rate
 from hyperdb.runtime.stop import Terminated, waiting
@@ -58,8 +60,9 @@ def train(
             *losses, gradient = torch.stack([v.detach().float() for v in (*found.values(), length)]).tolist()
             terms = dict(zip(found, losses, strict=True))
             if not math.isfinite(sum(losses) + gradient):
-                if main:
-                    checkpoint.save(path, step, optimizer, ema, config)
+                if main and all(x.isfinite().all() for x in (*ema.params, *ema.average)):
+                    with suppress(WriteError):  # what went wrong first is said
+                        checkpoint.save(path, step, optimizer, ema, config)
                 journal.guard(done, sum(losses), gradient, where() if where is not None else "")
             optimizer.step()
             ema.update(step)

@@ -27,7 +27,7 @@ def check_tracker(name: str | None) -> None:
     if name not in (None, *TRACKERS):
         raise UserError(f"tracker={name!r}: expected {', '.join(TRACKERS)} or null")
     if name is not None and importlib.util.find_spec(name) is None:
-        raise UserError(f"tracker={name} is not installed; run `pip install 'hyperdb[{name}]'`")
+        raise UserError(f"tracker={name} is not installed; run `pip install -e '.[{name}]'`")
 
 
 class Track:
@@ -113,10 +113,10 @@ class _WandB(_Watched):
 def _gone_on(out: Path) -> dict[str, str]:
     """Return wandb's settings for the run that a training in `out` goes on with; none if it begins anew."""
     runs = [path for path in (out / "wandb").glob("*run-*-*") if path.is_dir() and not path.is_symlink()]
-    if not runs or not (out / "checkpoint.safetensors").is_file():
+    if not runs or "WANDB_RUN_ID" in os.environ or not (out / "checkpoint.safetensors").is_file():
         return {}
     newest = max(runs, key=lambda path: path.stat().st_mtime_ns)
-    return {"id": newest.name.partition("run-")[2].split("-")[1], "resume": "allow"}  # (offline-)run-DATE_TIME-ID
+    return {"id": newest.name.partition("run-")[2].split("-", 1)[1], "resume": "allow"}  # (offline-)run-DATE_TIME-ID
 
 
 def _has_key() -> bool:

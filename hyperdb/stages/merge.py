@@ -53,6 +53,10 @@ class Config:
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/merge/default"  # folder that is written
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_images <= 1000:
+            raise UserError(f"num_images={self.num_images}: expected 0 to 1000")
+
 
 def _parts(people: list[Personalization]) -> list[Part]:
     """Return each person's only part. Raises `UserError` for people who do not fit together."""
@@ -134,6 +138,7 @@ def run(config: Config) -> Path:
     `out/pictures.png` are pictures of all of them together.
     """
     import torch
+    from tqdm import tqdm
 
     from hyperdb.adapters import CustomConfig, TokenConfig
     from hyperdb.adapters.base import moved
@@ -147,7 +152,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import hash_files
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.recipe import recipe
-    from hyperdb.tuning.draw import draw
+    from hyperdb.tuning.draw import draw, together
 
     if len(config.adapter) < 2:
         raise UserError(f"adapter={config.adapter}: name two adapters or more as [A,B]")
@@ -186,16 +191,17 @@ def run(config: Config) -> Path:
     # --- the first person's adapter with the merged layers, beside the other people's words
     first = people[0]
     assert isinstance(parts[0].config, CustomConfig)
-    together = [Part(CustomConfig(**asdict(parts[0].config)), parts[0].layout, params)]
+    everybody = [Part(CustomConfig(**asdict(parts[0].config)), parts[0].layout, params)]
     for part in parts[1:]:
         assert isinstance(part.config, CustomConfig)
         settings = TokenConfig(part.config.row, part.config.start)
-        together.append(Part(settings, Layout(part.layout.layers[:1]), {"vector": part.params["vector"]}))
+        everybody.append(Part(settings, Layout(part.layout.layers[:1]), {"vector": part.params["vector"]}))
     contents: dict[str, Any] = {"adapter": [hash_files([file]) for file in files], "base": base.digest}
     contents["captions"] = texts if config.captions is not None else None
-    out = claim(config.out, WRITES, {**recipe(config), **contents})
+    told = {name: value for name, value in recipe(config).items() if name != "num_images"}  # of the pictures alone
+    out = claim(config.out, WRITES, {**told, **contents})
     merged = Personalization(
-        first.layout, None, base=first.base, rare_token=first.rare_token, class_word=first.class_word, parts=together
+        first.layout, None, base=first.base, rare_token=first.rare_token, class_word=first.class_word, parts=everybody
     )
     merged.save(out / "adapter.safetensors")
     calls = [f"{person.rare_token} {person.class_word}" for person in people]
@@ -206,7 +212,9 @@ def run(config: Config) -> Path:
     prompt = f"a photo of a {(' and a ' if known else ', a ').join(calls)}"
     if config.num_images:
         seeds = list(range(config.num_images))
-        drawn = draw(base, moved(merged.changes(), base.device), 1, [prompt] * len(seeds), seeds, hybrid=False)[0]
+        changes, count = moved(merged.changes(), base.device), together(config.diffusion.size)
+        parted = [seeds[first : first + count] for first in range(0, len(seeds), count)]
+        drawn = torch.cat([draw(base, changes, 1, [prompt] * len(x), x, hybrid=False)[0] for x in tqdm(parted)])
         text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompt}
         sheet = save_png(out / "pictures.png", grid(list(drawn.permute(0, 2, 3, 1).numpy()), 8), text)
         print(f"{len(seeds)} pictures of {prompt!r}: {sheet}")

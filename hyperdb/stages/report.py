@@ -130,7 +130,7 @@ def run(config: Config) -> Path:
     for file in others:
         print(f"gallery.webp is without {file}, whose people or prompts are others")
     if importlib.util.find_spec("matplotlib") is None:
-        print("no figures: matplotlib is not installed; run `pip install 'hyperdb[plots]'`")
+        print("no figures: matplotlib is not installed; run `pip install -e '.[plots]'`")
     else:
         if along is not None:
             written.append(draw_over(out / "over.png", along, named))

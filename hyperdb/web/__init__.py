@@ -66,7 +66,7 @@ def run(config: Config) -> None:
     from importlib.util import find_spec
 
     if find_spec("gradio") is None:
-        raise UserError("the page needs gradio; install it: pip install 'hyperdb[web]', or pip install 'gradio>=6.31'")
+        raise UserError("the page needs gradio; install it: pip install -e '.[web]', or pip install 'gradio>=6.31'")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: it would call home
     from hyperdb.web.page import serve
 

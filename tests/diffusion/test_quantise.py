@@ -22,7 +22,7 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.tuning.prior import PriorConfig, load_prior
 
 KINDS = {"int8": 8, "nf4": 4}
-WITHOUT = "torchao is not installed: pip install 'hyperdb[quantise]'"
+WITHOUT = "torchao is not installed: pip install -e '.[quantise]'"
 NEEDED = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason=WITHOUT)
 OWN = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torchao")
 
@@ -41,7 +41,7 @@ def test_the_bytes_of_a_model_are_those_of_its_numbers():
 def test_without_the_library_one_line_says_what_to_install(settings, monkeypatch, kind):
     find = importlib.util.find_spec
     monkeypatch.setattr(quantise.importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))
-    with pytest.raises(UserError, match=rf"^diffusion\.quantise={kind} needs torchao: pip install '.*\[quantise\]'$"):
+    with pytest.raises(UserError, match=rf"^diffusion\.quantise={kind} needs torchao: pip install -e '.*\]'$"):
         replace(settings, path="./nowhere", quantise=kind).load()
 
 

@@ -91,6 +91,9 @@ def test_what_begins_at_nothing_is_the_base_at_first():
     found = compare([one])
     assert (found["dreambooth"]["points"], found["dreambooth"]["read"]) == (2, pytest.approx(0.5))
     assert (found["mean_40"]["points"], found["mean_40"]["read"]) == (1, pytest.approx(0.8))
+    one["methods"]["mean_40"] = {"start": None, "encoder": "0123"}  # which says where it begins
+    assert compare([one])["mean_40"]["points"] == 1
+    assert compare([one], ours="dreambooth").keys() == {"hyper_40", "mean_40"}
 
 
 def test_what_it_is_not_given_is_asked_for(monkeypatch, capsys):

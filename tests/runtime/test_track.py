@@ -161,5 +161,5 @@ def test_trackers_are_checked(monkeypatch):
     with pytest.raises(UserError, match="clipboard"):
         check_tracker("clipboard")
     monkeypatch.setattr(tracks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'hyperdb\[trackio\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[trackio\]'"):
         check_tracker("trackio")

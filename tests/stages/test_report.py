@@ -109,7 +109,7 @@ def test_without_matplotlib_there_are_tables(small, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = config.run("report", [f"results={small}"])
     assert sorted(p.name for p in out.iterdir() if p.name[0] != ".") == TABLES
-    assert "no figures: matplotlib is not installed; run `pip install 'hyperdb[plots]'`" in capsys.readouterr().out
+    assert "no figures: matplotlib is not installed; run `pip install -e '.[plots]'`" in capsys.readouterr().out
 
 
 def test_a_report_replaces_its_own_files_alone(small, capsys):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hyperdb.faces.image import read_text
 
-pytest.importorskip("gradio", reason="the page is made with gradio: pip install 'hyperdb[web]'")
+pytest.importorskip("gradio", reason="the page is made with gradio: pip install -e '.[web]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
 
 ROOT = Path(__file__).parents[2]

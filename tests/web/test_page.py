@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("gradio", reason="the page is made with gradio: pip install 'hyperdb[web]'")
+pytest.importorskip("gradio", reason="the page is made with gradio: pip install -e '.[web]'")
 
 ROOT = Path(__file__).parents[2]
 
