@@ -8,7 +8,7 @@ prediction included; the methods take turns in one process, after a few iteratio
 have in common, finding the face and drawing, is in personalize.py and not here. Whatever `hyperdb evaluate` can set can
 be set here. Writes methods_BASE.json beside this file, with the median and every turn.
 
-Table 1 is 7,740 iterations a turn, and nobody has run it yet; `methods.NAME.finetune.steps=` makes one shorter.
+Table 1 is 4,240 iterations a turn on the embedded base; `methods.NAME.finetune.steps=` makes one shorter.
 """
 
 from __future__ import annotations
