@@ -101,3 +101,9 @@ def test_what_it_is_not_given_is_asked_for(monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         runpy.run_path(str(FILE), run_name="__main__")
     assert "name results files" in capsys.readouterr().err
+
+
+def test_the_table_of_the_tables_is_its_file():
+    found = json.loads((FILE.parent / "equal_copying.json").read_text())
+    shown = module["table"](found["compared"], *(found[word] for word in ("ours", "at", "read")))
+    assert shown in (FILE.parent / "README.md").read_text()

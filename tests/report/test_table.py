@@ -29,7 +29,7 @@ def test_what_a_row_was_not_asked_is_a_dash():
     table = markdown({"rows": rows, "paired": {}}).splitlines()
     assert table[0] == "| way to personalise | face cosine | rank-1 | face cosine, changed prompt | style obeyed |"
     assert table[2].endswith("| 0.25 | 0.457 [0.457, 0.457] | 0.99 |")
-    assert table[3].endswith("| 0.25 | 0.800 | — |")
+    assert table[3].endswith("| 0.25 | 0.800 [0.457, 0.457] | — |")
 
 
 def test_a_table_has_the_columns_that_are_asked_for():
