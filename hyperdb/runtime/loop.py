@@ -60,7 +60,7 @@ def train(
             *losses, gradient = torch.stack([v.detach().float() for v in (*found.values(), length)]).tolist()
             terms = dict(zip(found, losses, strict=True))
             if not math.isfinite(sum(losses) + gradient):
-                if main and all(x.isfinite().all() for x in (*ema.params, *ema.average)):
+                if main and step > start and all(x.isfinite().all() for x in (*ema.params, *ema.average)):
                     with suppress(WriteError):  # what went wrong first is said
                         checkpoint.save(path, step, optimizer, ema, config)
                 journal.guard(done, sum(losses), gradient, where() if where is not None else "")

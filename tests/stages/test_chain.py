@@ -603,7 +603,7 @@ def test_evaluate_measures_every_row_and_goes_on_where_it_was(made, judged, tmp_
         values = {figure: np.array(v).T for figure, v in result["values"][name].items()}
         assert {v.shape for v in values.values()} == {(3, 1 if name in DRAWN_ONCE else 2)}
         assert figures["people"] == 3
-        told = ("label", "start", "adapter", "steps", "people", "seconds", "trained", "bytes")
+        told = ("label", "start", "adapter", "steps", "people", "seconds", "trained", "bytes", "base_bytes")
         assert summary(values, 0) == {k: v for k, v in figures.items() if k not in told}
     values = {name: np.array(figures["cosine"]).T for name, figures in result["values"].items()}
     assert result["closed"] == closed({name: {"cosine": v} for name, v in values.items()}, "floor", "ceiling")

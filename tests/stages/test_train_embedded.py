@@ -101,7 +101,7 @@ def test_a_bad_loss_names_training_and_noise_level(rendered, vae, tmp_path, monk
     words = _base_words(rendered, vae, tmp_path)
     with pytest.raises(UserError, match=r"^base, noise levels \d+, \d+ of 1000: the loss is nan at step 4; lower"):
         configuration.run("train_base", words)
-    assert load_metadata(tmp_path / "checkpoint.safetensors")["step"] == "2"
+    assert load_metadata(tmp_path / "checkpoint.safetensors")["step"] == "3"
     monkeypatch.setattr(loss, "predict", right)
     configuration.run("train_base", words)
     assert (tmp_path / "base").is_dir()
