@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hyperdb.formats.native import Part, Personalization
 
 WRITES = ("adapter.safetensors", "pictures.png")
+PICTURES = 8  # that are drawn
 LIMIT = 2000  # captions: their features are in memory at once
 
 
@@ -49,13 +50,9 @@ class Config:
     diffusion: DiffusionConfig
     prior: PriorConfig
     captions: FilePath | None = None  # further ones, of which the first LIMIT count
-    num_images: int = 8  # pictures of everybody together, drawn at the end by ordinary guidance; 0: none
+    preview: bool = True  # draw everybody together at the end, by ordinary guidance
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/merge/default"  # folder that is written
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.num_images <= 1000:
-            raise UserError(f"num_images={self.num_images}: expected 0 to 1000")
 
 
 def _parts(people: list[Personalization]) -> list[Part]:
@@ -138,7 +135,6 @@ def run(config: Config) -> Path:
     `out/pictures.png` are pictures of all of them together.
     """
     import torch
-    from tqdm import tqdm
 
     from hyperdb.adapters import CustomConfig, TokenConfig
     from hyperdb.adapters.base import moved
@@ -152,7 +148,7 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.files import hash_files
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.recipe import recipe
-    from hyperdb.tuning.draw import draw, together
+    from hyperdb.tuning.draw import draw
 
     if len(config.adapter) < 2:
         raise UserError(f"adapter={config.adapter}: name two adapters or more as [A,B]")
@@ -198,8 +194,7 @@ def run(config: Config) -> Path:
         everybody.append(Part(settings, Layout(part.layout.layers[:1]), {"vector": part.params["vector"]}))
     contents: dict[str, Any] = {"adapter": [hash_files([file]) for file in files], "base": base.digest}
     contents["captions"] = texts if config.captions is not None else None
-    told = {name: value for name, value in recipe(config).items() if name != "num_images"}  # of the pictures alone
-    out = claim(config.out, WRITES, {**told, **contents})
+    out = claim(config.out, WRITES, {**recipe(config), **contents})
     merged = Personalization(
         first.layout, None, base=first.base, rare_token=first.rare_token, class_word=first.class_word, parts=everybody
     )
@@ -210,13 +205,12 @@ def run(config: Config) -> Path:
     print(f"the layers move {together_moved / max(max(alone), 1e-12):.2g} times as far as the furthest person's own")
     known = len(base.tokenizer("and", add_special_tokens=False).input_ids) == 1
     prompt = f"a photo of a {(' and a ' if known else ', a ').join(calls)}"
-    if config.num_images:
-        seeds = list(range(config.num_images))
-        changes, count = moved(merged.changes(), base.device), together(config.diffusion.size)
-        parted = [seeds[first : first + count] for first in range(0, len(seeds), count)]
-        drawn = torch.cat([draw(base, changes, 1, [prompt] * len(x), x, hybrid=False)[0] for x in tqdm(parted)])
+    if config.preview:
+        seeds = list(range(PICTURES))
+        print(f"drawing {PICTURES} pictures of {prompt!r}", flush=True)
+        changes = moved(merged.changes(), base.device)
+        drawn = draw(base, changes, 1, [prompt] * PICTURES, seeds, hybrid=False)[0]
         text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompt}
-        sheet = save_png(out / "pictures.png", grid(list(drawn.permute(0, 2, 3, 1).numpy()), 8), text)
-        print(f"{len(seeds)} pictures of {prompt!r}: {sheet}")
+        print(f"in {save_png(out / 'pictures.png', grid(list(drawn.permute(0, 2, 3, 1).numpy()), 8), text)}")
     print(f"next: hyperdb generate adapter={config.out} prompt='{prompt}' diffusion.subject_guidance=null")
     return out

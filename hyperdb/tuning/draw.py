@@ -45,7 +45,9 @@ def draw(
     if changes is not None and alone:
         changes = settled(changes, injection.sites)
     noise = start_noise(base, seeds)
-    group = max(1, (batch or together(base.config.size)) // len(prompts))
+    most = batch or together(base.config.size)
+    group = max(1, most // len(prompts))
+    passes = [slice(first, first + most) for first in range(0, len(prompts), most)]
     found = []
     try:
         for first in range(0, people, group):
@@ -53,9 +55,12 @@ def draw(
             if changes is not None:
                 part = changes if alone else select(changes, slice(first, first + count))
                 injection.set(part, strength, repeat=guide.adapted, plain=guide.plain)
-            noises = noise.repeat(count, 1, 1, 1)
-            latents = sample(base, prompts * count, noises, steps, subject_guidance=guide.subject)
-            found.append(base.decode(latents).unflatten(0, (count, len(prompts))))
+            drawn = []
+            for some in passes:
+                noises = noise[some].repeat(count, 1, 1, 1)
+                latents = sample(base, prompts[some] * count, noises, steps, subject_guidance=guide.subject)
+                drawn.append(base.decode(latents).unflatten(0, (count, -1)))
+            found.append(torch.cat(drawn, 1))
             if progress is not None:
                 progress(count)
     finally:

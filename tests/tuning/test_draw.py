@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hyperdb.adapters.base import Factors, select
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
+from hyperdb.tuning import draw as drawing
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.fit import FitConfig, fit
 
@@ -46,6 +48,24 @@ def test_together_as_alone(base: Base, factors: Factors, pair: tuple[float, floa
     alone = torch.cat([drawn(base, select(factors, i), 1, pair) for i in range(3)])
     assert (together - alone).abs().max() <= 1
     assert (together[0] - together[1]).abs().mean() > 1
+
+
+@pytest.mark.parametrize("people", [1, 3])
+def test_no_more_pictures_at_once_than_asked_for(
+    base: Base, factors: Factors, people: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, right = [], drawing.sample
+
+    def counting(base: Base, prompts: list[str], *rest: Any, **more: Any) -> torch.Tensor:
+        counts.append(len(prompts))
+        return right(base, prompts, *rest, **more)
+
+    monkeypatch.setattr(drawing, "sample", counting)
+    some, prompts, seeds = select(factors, slice(0, people)), [*PROMPTS, PROMPTS[0]], [0, 1, 2]
+    parted, whole = (draw(base, some, people, prompts, seeds, batch=batch).float() for batch in (2, 9))
+    assert counts[:-1] == [2, 1] * people
+    assert parted.shape == whole.shape == (people, 3, 3, 32, 32)
+    assert (parted - whole).abs().max() <= 1
 
 
 def test_hybrid_guidance_draws_others_than_ordinary(base: Base, factors: Factors) -> None:
