@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import timm
 from PIL import Image
@@ -20,10 +21,11 @@ class Dino(Pretrained):
     """
 
     name = "dino"
+    classes: ClassVar[dict[str, int]] = {"num_classes": 0}  # without the classifier, of a model that has one
 
     def load(self, folder: Path) -> nn.Module:
-        """Build the architecture of `config.json` and fill it; the classifier of one that has it is left out."""
-        net = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
+        """Build the architecture of `config.json` and fill it."""
+        net = timm.create_model(f"local-dir:{folder}", pretrained=False, **self.classes)
         self.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(net), is_training=False)
         return fill(net, folder)
 
@@ -32,5 +34,5 @@ class Dino(Pretrained):
         return self.transform(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Return the pooled features."""
+        """Return the pooled features, or what stands in place of a classifier."""
         return self.net(pixels)

@@ -56,6 +56,17 @@ def test_the_verifiers_loss_is_that_of_supervised_contrast():
     assert verifier.contrast(z, who, 0.2).item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
 
 
+def test_whitened_features_vary_alike_in_all_directions():
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(500, 6, generator=g) @ torch.diag(torch.tensor([30.0, 9, 9, 8, 8, 8])) + 5
+    matrix, offset = vicreg.whitening(features)
+    spread = torch.linalg.eigvalsh((features @ matrix.mT + offset).mT.cov())
+    assert (features @ matrix.mT + offset).mean(0).abs().max() < 1e-4
+    assert 0.7 < spread.min() <= spread.max() < 1.01
+    flat = vicreg.whitening(torch.cat([features, torch.ones(500, 1)], 1))  # a number that never changes
+    assert all(x.isfinite().all() for x in flat)
+
+
 def test_vicregs_terms_are_nothing_where_all_is_well():
     """Views that agree, of numbers of variance one that know nothing of each other; then what spoils each term."""
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3) * (7 / 8) ** 0.5

@@ -160,3 +160,28 @@ def test_the_rate_is_the_likest_under_changed_prompts_of_those_that_obey(tmp_pat
     for method, folder in (("svdiff", "sweep"), ("lora", "none")):
         with pytest.raises(UserError, match=f"holds no sweep; run .*experiment=sweep/{method}"):
             choose(method, tmp_path / folder, floor)
+
+
+def test_an_ablation_is_compared_with_the_value_that_ships_person_by_person(tmp_path):
+    ablations = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "tables" / "ablations.py"))
+    told = dict.fromkeys(("split", "seeds", "persons", "styled", "changed", "recognisers", "base", "data"), 1)
+    told |= {"commit": "c", "dirty": False}
+    values = {2: [0.5, 0.3], 4: [0.7, 0.4], 8: [0.6, 0.4]}
+    for rank, people in values.items():
+        one = result(relaxed={"rank": rank}) | told | {"values": {"lora": {"cosine_changed": [people]}}}
+        mean = sum(people) / 2
+        one["rows"]["lora"]["cosine_changed"] = {"mean": mean, "lo": mean, "hi": mean}
+        (tmp_path / f"rank={rank}").mkdir()
+        (tmp_path / f"rank={rank}" / "results.json").write_text(json.dumps(one))
+    found, named, along = ablations["gather"](tmp_path)
+    assert (found["setting"], found["compared_with"], along.values, len(named)) == ("relaxed.rank", 4, [2, 4, 8], 3)
+    against = [value["against"].get("lora", {}).get("cosine_changed", {}).get("mean") for value in found["values"]]
+    assert against == [pytest.approx(-0.15), None, pytest.approx(-0.05)]
+    assert [value["scores"]["lora"]["cosine_changed"] for value in found["values"]] == [[x] for x in values.values()]
+    lines = ablations["table"](found).splitlines()
+    assert lines[2].startswith("| 2 | `lora` | 0.400 | -0.150 [-0.200, -0.100] |")
+    assert lines[3].startswith("| **4** | `lora` | 0.550 |  |")
+    (tmp_path / "rank=2" / "results.json").unlink()
+    (tmp_path / "rank=4" / "results.json").unlink()
+    with pytest.raises(UserError, match="holds no results that differ in one setting alone"):
+        ablations["gather"](tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -54,13 +54,17 @@ class EncoderObjective(Objective):
         self.sizes = {"dims": [config.width * 2**level for level in range(4)]}
         self.net = timm.create_model(BACKBONE, num_classes=0, **self.sizes)
 
+    def judging(self) -> Any:
+        """Return the timm model that is written: the network itself."""
+        return self.net
+
     def save(self, out: Path, metadata: dict[str, str]) -> Dino:
         """Write the folder `out/judge` as timm has it, the weights in fp16."""
-        folder, half = out / "judge", [0.5] * 3
+        folder, half, model = out / "judge", [0.5] * 3, self.judging()
         how = {"input_size": [3, SIDE, SIDE], "mean": half, "std": half, "interpolation": "bilinear", "crop_pct": 1.0}
-        net = {"architecture": BACKBONE, "model_args": self.sizes, "num_classes": 0}
+        net = {"architecture": BACKBONE, "model_args": self.sizes, "num_classes": model.num_classes}
         save_json(folder / SETTINGS, {**net, "pretrained_cfg": how})
-        state = {name: value.half() for name, value in self.net.state_dict().items()}
+        state = {name: value.half() for name, value in model.state_dict().items()}
         save_tensors(folder / WEIGHTS, state, {"format": "pt", **metadata})
         return judge(self.name, str(folder), next(self.net.parameters()).device)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hyperdb.metrics.dino import Dino
-from hyperdb.metrics.obedience import SIDE
+from hyperdb.metrics.obedience import BACKBONE, SIDE
 from hyperdb.metrics.objectives import VICRegConfig
 from hyperdb.metrics.objectives.encoder import EncoderObjective, told_apart
 from hyperdb.metrics.objectives.objective import pixels
+from hyperdb.metrics.pretrained import BATCH
 
 if TYPE_CHECKING:
     from hyperdb.data.people import People
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 RIDGE = 1e-2  # of the mean variance of a feature
 AREA = (0.3, 1.0)  # of a picture that a view shows
-JITTER = 0.4  # of saturation and contrast; half of it of brightness
-GREY = 0.2  # share of the views without colour
+JITTER = 0.1  # of saturation and contrast; half of it of brightness: the colours of skin and hair are the person
+WHITENED_ON = 4096  # pictures, at most
 
 
 def view(x: Tensor, g: torch.Generator) -> Tensor:
@@ -38,7 +40,7 @@ def view(x: Tensor, g: torch.Generator) -> Tensor:
     down = middle[:, 1:] + side[:, None] * line
     grid = torch.stack(torch.broadcast_tensors(across[:, None], down[:, :, None]), -1)
     x = F.grid_sample(x, grid, align_corners=False)
-    saturation = uniform(1 - JITTER, 1 + JITTER, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) >= GREY)
+    saturation = uniform(1 - JITTER, 1 + JITTER, 1, 1, 1)
     grey, mean = x.mean(1, keepdim=True), x.mean((1, 2, 3), keepdim=True)
     x = mean + (grey + saturation * (x - grey) - mean) * uniform(1 - JITTER, 1 + JITTER, 1, 1, 1)
     return (x + uniform(-JITTER / 2, JITTER / 2, 1, 1, 1)).clamp(-1, 1)
@@ -55,6 +57,18 @@ def vicreg(a: Tensor, b: Tensor) -> dict[str, Tensor]:
         variance = variance + F.relu(1 - (spread + 1e-4).sqrt()).mean() / 2
         covariance = covariance + (square.square().sum() - spread.square().sum()) / z.shape[1]
     return {"invariance": 25 * F.mse_loss(a, b), "variance": 25 * variance, "covariance": covariance}
+
+
+def whitening(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the map `[C, C]` and the offset `[C]` after which features `[N, C]` vary alike in all directions.
+
+    Directions in which they vary by less than a tenth of the mean keep some of their smallness.
+    """
+    features = features.double()
+    mean = features.mean(0)
+    spread, axes = torch.linalg.eigh((features - mean).mT @ (features - mean) / len(features))
+    matrix = axes * (spread + 0.1 * spread.mean()).clamp_min(1e-12).rsqrt() @ axes.mT
+    return matrix.float(), -(matrix @ mean).float()
 
 
 def probe(features: Tensor, labels: Tensor, half: Tensor) -> float:
@@ -99,6 +113,24 @@ class VICRegObjective(EncoderObjective):
     def loss(self, found: tuple[Tensor, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """Return the three terms."""
         return vicreg(*(z.float() for z in found))
+
+    @torch.no_grad()
+    def judging(self) -> Any:
+        """Return the network with a linear layer that whitens its features, as those of the pictures it learned from.
+
+        As they are, style and place are nearly all of the variance, and the cosine of two pictures with it.
+        """
+        rows = self.seen[:: -(-len(self.seen) // WHITENED_ON)]
+        self.net.eval()
+        device = next(self.net.parameters()).device
+        parts = (pixels(self.people.images[some]).to(device) for some in rows.split(BATCH))
+        matrix, offset = whitening(torch.cat([self.net(x).cpu() for x in parts]))
+        model = timm.create_model(BACKBONE, num_classes=len(offset), **self.sizes)
+        model.load_state_dict(self.net.state_dict(), strict=False)
+        head = model.get_classifier()
+        head.weight.copy_(matrix)
+        head.bias.copy_(offset)
+        return model
 
     def measure(self, judge: Dino, images: Tensor, rows: Tensor) -> dict[str, dict[str, float]]:
         """Return how well people are told apart, and how well a linear probe tells style and place of half the people.

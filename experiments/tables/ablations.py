@@ -1,0 +1,122 @@
+"""What came out of ablations: the table of each over its values, beside the value that ships.
+
+    hyperdb evaluate -m experiment=ablation/rank
+    python experiments/tables/ablations.py rank      # several, or rank=FOLDER; out=FOLDER of what is written
+    python experiments/tables/ablations.py           # the tables of all that were run
+
+Writes ablations/NAME/results.json beside this file: every value's rows with their figures and each person's, and their
+differences, person by person, from the value that ships; and over.png, the picture of `hyperdb report`. Which value
+ships is asked of the configuration, so the tables follow it.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyperdb import config
+from hyperdb.metrics.score import paired
+from hyperdb.report.plot import draw_over
+from hyperdb.report.results import is_figure, load
+from hyperdb.report.sweep import Axis, axis
+from hyperdb.report.table import COLUMNS
+from hyperdb.runtime.errors import UserError, run_script
+from hyperdb.runtime.files import load_json, save_json
+from hyperdb.runtime.recipe import plain, recipe
+
+HERE, RUNS = Path(__file__).parent / "ablations", Path("runs/evaluate")
+COMPARED = ("cosine_changed", "rank1_styled_verifier")
+FIGURES = (*COMPARED, "style_accuracy", "place_accuracy", "clip_t", "copy_pose", "copy_background", "diversity")
+TOLD = ("split", "people", "seeds", "persons", "styled", "changed", "recognisers", "base", "data", "commit", "dirty")
+
+
+def _setting(told: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        told = told[key]
+    return told
+
+
+def shipped(setting: str) -> Any:
+    """Return the value that a setting of the results has by default; one of a hypernetwork as it is trained."""
+    if setting.startswith("hypernet."):
+        return _setting(plain(recipe(config.load("train_hypernet", ["experiment=decoder"]))), setting[9:])
+    settings = config.load("evaluate", [])
+    if not setting.startswith("methods."):
+        return _setting(plain(recipe(settings)), setting)
+    _, row, rest = setting.split(".", 2)
+    if rest.startswith("finetune."):
+        return _setting(plain(recipe(settings.fit(row))), rest[9:])
+    return _setting(plain(recipe(settings.methods[row])), rest)
+
+
+def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], Axis]:
+    """Return what an ablation found, its results by folder, and the setting in which they differ.
+
+    Values are compared with the one that ships, or with the first where that was not run. Raises `UserError` for a
+    folder without an ablation.
+    """
+    named = {path.parent.name: load(path) for path in sorted(folder.glob("*/results.json"))}
+    if (along := axis(named)) is None:
+        raise UserError(f"{folder} holds no results that differ in one setting alone; run it by `hyperdb evaluate -m`")
+    every, order, default = list(named.values()), along.order(), shipped(along.setting)
+    first = next((i for i in order if along.values[i] == default), order[0])
+    values = []
+    for i in order:
+        found, other = every[i]["values"], every[first]["values"]
+        against: dict[str, Any] = {row: {} for row in found if i != first and row in other}
+        for row, name in product(against, COMPARED):
+            if name in found[row] and name in other[row]:
+                a, b = (np.array(scores[row][name], dtype=float).T for scores in (found, other))
+                against[row][name] = paired(a, b, 0)
+        rows = {
+            row: {key: figure for key, figure in told.items() if key == "label" or is_figure(figure)}
+            for row, told in every[i]["rows"].items()
+        }
+        values.append({"value": along.values[i], "rows": rows, "against": against, "scores": found})
+    told = {key: every[0][key] for key in TOLD if key != along.setting}
+    return {"setting": along.setting, "compared_with": along.values[first], **told, "values": values}, named, along
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return an ablation as Markdown: a line for each row and value, the one that others are compared with in bold."""
+    several = [value["rows"] for value in found["values"]]
+    figures = [name for name in FIGURES if any(name in row for rows in several for row in rows.values())]
+    heads = [f"`{found['setting']}`", "row"]
+    for name in figures:
+        heads += [COLUMNS[name].label, *["− bold"] * (name in COMPARED)]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for row in dict.fromkeys(row for rows in several for row in rows):
+        for value in found["values"]:
+            if (told := value["rows"].get(row)) is None:
+                continue
+            text = value["value"] if isinstance(value["value"], str) else json.dumps(value["value"])
+            cells = [f"**{text}**" if value["value"] == found["compared_with"] else text, f"`{row}`"]
+            for name in figures:
+                cells.append(f"{told[name]['mean']:.{COLUMNS[name].digits}f}" if name in told else "—")
+                if name in COMPARED:
+                    more = value["against"].get(row, {}).get(name)
+                    cells.append("" if more is None else f"{more['mean']:+.3f} [{more['lo']:+.3f}, {more['hi']:+.3f}]")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> None:
+    """Write the files of each ablation named; print the tables of all where none is."""
+    if not words:
+        for file in sorted(HERE.glob("*/results.json")):
+            print(f"### {file.parent.name}\n\n{table(load_json(file))}\n")
+    folders = {name: folder or RUNS / f"ablation_{name}" for name, _, folder in (word.partition("=") for word in words)}
+    out = Path(folders.pop("out", HERE))
+    for name, folder in folders.items():
+        found, named, along = gather(Path(folder))
+        file = save_json(out / name / "results.json", found)
+        print(table(found))
+        print(f"{file}, {draw_over(file.parent / 'over.png', along, named)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
