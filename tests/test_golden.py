@@ -170,7 +170,7 @@ def test_figures_of_an_evaluation(tmp_path, golden):
     for words in result["slices"].values():  # each attribute splits the same people
         assert sum(part["people"] for part in words.values()) == result["people"]
         mean = sum(part["people"] * part["floor"] for part in words.values()) / result["people"]
-        assert mean == pytest.approx(result["rows"]["floor"]["cosine"]["mean"], abs=1e-3)
+        assert mean == pytest.approx(result["rows"]["floor"][result["slices_of"]]["mean"], abs=1e-3)
     assert set(result["slices"]) == {"sex", "age", "skin", "reference_wears"}
     means = {row: figures["cosine"]["mean"] for row, figures in result["rows"].items()}
     way = means["ceiling"] - means["floor"]

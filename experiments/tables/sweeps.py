@@ -7,8 +7,8 @@
 
 Writes sweeps/NAME.json beside this file: every rate with its figures, and the one that is chosen. It has the highest
 likeness under changed prompts of those that still obey them. Likeness alone would choose whoever repeats the photo. A
-rate obeys if its obedience, CLIP-T or the mean of the places and the styles recognised, is at least OBEYED of what the
-base alone has for the same people and prompts: the same mark for every method, low enough for what a person in the
+rate obeys if its obedience, the mean of the places and the styles recognised or else CLIP-T, is at least OBEYED of what
+the base alone has for the same people and prompts: the same mark for every method, low enough for what a person in the
 picture costs. A rate at an end of those that were tried is called so: a further one may be better. Every method has as
 many rates: one that could not be trained is to be replaced by another. `people=3` counts the first three people of each
 results alone, for methods so slow that they were run on no more.
@@ -30,7 +30,7 @@ from hyperdb.runtime.files import load_json, save_json
 
 HERE, RUNS = Path(__file__).parent, Path("runs/evaluate")
 LIKENESS = "cosine_changed"
-OBEDIENCE = (("clip_t_changed",), ("place_accuracy", "style_accuracy"))  # the mean of the first that are known
+OBEDIENCE = (("place_accuracy", "style_accuracy"), ("clip_t_changed",))  # the mean of the first that are known
 OBEYED = 0.8
 RATES = 5
 ALIKE = ("base", "data", "persons", "seeds", "images_a_person", "styled", "changed", "recognisers", "judges")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hyperdb.metrics import copying
 from hyperdb.metrics.feature import Feature, TextFeature
-from hyperdb.metrics.likeness import galleries
+from hyperdb.metrics.likeness import galleries, middle
 from hyperdb.metrics.obedience import Judge
 from hyperdb.metrics.score import bootstrap, cosine, paired, rank1
 
@@ -59,10 +59,21 @@ class Standard:
     photos: Mapping[str, int] = field(default_factory=dict)  # of those given, by the row
 
     @cached_property
+    def _seen(self) -> dict[str, Tensor]:
+        """The views as each recogniser sees them, `[I, K, C]`; NaN where it finds no face."""
+        return {r.name: _each(r, self.views) for r in self.recognisers}
+
+    @property
+    def faceless(self) -> dict[str, int]:
+        """In how many of the photos that judge each recogniser finds no face; the others of the person judge alone."""
+        return {name: int((~x.isfinite().all(-1)).sum()) for name, x in self._seen.items()}
+
+    @cached_property
     def _galleries(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """The people as each recogniser sees them: in the views, and in each style."""
-        return [(galleries(r, self.views), {k: galleries(r, v) for k, v in self.styled.items()})
-                for r in self.recognisers]  # fmt: skip
+        return [
+            (middle(self._seen[r.name]), {k: galleries(r, v) for k, v in self.styled.items()}) for r in self.recognisers
+        ]
 
     @cached_property
     def _known(self) -> list[tuple[Tensor, Tensor | None]]:
@@ -187,16 +198,23 @@ def closed(scores: Scores, low: str, high: str) -> dict[str, float]:
     return found
 
 
+def sliced(scores: Scores) -> str:
+    """Return the figure of slices: the likeness under changed prompts, where all rows have that."""
+    return "cosine_changed" if all("cosine_changed" in score for score in scores.values()) else "cosine"
+
+
 def slices(known: Sequence[Mapping[str, Any]], scores: Scores) -> dict[str, Any]:
     """Return the mean face cosine by what is known of the people: {attribute: {word: {people: n, row: x}}}.
 
-    `known` has the attributes of each person, in the order of the scores. Rows of fewer people are left out.
+    It is `sliced(scores)`. `known` has the attributes of each person, in the order of the scores. Rows of fewer people
+    are left out.
     """
     found: dict[str, Any] = {}
+    figure = sliced(scores)
     for name in known[0] if known else ():
         for word in sorted({str(person[name]) for person in known}):
             mine = np.array([person[name] == word for person in known])
-            cosines = {row: score["cosine"] for row, score in scores.items() if len(score["cosine"]) == len(known)}
+            cosines = {row: score[figure] for row, score in scores.items() if len(score[figure]) == len(known)}
             means = {row: round(float(x[mine].mean()), 4) for row, x in cosines.items()}
             found.setdefault(name, {})[word] = {"people": int(mine.sum()), **means}
     return found

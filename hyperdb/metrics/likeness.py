@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 def galleries(feature: Feature, views: Tensor) -> Tensor:
     """Return each person's unit mean embedding `[I, C]` over views `[I, K, 3, H, W]`; undetected views are left out."""
-    embeddings = feature(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+    return middle(feature(views.flatten(0, 1)).unflatten(0, views.shape[:2]))
+
+
+def middle(embeddings: Tensor) -> Tensor:
+    """Return the unit mean `[I, C]` of embeddings `[I, K, C]`, of which undetected views are NaN and left out."""
     return torch.nn.functional.normalize(embeddings.nanmean(1), dim=-1)
 
 

@@ -49,6 +49,8 @@ def _wrong(found: Any) -> str | None:
         return "its values are not a number for each row, figure, seed and person"
     if not _are_slices(found.get("slices", {})):
         return "its slices are not numbers by attribute and word"
+    if found.get("slices_of", "cosine") not in ("cosine", "cosine_changed"):
+        return "its slices are of no face cosine"
     further = found.get("paired_further", {})
     for pairs in (found.get("paired"), *(further.values() if isinstance(further, dict) else [further])):
         if not isinstance(pairs, dict):

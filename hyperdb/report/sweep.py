@@ -82,13 +82,19 @@ def axis(named: Mapping[str, Mapping[str, Any]]) -> Axis | None:
 def own_axis(named: Mapping[str, Mapping[str, Any]], row: str) -> tuple[list[str], Axis] | None:
     """Return the results that have a row, and the one number in which its method differs in them, the lowest first.
 
-    None if it is the same method in all, differs otherwise, or the results differ in more than that.
+    None if it is the same method in all, differs otherwise, or the results differ in more than that. What several
+    results have of the same pictures, as tables that share a row do, counts once.
     """
-    mine = {
-        title: {**found, "methods": {row: how}}
-        for title, found in named.items()
-        if row in found["rows"] and (how := found.get("methods", {}).get(row)) is not None
-    }
+    mine: dict[str, dict[str, Any]] = {}
+    for title, found in named.items():
+        if row in found["rows"] and (how := found.get("methods", {}).get(row)) is not None:
+            one = {**found, "methods": {row: how}}
+            if not any(
+                all(one.get(k) == two.get(k) for k in ("made_from", "settings", "methods"))
+                and one["rows"][row] == two["rows"][row]
+                for two in mine.values()
+            ):
+                mine[title] = one
     along = axis(mine) if len(mine) > 1 else None
     if along is None or not along.is_number or len({json.dumps(_methods(found)) for found in mine.values()}) == 1:
         return None

@@ -146,10 +146,11 @@ def _counted(results: Mapping[str, Any]) -> str:
 
 
 def _slices(results: Mapping[str, Any]) -> Table:
-    """Return the face cosine of each row by what is known of the people; the heading alone where nothing is."""
+    """Return the likeness of each row by what is known of the people; the heading alone where nothing is."""
     parts = [part for words in results.get("slices", {}).values() for part in words.values()]
     named = [row for row in results["rows"] if any(row in part for part in parts)]
-    table = [["face cosine by people", "people", *(_label(results, row) for row in named)]]
+    figure = COLUMNS[results.get("slices_of", "cosine")].label
+    table = [[f"{figure}, by people", "people", *(_label(results, row) for row in named)]]
     for attribute, words in results.get("slices", {}).items():
         for word, part in words.items():
             cells = [_cell(part, name, digits) for name, digits in (("people", 0), *((row, 3) for row in named))]

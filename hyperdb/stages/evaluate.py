@@ -520,7 +520,7 @@ def run(config: Config) -> Path:
     from hyperdb.diffusion.quantise import stored
     from hyperdb.faces.image import grid, save_png
     from hyperdb.heads import Identity
-    from hyperdb.metrics.figures import closed, differences, slices, summary
+    from hyperdb.metrics.figures import closed, differences, sliced, slices, summary
     from hyperdb.runtime.files import hash_files, save_json
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
@@ -629,6 +629,8 @@ def run(config: Config) -> Path:
         "paired_further": paired,
         "closed": closed(scores, "floor", "ceiling"),
         "slices": slices(known, scores),
+        "slices_of": sliced(scores),
+        "judging_photos": {"each": standard.views.shape[1], "without_face": standard.faceless},
         "people": len(rows),
         "seeds": config.seeds,
         "split": config.split,

@@ -61,6 +61,7 @@ def run(config: Config, track: Track) -> Path:
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.metrics.obedience import SIDE
     from hyperdb.metrics.objectives.objective import reduced
+    from hyperdb.metrics.objectives.unseen import measured
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
@@ -120,12 +121,10 @@ def run(config: Config, track: Track) -> Path:
     # --- write, read as it will be used, measure on unseen people
     made_from = {"data": people.digest, "base": base.digest}
     judge = objective.save(out, {**made_from, "steps": str(config.steps)})
-    report: dict[str, object] = {"people_held_out": config.held_out, "pictures_held_out": len(held)}
-    for kind, images in (("renders", people.images[held]), ("reconstructions", base.decode(moments[held, 0].float()))):
-        for figure, values in objective.measure(judge, images, held).items():
-            report[f"{figure}_{kind}"] = {name: round(value, 4) for name, value in values.items()}
-            track.log(config.steps, {f"{figure}_{kind}/{name}": value for name, value in values.items()})
-            print(f"{kind}, {figure}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    found = measured(objective, judge, base, moments, held)
+    for what, values in found.items():
+        track.log(config.steps, {f"{what}/{name}": value for name, value in values.items()})
+    report = {"people_held_out": config.held_out, "pictures_held_out": len(held), **found}
     save_json(out / "report.json", {**report, "steps": config.steps, **made_from, **provenance()})
     print(f"judge in {out}")
     return out

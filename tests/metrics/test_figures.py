@@ -172,3 +172,7 @@ def test_slices_are_of_the_people_who_have_the_attribute():
     assert found["sex"]["female"] == {"people": 1, "floor": 0.1, "best": 0.9, "half": 0.5}
     assert found["sex"]["male"] == {"people": 1, "floor": 0.3, "best": 0.7, "half": 0.5}
     assert slices([], SCORES) == {}
+    changed = {row: {**score, "cosine_changed": score["cosine"] / 2} for row, score in SCORES.items()}
+    assert slices([{"sex": "female"}, {"sex": "male"}], changed)["sex"]["male"]["floor"] == pytest.approx(0.15)
+    part = SCORES | {"floor": changed["floor"]}  # not all rows have it
+    assert slices([{"sex": "female"}, {"sex": "male"}], part)["sex"]["male"]["floor"] == pytest.approx(0.3)

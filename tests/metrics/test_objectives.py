@@ -15,7 +15,7 @@ from hyperdb.metrics.objectives import (
     VerifierConfig,
     VICRegConfig,
     clip,
-    encoder,
+    unseen,
     verifier,
     vicreg,
 )
@@ -112,23 +112,23 @@ def test_people_are_told_apart_by_photos_and_never_by_the_same_one():
     people = few()
     rows = torch.arange(len(people))
     known = F.one_hot(people.identity).float()
-    assert encoder.told_apart(known, people, rows) == {
+    assert unseen.told_apart(known, people, rows) == {
         "auc": {"photo": 1.0, "sketch": 1.0}, "rank1": {"photo": 1.0, "sketch": 1.0},
     }  # fmt: skip
     each = torch.eye(len(people))  # every picture is like itself alone: a photo is never the nearest to itself
-    apart = encoder.told_apart(each, people, rows)
+    apart = unseen.told_apart(each, people, rows)
     assert apart["auc"] == {"photo": 0.5, "sketch": 0.5}
     assert apart["rank1"]["photo"] < 0.5
     single = torch.cat([rows[people.is_style("photo")][::2], rows[~people.is_style("photo")]])
     # one photo of each: none to compare with
-    assert set(encoder.told_apart(known[single], people, single)["auc"]) == {"sketch"}
+    assert set(unseen.told_apart(known[single], people, single)["auc"]) == {"sketch"}
 
 
 def test_a_probe_finds_what_is_linear_and_nothing_else():
     labels, half = torch.arange(90) % 3, torch.arange(90) < 45
     features = torch.randn(90, 8, generator=G)
-    assert vicreg.probe(features + 6 * F.one_hot(labels, 8), labels, half) == 1
-    assert vicreg.probe(features, labels, half) < 0.6
+    assert unseen.probe(features + 6 * F.one_hot(labels, 8), labels, half) == 1
+    assert unseen.probe(features, labels, half) < 0.6
 
 
 # --- learning, on people for whom it must work

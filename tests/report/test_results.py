@@ -61,6 +61,7 @@ def test_results_are_read_as_they_are(tmp_path):
             (("slices",), told, "its slices are not numbers by attribute and word")
             for told in ([], {"sex": 3}, {"sex": {"man": 3}}, {"sex": {"man": {"people": "many"}}})
         ),
+        (("slices_of",), "hair", "its slices are of no face cosine"),
         (("paired",), None, "it has no paired differences"),
         (("paired", "a-c"), INTERVAL, "its paired difference 'a-c' is not an interval of two rows"),
         (("paired", "a-b"), 0.1, "its paired difference 'a-b' is not an interval of two rows"),

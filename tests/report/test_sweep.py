@@ -67,6 +67,7 @@ def test_a_row_is_followed_along_the_number_of_its_own_method():
     assert titles == ["5", "40", "160"]
     assert (along.setting, along.values) == ("methods.lora.finetune.steps", [5, 40, 160])
     assert own_axis(named, "floor") is own_axis(named, "svdiff") is None
+    assert own_axis({**named, "again": named["40"]}, "lora") == (titles, along)  # a second table with the same row
     named["b"] = {**named["5"], "settings": {"people": 3}}  # of others: no further point of the line
     assert own_axis(named, "lora") is None
 

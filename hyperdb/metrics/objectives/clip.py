@@ -15,6 +15,7 @@ from hyperdb.metrics.clip import Clip
 from hyperdb.metrics.obedience import SIDE
 from hyperdb.metrics.objectives import ClipConfig
 from hyperdb.metrics.objectives.objective import Objective, pixels
+from hyperdb.metrics.objectives.unseen import probed, told_apart
 from hyperdb.metrics.pretrained import WEIGHTS
 from hyperdb.runtime.files import save_tensors, writing
 
@@ -93,7 +94,8 @@ class ClipObjective(Objective):
         """Return how often the right one comes first among the distinct captions, and among the pictures.
 
         A picture is right for every caption like its own. Style and place are found by `heads.prompt`: the style by its
-        bare prompt, the place by those of the right style.
+        bare prompt, the place by those of the right style. Of the pictures alone, how well they tell people apart, and
+        style and place by a linear probe.
         """
         seen = judge(images)
         some, own = self.caption[rows].unique(return_inverse=True)
@@ -109,4 +111,5 @@ class ClipObjective(Objective):
             "place": (placed @ seen[..., None])[..., 0].argmax(1) == place,
         }
         figures = {"recall1": first, "accuracy": named}
-        return {figure: {k: hits.float().mean().item() for k, hits in of.items()} for figure, of in figures.items()}
+        shares = {figure: {k: hits.float().mean().item() for k, hits in of.items()} for figure, of in figures.items()}
+        return shares | told_apart(seen, self.people, rows) | {"probe": probed(seen, self.people, rows)}

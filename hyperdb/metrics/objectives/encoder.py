@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-import torch
 from torch import Tensor
 
 from hyperdb.metrics import judge
@@ -14,34 +13,12 @@ from hyperdb.metrics.dino import Dino
 from hyperdb.metrics.obedience import BACKBONE, SIDE
 from hyperdb.metrics.objectives import EncoderConfig
 from hyperdb.metrics.objectives.objective import Objective
+from hyperdb.metrics.objectives.unseen import told_apart
 from hyperdb.metrics.pretrained import SETTINGS, WEIGHTS
-from hyperdb.metrics.score import auc
 from hyperdb.runtime.files import save_json, save_tensors
 
 if TYPE_CHECKING:
     from hyperdb.data.people import People
-
-
-def told_apart(features: Tensor, people: People, rows: Tensor) -> dict[str, dict[str, float]]:
-    """Return by style how well photos tell of pictures whom they show, from features `[N, C]` of length 1 of the rows.
-
-    `auc` is the chance that a photo of the person is nearer to a picture than a photo of somebody else, `rank1` how
-    often the nearest photo of all is the person's. No photo is compared with itself. A style in which no picture has
-    another photo of its person is left out.
-    """
-    photo, who = people.is_style("photo")[rows], people.identity[rows]
-    cosine = features @ features.mT  #                                                 [N, N]
-    same = (who[:, None] == who) & photo & ~torch.eye(len(rows), dtype=torch.bool)
-    other = (who[:, None] != who) & photo
-    nearest = cosine.masked_fill(~(same | other), -2).argmax(1, keepdim=True)
-    hit = same.gather(1, nearest)[:, 0]
-    found: dict[str, dict[str, float]] = {"auc": {}, "rank1": {}}
-    for style in people.names["style"]:
-        mine = people.is_style(style)[rows] & same.any(1)
-        if mine.any() and other[mine].any():
-            found["auc"][style] = auc(cosine[mine][same[mine]], cosine[mine][other[mine]])
-            found["rank1"][style] = hit[mine].float().mean().item()
-    return found
 
 
 class EncoderObjective(Objective):

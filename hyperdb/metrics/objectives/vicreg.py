@@ -12,15 +12,15 @@ from torch.nn import functional as F
 from hyperdb.metrics.dino import Dino
 from hyperdb.metrics.obedience import BACKBONE, SIDE
 from hyperdb.metrics.objectives import VICRegConfig
-from hyperdb.metrics.objectives.encoder import EncoderObjective, told_apart
+from hyperdb.metrics.objectives.encoder import EncoderObjective
 from hyperdb.metrics.objectives.objective import pixels
+from hyperdb.metrics.objectives.unseen import probed, told_apart
 from hyperdb.metrics.pretrained import BATCH
 
 if TYPE_CHECKING:
     from hyperdb.data.people import People
     from hyperdb.diffusion.base import Base
 
-RIDGE = 1e-2  # of the mean variance of a feature
 AREA = (0.3, 1.0)  # of a picture that a view shows
 JITTER = 0.1  # of saturation and contrast; half of it of brightness: the colours of skin and hair are the person
 WHITENED_ON = 4096  # pictures, at most
@@ -71,22 +71,6 @@ def whitening(features: Tensor) -> tuple[Tensor, Tensor]:
     return matrix.float(), -(matrix @ mean).float()
 
 
-def probe(features: Tensor, labels: Tensor, half: Tensor) -> float:
-    """Return how often linear classifiers of features `[N, C]` name the label `[N]` of the other half of the pictures.
-
-    Each is the closed-form ridge regression of the labels, as zeros and ones, on one of the two halves.
-    """
-    features, right = features.double(), 0
-    for mine in (half, ~half):
-        known = F.one_hot(labels[mine], int(labels.max()) + 1).double()
-        x, y = features[mine] - features[mine].mean(0), known - known.mean(0)
-        square = x.mT @ x
-        ridge = RIDGE * square.diagonal().mean().clamp_min(1e-12) * torch.eye(len(square), dtype=square.dtype)
-        told = (features[~mine] - features[mine].mean(0)) @ torch.linalg.solve(square + ridge, x.mT @ y)
-        right += int(((told + known.mean(0)).argmax(1) == labels[~mine]).sum())
-    return right / len(labels)
-
-
 class VICRegObjective(EncoderObjective):
     """Two views of one picture are alike, and what is said of pictures varies from one to another, every number apart.
 
@@ -133,10 +117,6 @@ class VICRegObjective(EncoderObjective):
         return model
 
     def measure(self, judge: Dino, images: Tensor, rows: Tensor) -> dict[str, dict[str, float]]:
-        """Return how well people are told apart, and how well a linear probe tells style and place of half the people.
-
-        The probe learns from the other half.
-        """
-        features, half = judge(images), self.people.identity[rows] % 2 == 0
-        probed = {name: probe(features, self.people.labels[name][rows], half) for name in ("style", "place")}
-        return told_apart(features, self.people, rows) | {"probe": probed}
+        """Return how well people are told apart, and how well a linear probe tells style and place."""
+        features = judge(images)
+        return told_apart(features, self.people, rows) | {"probe": probed(features, self.people, rows)}
