@@ -50,10 +50,11 @@ def test_the_tables_of_memory_are_the_results_files():
         assert f"| {card} GB | {' | '.join(stages.values())} |" in text
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/tables/README.md"])
-def test_a_table_under_its_command_is_what_that_prints(page):
-    text = (ROOT / page).read_text()
-    for file, figures in re.findall(r"^ *python -m hyperdb\.report\.table (\S+) (.+)$", text, flags=re.MULTILINE):
+def test_a_table_under_its_command_is_what_that_prints():
+    text = (ROOT / "experiments" / "tables" / "README.md").read_text()
+    commands = re.findall(r"^ *python -m hyperdb\.report\.table (\S+) (.+)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for file, figures in commands:
         assert markdown(load_json(ROOT / file), only=figures.split()).partition("\n\n")[0] in text, file
 
 
@@ -63,6 +64,15 @@ def test_the_table_of_the_rates_is_the_sweeps():
     assert table([load_json(file) for file in sorted((folder / "sweeps").glob("*.json"))]) in (
         folder / "README.md"
     ).read_text()
+
+
+def test_the_tables_of_the_ablations_are_their_results():
+    folder = ROOT / "experiments" / "tables"
+    table = runpy.run_path(str(folder / "ablations.py"))["table"]
+    text = (folder / "ablations" / "README.md").read_text()
+    for file in sorted((folder / "ablations").glob("*/results.json")):
+        assert table(load_json(file)) in text, file.parent.name
+        assert f"]({file.parent.name}/over.png)" in text
 
 
 def test_the_chosen_rates_are_those_of_the_tables():
@@ -146,17 +156,18 @@ def test_the_diffs_shown_are_in_the_tree():
 
 NAMES = ("cluster", "formats", "imports", "methods", "stable_diffusion", "web")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
+STUDIES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "experiments").rglob("README.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *(page for page in STUDIES if "base64" not in page)])
 def test_every_command_named_is_a_stage_with_those_settings(page):
     lines = re.findall(r"^(?:    |      )?hyperdb ([a-z_]+)([^\n#]*)", (ROOT / page).read_text(), flags=re.MULTILINE)
     for stage, rest in lines:
         assert stage in config.STAGES, stage
         keys = [w.partition("=")[0] for w in re.findall(r"(?<!/)\b[a-z_.]+=", rest)]  # without Hydra's own
         known = {key for key, _ in options.settings(config.stage_module(stage).Config)} | {"experiment"}
-        assert set(keys) <= known, (stage, keys)
-    assert lines
+        assert {key for key in keys if not key.startswith("methods.")} <= known, (stage, keys)
+    assert lines or page in STUDIES
 
 
 def test_weights_in_the_tree_stay_light():

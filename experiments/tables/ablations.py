@@ -21,7 +21,7 @@ import numpy as np
 from hyperdb import config
 from hyperdb.metrics.score import paired
 from hyperdb.report.plot import draw_over
-from hyperdb.report.results import is_figure, load
+from hyperdb.report.results import load
 from hyperdb.report.sweep import Axis, axis
 from hyperdb.report.table import COLUMNS
 from hyperdb.runtime.errors import UserError, run_script
@@ -31,6 +31,7 @@ from hyperdb.runtime.recipe import plain, recipe
 HERE, RUNS = Path(__file__).parent / "ablations", Path("runs/evaluate")
 COMPARED = ("cosine_changed", "rank1_styled_verifier")
 FIGURES = (*COMPARED, "style_accuracy", "place_accuracy", "clip_t", "copy_pose", "copy_background", "diversity")
+KEPT = ("label", "cosine", "rank1", *FIGURES, "clip_t_changed", "detected", "steps", "trained", "bytes", "seconds")
 TOLD = ("split", "people", "seeds", "persons", "styled", "changed", "recognisers", "base", "data", "commit", "dirty")
 
 
@@ -72,11 +73,9 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], Axi
             if name in found[row] and name in other[row]:
                 a, b = (np.array(scores[row][name], dtype=float).T for scores in (found, other))
                 against[row][name] = paired(a, b, 0)
-        rows = {
-            row: {key: figure for key, figure in told.items() if key == "label" or is_figure(figure)}
-            for row, told in every[i]["rows"].items()
-        }
-        values.append({"value": along.values[i], "rows": rows, "against": against, "scores": found})
+        rows = {row: {key: told[key] for key in KEPT if key in told} for row, told in every[i]["rows"].items()}
+        scores = {row: {key: told[key] for key in KEPT if key in told} for row, told in found.items()}
+        values.append({"value": along.values[i], "rows": rows, "against": against, "scores": scores})
     told = {key: every[0][key] for key in TOLD if key != along.setting}
     return {"setting": along.setting, "compared_with": along.values[first], **told, "values": values}, named, along
 
@@ -96,7 +95,8 @@ def table(found: dict[str, Any]) -> str:
             text = value["value"] if isinstance(value["value"], str) else json.dumps(value["value"])
             cells = [f"**{text}**" if value["value"] == found["compared_with"] else text, f"`{row}`"]
             for name in figures:
-                cells.append(f"{told[name]['mean']:.{COLUMNS[name].digits}f}" if name in told else "—")
+                mean = told[name]["mean"] if isinstance(told.get(name), dict) else told.get(name)
+                cells.append("—" if mean is None else f"{mean:.{COLUMNS[name].digits}f}")
                 if name in COMPARED:
                     more = value["against"].get(row, {}).get(name)
                     cells.append("" if more is None else f"{more['mean']:+.3f} [{more['lo']:+.3f}, {more['hi']:+.3f}]")

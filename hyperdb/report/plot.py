@@ -19,7 +19,7 @@ OVER = (  # drawn over a setting's values, where known
     *("style_accuracy", "clip_t", "copy_pose"),
 )
 
-
+ACROSS = 4  # panels beside each other in the picture over a setting's values
 Spread = tuple[float, float, float]  # a mean, and how far its 95 % interval goes below and above
 
 
@@ -138,9 +138,13 @@ def draw_over(path: Path, along: Axis, named: Mapping[str, Mapping[str, Any]]) -
     rows = list(dict.fromkeys(name for results in every for name in results["rows"]))
     figures = [x for x in OVER if any(is_figure(row.get(x)) for results in every for row in results["rows"].values())]
     places = [along.values[i] for i in order] if along.is_number else list(range(len(order)))
-    figure = Figure(figsize=(4 * len(figures), 4), layout="constrained")
+    down, across = -(-len(figures) // ACROSS), min(ACROSS, len(figures))
+    figure = Figure(figsize=(4 * across, 3.2 * down + 0.8), layout="constrained")
     legend: dict[str, Any] = {}
-    for axes, name in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures, strict=True):
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in panels[len(figures) :]:
+        axes.set_visible(False)
+    for axes, name in zip(panels, figures, strict=False):
         for row in rows:
             known = [(x, every[i]["rows"].get(row, {}).get(name)) for x, i in zip(places, order, strict=True)]
             spread = [(x, *_spread(value)) for x, value in known if is_figure(value)]
@@ -157,7 +161,7 @@ def draw_over(path: Path, along: Axis, named: Mapping[str, Mapping[str, Any]]) -
     for text in (*box.get_texts(), *(tick for axes in figure.axes for tick in axes.get_xticklabels())):
         text.set_parse_math(False)
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=100)
     return path
 
 

@@ -19,9 +19,11 @@ class Axis(NamedTuple):
         return all(isinstance(value, int | float) and not isinstance(value, bool) for value in self.values)
 
     def order(self) -> list[int]:
-        """Return the places of the results, the lowest value first."""
+        """Return the places of the results, the lowest value first; null before numbers, other values as they are."""
         places = range(len(self.values))
-        return sorted(places, key=lambda i: self.values[i]) if self.is_number else list(places)
+        if not Axis(self.setting, [value for value in self.values if value is not None]).is_number:
+            return list(places)
+        return sorted(places, key=lambda i: (self.values[i] is not None, self.values[i] or 0))
 
     def text(self, place: int) -> str:
         """Return the value of one of the results as people read it."""

@@ -33,6 +33,7 @@ def test_the_setting_in_which_results_differ():
     assert (noise.setting, noise.is_number, noise.order(), noise.text(1)) == ("noise", False, [0, 1], "[0, 0.5]")
     null = found(result(weight=None), result(weight=0.5))
     assert (null.values, null.is_number, null.text(0)) == ([None, 0.5], False, "null")
+    assert found(result(weight=5.0), result(weight=None), result(weight=3.0)).order() == [1, 2, 0]
 
 
 def test_what_follows_from_a_setting_counts_as_one_with_it():
