@@ -89,16 +89,18 @@ def table(found: dict[str, Any]) -> str:
         heads += [COLUMNS[name].label, *["− bold"] * (name in COMPARED)]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for row in dict.fromkeys(row for rows in several for row in rows):
-        for value in found["values"]:
-            if (told := value["rows"].get(row)) is None:
-                continue
+        having = [value for value in found["values"] if row in value["rows"]]
+        alike = len(having) > 1 and all(value["scores"][row] == having[0]["scores"][row] for value in having)
+        for value in having[: 1 if alike else None]:  # a row that does not ask for the setting is told once
+            told = value["rows"][row]
             text = value["value"] if isinstance(value["value"], str) else json.dumps(value["value"])
-            cells = [f"**{text}**" if value["value"] == found["compared_with"] else text, f"`{row}`"]
+            text = f"**{text}**" if value["value"] == found["compared_with"] else text
+            cells = ["every" if alike else text, f"`{row}`"]
             for name in figures:
                 mean = told[name]["mean"] if isinstance(told.get(name), dict) else told.get(name)
                 cells.append("—" if mean is None else f"{mean:.{COLUMNS[name].digits}f}")
                 if name in COMPARED:
-                    more = value["against"].get(row, {}).get(name)
+                    more = None if alike else value["against"].get(row, {}).get(name)
                     cells.append("" if more is None else f"{more['mean']:+.3f} [{more['lo']:+.3f}, {more['hi']:+.3f}]")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -170,7 +170,10 @@ def test_an_ablation_is_compared_with_the_value_that_ships_person_by_person(tmp_
     told |= {"commit": "c", "dirty": False}
     values = {2: [0.5, 0.3], 4: [0.7, 0.4], 8: [0.6, 0.4]}
     for rank, people in values.items():
-        one = result(relaxed={"rank": rank}) | told | {"values": {"lora": {"cosine_changed": [people]}}}
+        scores = {"lora": {"cosine_changed": [people]}, "floor": {"cosine_changed": [[0.1, 0.1]]}}
+        one = result(relaxed={"rank": rank}) | told | {"values": scores}
+        known = {"mean": 0.1, "lo": 0.1, "hi": 0.1}
+        one["rows"]["floor"] = {"cosine_changed": known, "cosine": known}
         mean = sum(people) / 2
         one["rows"]["lora"]["cosine_changed"] = {"mean": mean, "lo": mean, "hi": mean}
         (tmp_path / f"rank={rank}").mkdir()
@@ -183,6 +186,7 @@ def test_an_ablation_is_compared_with_the_value_that_ships_person_by_person(tmp_
     lines = ablations["table"](found).splitlines()
     assert lines[2].startswith("| 2 | `lora` | 0.400 | -0.150 [-0.200, -0.100] |")
     assert lines[3].startswith("| **4** | `lora` | 0.550 |  |")
+    assert [line for line in lines if "floor" in line] == ["| every | `floor` | 0.100 |  |"]
     (tmp_path / "rank=2" / "results.json").unlink()
     (tmp_path / "rank=4" / "results.json").unlink()
     with pytest.raises(UserError, match="holds no results that differ in one setting alone"):
