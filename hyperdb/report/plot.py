@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -165,11 +164,13 @@ def draw_over(path: Path, along: Axis, named: Mapping[str, Mapping[str, Any]]) -
 
 
 def _write(figure: Any, path: Path, **how: Any) -> Path:
-    """Write a figure in so few colours that it takes a third of the bytes."""
-    image = io.BytesIO()
-    figure.savefig(image, format="png", **how)
-    with atomic(path) as temporary, Image.open(image) as drawn:
-        drawn.convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
+    """Write a figure as the path's ending says; pixels in so few colours that they take a third of the bytes."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, **how)
+        if path.suffix == ".png":
+            with Image.open(temporary) as drawn:
+                few = drawn.convert("RGB").quantize(128)
+            few.save(temporary, format="png", optimize=True)
     return path
 
 
