@@ -64,7 +64,8 @@ def test_the_shipped_judges_know_people_in_styles_and_captions():
 
     pictures = {style: rendered(views) for style, views in shown.items()}
     verifier = judge("verifier", str(EMBEDDED / "judges" / "verifier"), torch.device("cpu"))
-    photos = verifier(rendered([heads.sample_view(rng, style="photo") for _ in people]))
+    given = rendered([heads.sample_view(rng, style="photo") for _ in people])
+    photos = verifier(given)
     assert torch.allclose((photos * photos).sum(-1), torch.ones(6))  # a picture and itself
     for images in pictures.values():
         cosine = verifier(images) @ photos.T
@@ -76,6 +77,8 @@ def test_the_shipped_judges_know_people_in_styles_and_captions():
     right = torch.cat([found == i for i, found in enumerate(named)])
     assert right.float().mean() > 0.8
     vicreg = judge("vicreg", str(EMBEDDED / "judges" / "vicreg"), torch.device("cpu"))
+    cosine = vicreg(pictures["photo"]) @ vicreg(given).T
+    assert cosine.diagonal().mean() > (cosine.sum() - cosine.trace()) / 30  # the person above others, without labels
     every = torch.cat([pictures["photo"], pictures["oil"]])
     seen, darker = vicreg(every), vicreg((every.float() * 0.9).byte().roll(2, 3))
     assert ((seen @ darker.T).argmax(1) == torch.arange(len(every))).all()  # a picture is nearest to itself
