@@ -11,7 +11,6 @@ ships is asked of the configuration, so the tables follow it.
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from hyperdb import config
 from hyperdb.metrics.score import paired
 from hyperdb.report.plot import draw_over
 from hyperdb.report.results import load
-from hyperdb.report.sweep import Axis, axis
+from hyperdb.report.sweep import Axis, axis, shown
 from hyperdb.report.table import COLUMNS
 from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import load_json, save_json
@@ -93,7 +92,7 @@ def table(found: dict[str, Any]) -> str:
         alike = len(having) > 1 and all(value["scores"][row] == having[0]["scores"][row] for value in having)
         for value in having[: 1 if alike else None]:  # a row that does not ask for the setting is told once
             told = value["rows"][row]
-            text = value["value"] if isinstance(value["value"], str) else json.dumps(value["value"])
+            text = shown(value["value"])
             text = f"**{text}**" if value["value"] == found["compared_with"] else text
             cells = ["every" if alike else text, f"`{row}`"]
             for name in figures:

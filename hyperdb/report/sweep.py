@@ -27,8 +27,14 @@ class Axis(NamedTuple):
 
     def text(self, place: int) -> str:
         """Return the value of one of the results as people read it."""
-        value = self.values[place]
-        return value if isinstance(value, str) else json.dumps(value)
+        return shown(self.values[place])
+
+
+def shown(value: Any) -> str:
+    """Return a setting's value as people read it; of a list of one thing several times that thing."""
+    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+        value = value[0]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _flat(told: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

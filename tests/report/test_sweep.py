@@ -31,6 +31,8 @@ def test_the_setting_in_which_results_differ():
     assert (along.setting, along.values, along.is_number, along.order()) == ("finetune.steps", [20, 5], True, [1, 0])
     noise = found(*(result(noise=levels) for levels in ([0, 1], [0, 0.5])))
     assert (noise.setting, noise.is_number, noise.order(), noise.text(1)) == ("noise", False, [0, 1], "[0, 0.5]")
+    prompts = found(*(result(changed=[text] * 4) for text in ("a [V] face", "a photo of a [V] face")))
+    assert prompts.text(1) == "a photo of a [V] face"
     null = found(result(weight=None), result(weight=0.5))
     assert (null.values, null.is_number, null.text(0)) == ([None, 0.5], False, "null")
     assert found(result(weight=5.0), result(weight=None), result(weight=3.0)).order() == [1, 2, 0]
