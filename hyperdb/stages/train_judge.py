@@ -61,7 +61,7 @@ def run(config: Config, track: Track) -> Path:
     from hyperdb.data.people import latent_moments, load_people
     from hyperdb.metrics.obedience import SIDE
     from hyperdb.metrics.objectives.objective import reduced
-    from hyperdb.metrics.objectives.unseen import measured
+    from hyperdb.metrics.objectives.unseen import measured, split
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
@@ -77,8 +77,7 @@ def run(config: Config, track: Track) -> Path:
     if "style" not in people.labels or people.identities <= config.held_out:
         raise UserError(f"{config.data} must hold rendered people, more than held_out={config.held_out}")
     moments = latent_moments(base, people)
-    seen = (people.identity < people.identities - config.held_out).nonzero()[:, 0]
-    held = (people.identity >= people.identities - config.held_out).nonzero()[:, 0]
+    seen, held = split(people, config.held_out)
 
     side = min(SIDE, people.images.shape[-1])
     with tempfile.TemporaryFile() as file:  # which stays as long as it is mapped; there is one of every picture

@@ -17,7 +17,7 @@ from pathlib import Path
 from hyperdb import config
 from hyperdb.data.people import latent_moments, load_people
 from hyperdb.metrics import judge as load_judge
-from hyperdb.metrics.objectives.unseen import measured
+from hyperdb.metrics.objectives.unseen import measured, split
 from hyperdb.metrics.pretrained import WEIGHTS
 from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import hash_files, load_tensors, save_json
@@ -36,9 +36,7 @@ def main(words: list[str]) -> None:
     metadata = load_tensors(resolve(path) / WEIGHTS)[1]
     if (made_of := metadata.get("data")) != people.digest:
         raise UserError(f"{settings.data} is not what {path} has learned from: digest {people.digest}, not {made_of}")
-    first = people.identities - settings.held_out
-    seen, held = ((people.identity < first) == kind for kind in (True, False))
-    seen, held = seen.nonzero()[:, 0], held.nonzero()[:, 0]
+    seen, held = split(people, settings.held_out)
     objective = settings.judge.objective(people, seen, base)
     found = measured(objective, judge, base, latent_moments(base, people), held)
     told = {"people_held_out": settings.held_out, "pictures_held_out": len(held), "steps": int(metadata["steps"])}

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 RIDGE = 1e-2  # of the mean variance of a feature
 
 
+def split(people: People, held_out: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of the people to learn from, and those of the last `held_out`, whom a judge is measured on."""
+    seen = people.identity < people.identities - held_out
+    return seen.nonzero()[:, 0], (~seen).nonzero()[:, 0]
+
+
 def told_apart(features: Tensor, people: People, rows: Tensor) -> dict[str, dict[str, float]]:
     """Return by style how well photos tell of pictures whom they show, from features `[N, C]` of length 1 of the rows.
 
