@@ -21,7 +21,7 @@ from hyperdb.adapters.site import Site
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.targets import find_set
-from hyperdb.report.table import markdown
+from hyperdb.report.table import markdown, read
 from hyperdb.runtime.files import load_json
 from hyperdb.tuning.trainable import numbers
 
@@ -55,7 +55,7 @@ def test_a_table_under_its_command_is_what_that_prints():
     commands = re.findall(r"^ *python -m hyperdb\.report\.table (\S+) (.+)$", text, flags=re.MULTILINE)
     assert len(commands) >= 3
     for file, figures in commands:
-        assert markdown(load_json(ROOT / file), only=figures.split()).partition("\n\n")[0] in text, file
+        assert read(file, figures.split(), ROOT).partition("\n\n")[0] in text, file
 
 
 def test_the_table_of_the_rates_is_the_sweeps():
@@ -81,6 +81,19 @@ def test_the_chosen_rates_are_those_of_the_tables():
         fit = settings.methods[file.stem].fit(settings.finetune)
         assert fit is not None
         assert fit.rate == load_json(file)["rate"], file.stem
+
+
+def test_what_the_judges_know_is_what_was_measured():
+    folder = ROOT / "experiments" / "embedded" / "judges"
+    lines = (folder / "README.md").read_text().splitlines()
+    for name, label in (("verifier", "verifier"), ("vicreg", "VICReg"), ("clip", "CLIP")):
+        found = load_json(folder / f"{name}.json")
+        auc, rank = found["auc_renders"], found["rank1_renders"]["photo"]
+        lowest = min(auc, key=auc.__getitem__)
+        known = found.get("accuracy_renders", found.get("probe_renders", {}))
+        (line,) = [line for line in lines if line.startswith(f"| {label},")]
+        assert f"| {auc['photo']:.4f} | {auc[lowest]:.4f} ({lowest}) | {rank:.4f} |" in line
+        assert all(f"| {known[what]:.4f} (" in line for what in ("style", "place") if known)
 
 
 def test_the_rows_of_the_study_of_guidance_are_its_results():

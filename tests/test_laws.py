@@ -23,6 +23,7 @@ from hyperdb.adapters import (
     LiDBConfig,
     LoRAConfig,
     LoRAXConfig,
+    PlusConfig,
     SVDiffConfig,
     TokenConfig,
 )
@@ -137,7 +138,8 @@ def close(x: torch.Tensor, y: torch.Tensor) -> None:
 
 
 def test_every_kind_has_its_laws() -> None:
-    assert {type(config) for config in CONFIGS.values()} == set(KINDS.values())
+    known = {type(config) for config in CONFIGS.values()}
+    assert known == set(KINDS.values()) - {PlusConfig}  # which needs a text encoder: tests/adapters/test_plus.py
 
 
 def test_nothing_changes_at_init_and_everyone_starts_alike(mergeable: Case) -> None:

@@ -10,10 +10,12 @@ two neighbours the likeness is read off a straight line, at the copying of `hype
 of the last. Intervals are over people, all of whom count at every point. Prints a table, and writes equal_copying.json
 beside this file (or out=FILE).
 
-Two other figures compare as well, and rows with another than ours: how varied FouRA's pictures are at the likeness of
-LoRA's, which is its claim, is read off by
+`read` names other figures that are read off so, several of them with commas. `at` and `ours` name another figure than
+the copying and another row: how varied FouRA's pictures are at the likeness of LoRA's, which is its claim, is read off
+by
 
-    python experiments/tables/equal_copying.py ours=foura at=cosine_changed read=diversity out=FILE FOLDER FOLDER
+    python experiments/tables/equal_copying.py ours=foura_adaptive at=cosine_changed \
+      read=diversity,vicreg_diversity,copying out=FILE FOLDER FOLDER
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyperdb.report.results import check_alike, load
+from hyperdb.report.table import COLUMNS
 from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import save_json
 
@@ -89,13 +92,17 @@ def compare(every: list[dict[str, Any]], ours: str, at: str, read: str) -> dict[
     return {row: at_equal_copying(list(found.values()), mine[0]) for row, found in points.items()}
 
 
-def table(compared: dict[str, dict[str, Any]], ours: str, at: str, read: str) -> str:
-    """Return the comparison as Markdown."""
-    lines = [f"| row | points | people | {read} at the {at} of `{ours}` | `{ours}` − it |", "|" + " --- |" * 5]
-    for row, one in compared.items():
-        figure = f"{one['read']:.3f}{'' if one['within'] else ' (of the point next to it)'}"
-        cells = [f"`{row}`", str(one["points"]), str(one["people"]), figure,
-                 f"{one['mean']:+.3f} [{one['lo']:+.3f}, {one['hi']:+.3f}]"]  # fmt: skip
+def table(compared: dict[str, dict[str, dict[str, Any]]], ours: str, at: str) -> str:
+    """Return the comparisons, by figure and row, as Markdown."""
+    labels = [read if read in MEANS else COLUMNS[read].label for read in compared]
+    heads = [f"{label} at the {at} of `{ours}` | `{ours}` − it" for label in labels]
+    lines = [f"| row | points | people | {' | '.join(heads)} |", "|" + " --- |" * (3 + 2 * len(heads))]
+    for row in next(iter(compared.values())):
+        several = [found[row] for found in compared.values() if row in found]
+        cells = [f"`{row}`", str(several[0]["points"]), str(several[0]["people"])]
+        for one in several:
+            cells.append(f"{one['read']:.3f}{'' if one['within'] else ' (of the point next to it)'}")
+            cells.append(f"{one['mean']:+.3f} [{one['lo']:+.3f}, {one['hi']:+.3f}]")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -105,15 +112,17 @@ def main(words: list[str]) -> None:
     told = {**WORDS, "out": str(HERE / "equal_copying.json")}
     told |= {key: value for key, _, value in (word.partition("=") for word in words) if key in told}
     named = [Path(word) for word in words if word.partition("=")[0] not in told]
-    out, how = told.pop("out"), told
+    out, figures = told.pop("out"), told.pop("read").split(",")
+    if unknown := [name for name in figures if name not in {*COLUMNS, *MEANS}]:
+        raise UserError(f"read={unknown[0]}: expected figures of results, as cosine_changed or clip_i")
     files = [file for path in named for file in (sorted(path.rglob("results.json")) if path.is_dir() else [path])]
     if not files:
         raise UserError("name results files of `hyperdb evaluate`, or folders of them")
     every = [load(file) for file in files]
-    compared = compare(every, **how)
+    compared = {read: compare(every, told["ours"], told["at"], read) for read in figures}
     common = {key: every[0].get(key) for key in ("base", "data", "people", "seeds", "commit", "dirty")}
-    print(table(compared, **how))
-    print(f"in {save_json(out, {**how, 'compared': compared, **common})}")
+    print(table(compared, told["ours"], told["at"]))
+    print(f"in {save_json(out, {**told, 'compared': compared, **common})}")
 
 
 if __name__ == "__main__":

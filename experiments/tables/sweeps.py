@@ -7,11 +7,11 @@
 
 Writes sweeps/NAME.json beside this file: every rate with its figures, and the one that is chosen. It has the highest
 likeness under changed prompts of those that still obey them. Likeness alone would choose whoever repeats the photo. A
-rate obeys if its obedience, the mean of the places and the styles recognised or else CLIP-T, is at least OBEYED of what
-the base alone has for the same people and prompts: the same mark for every method, low enough for what a person in the
-picture costs. A rate at an end of those that were tried is called so: a further one may be better. Every method has as
-many rates: one that could not be trained is to be replaced by another. `people=3` counts the first three people of each
-results alone, for methods so slow that they were run on no more.
+rate obeys if its obedience, the mean of the places and the styles recognised or else CLIP's R-precision, is at least
+OBEYED of what the base alone has for the same people and prompts: the same mark for every method, low enough for what a
+person in the picture costs. A rate at an end of those that were tried is called so: a further one may be better. Every
+method has as many rates: one that could not be trained is to be replaced by another. `people=3` counts the first three
+people of each results alone, for methods so slow that they were run on no more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hyperdb.runtime.files import load_json, save_json
 
 HERE, RUNS = Path(__file__).parent, Path("runs/evaluate")
 LIKENESS = "cosine_changed"
-OBEDIENCE = (("place_accuracy", "style_accuracy"), ("clip_t_changed",))  # the mean of the first that are known
+OBEDIENCE = (("place_accuracy", "style_accuracy"), ("clip_r",))  # the mean of the first that are known
 OBEYED = 0.8
 RATES = 5
 ALIKE = ("base", "data", "persons", "seeds", "images_a_person", "styled", "changed", "recognisers", "judges")
@@ -80,7 +80,7 @@ def choose(method: str, folder: Path, floor: dict[str, Any], people: int | None 
         raise UserError(f"{folder}: the row floor is of another base, or of other people or prompts; {FLOOR}")
     asked = next((names for names in OBEDIENCE if all(set(names) <= row.keys() for row in (base, *rows))), None)
     if asked is None:
-        raise UserError(f"{folder}: neither CLIP-T nor places and styles are known of every rate and of the base")
+        raise UserError(f"{folder}: neither places and styles nor R-precision are known of each rate and the base")
 
     def obeyed(row: dict[str, Any]) -> float:
         return sum(row[name]["mean"] for name in asked) / len(asked)

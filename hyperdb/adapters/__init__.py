@@ -16,6 +16,7 @@ from hyperdb.adapters.full import FullConfig
 from hyperdb.adapters.lidb import LiDBConfig
 from hyperdb.adapters.lora import LoRAConfig
 from hyperdb.adapters.lorax import LoRAXConfig
+from hyperdb.adapters.plus import PlusConfig
 from hyperdb.adapters.svdiff import SVDiffConfig
 from hyperdb.adapters.token import TokenConfig
 
@@ -29,6 +30,7 @@ KINDS: dict[str, type[AdapterConfig]] = {
     "lidb": LiDBConfig,
     "lora": LoRAConfig,
     "lorax": LoRAXConfig,
+    "plus": PlusConfig,
     "svdiff": SVDiffConfig,
     "token": TokenConfig,
 }
@@ -43,5 +45,5 @@ def kind_of(settings: AdapterConfig) -> str:
 
 __all__ = [
     "KINDS", "A1111Config", "AdapterConfig", "CustomConfig", "DoRAConfig", "E4TConfig", "FouRAConfig", "FullConfig",
-    "LiDBConfig", "LoRAConfig", "LoRAXConfig", "SVDiffConfig", "TokenConfig", "kind_of",
+    "LiDBConfig", "LoRAConfig", "LoRAXConfig", "PlusConfig", "SVDiffConfig", "TokenConfig", "kind_of",
 ]  # fmt: skip

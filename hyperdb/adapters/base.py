@@ -96,6 +96,37 @@ class Dense(DenseChange):
             raise UserError(f"{site.name} takes a change of {list(site.shape)}, not {list(shape)}")
 
 
+class Replacement:
+    """A change that no sum can say: it puts something of another length in place of a module's output."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Go through the tensors."""
+        return iter(self.tensors)
+
+    def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
+        """Raise `TypeError`: nothing is added."""
+        raise TypeError(f"{type(self).__name__} adds nothing to what {site.name} puts out")
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """Raise `NotMergeableError`."""
+        raise NotMergeableError("a word with a vector for each attention (P+) is no weight; use it as it is")
+
+    def check(self, site: Site) -> None:
+        """Raise `UserError` if it does not fit the site."""
+        raise NotImplementedError
+
+    def settled(self, site: Site) -> Replacement:
+        """Return it on the site's device."""
+        return type(self)(*(x.detach().to(site.parameter.device) for x in self))
+
+    def replace(self, site: Site, x: Tensor, output: Any, use: Any) -> Any:
+        """Return what stands in place of the output for the input `x`; `use` is the `Injection`, with its strength."""
+        raise NotImplementedError
+
+
 class LowRank(NamedTuple):
     """`dW = up @ down` of a linear layer or a convolution: down `[I, r, n]`, up `[I, m, r]`.
 
@@ -160,9 +191,11 @@ class Sum:
         return total
 
     def check(self, site: Site) -> None:
-        """Raise `UserError` if one of them does not fit."""
+        """Raise `UserError` if one of them does not fit, or puts another thing in place of what the others add to."""
         for part in self.parts:
             part.check(site)
+            if isinstance(part, Replacement):
+                raise UserError(f"{site.name} is changed by P+ and by another adapter: use one of them")
 
     def settled(self, site: Site) -> Sum:
         """Return the sum of the settled changes."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hyperdb.adapters.base import Change, Changes, DenseChange, LowRank, identities_of
+from hyperdb.adapters.base import Change, Changes, DenseChange, LowRank, Replacement, identities_of
 from hyperdb.adapters.site import Site
 from hyperdb.runtime.errors import UserError
 
@@ -77,7 +77,7 @@ class Injection:
     def __init__(self, modules: Mapping[str, Any]) -> None:
         self.sites = _sites(modules)
         self._changes: dict[str, Change] = {}
-        self._strength, self._repeat, self._identities, self.plain = 1.0, 1, 1, 0
+        self.strength, self.repeat, self._identities, self.plain = 1.0, 1, 1, 0
         self._handles = [
             site.module.register_forward_hook(partial(self._hook, name)) for name, site in self.sites.items()
         ]
@@ -87,29 +87,31 @@ class Injection:
         if change is None:
             return None
         site, x = self.sites[name], inputs[0]
+        if isinstance(change, Replacement):
+            return change.replace(site, x, output, self)
 
         def residual(x: Tensor, y: Tensor) -> Tensor:
             if self._identities == 1:
                 # not [0, 0]: its gradient would be a tensor of zeros, filled, for each site
                 return change(x[None, None], y[None, None], site).squeeze(0).squeeze(0)
-            if x.shape[0] % (self._repeat * self._identities):
+            if x.shape[0] % (self.repeat * self._identities):
                 raise UserError(
                     f"{name}: {x.shape[0]} rows cannot be divided among {self._identities} identities x "
-                    f"{self._repeat} blocks"
+                    f"{self.repeat} blocks"
                 )
-            apart = (self._repeat, self._identities, -1)
+            apart = (self.repeat, self._identities, -1)
             y = y.unflatten(0, apart)
             return change(x.unflatten(0, apart), y, site).expand_as(y).flatten(0, 2)
 
         changed = output
         if self.plain:
-            blocks, rows = self.plain + self._repeat, len(output)
+            blocks, rows = self.plain + self.repeat, len(output)
             if rows % blocks:
                 raise UserError(f"{name}: {rows} rows cannot be divided into {blocks} blocks")
             begin = rows // blocks * self.plain
             x, changed = x[begin:], output[begin:]
         # the layer has just made its output: nobody else holds it
-        changed.add_(residual(x, changed), alpha=self._strength)
+        changed.add_(residual(x, changed), alpha=self.strength)
         return output
 
     def set(self, changes: Changes, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> None:
@@ -117,7 +119,7 @@ class Injection:
         ready = _checked(self.sites, changes)
         identities = identities_of(ready)
         self._changes, self._identities = ready, identities
-        self._strength, self._repeat, self.plain = strength, repeat, plain
+        self.strength, self.repeat, self.plain = strength, repeat, plain
 
     def clear(self) -> None:
         """Add nothing from now on; the hooks stay."""
@@ -133,12 +135,12 @@ class Injection:
     @contextmanager
     def using(self, changes: Changes, strength: float = 1.0, repeat: int = 1, plain: int = 0) -> Iterator[None]:
         """Use `changes` within a block, then what was in use before."""
-        before = self._changes, self._strength, self._repeat, self.plain
+        before = self._changes, self.strength, self.repeat, self.plain
         self.set(changes, strength, repeat, plain)
         try:
             yield
         finally:
-            self._changes, self._strength, self._repeat, self.plain = before
+            self._changes, self.strength, self.repeat, self.plain = before
             self._identities = identities_of(self._changes)
 
     @contextmanager

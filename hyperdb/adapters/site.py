@@ -16,7 +16,8 @@ BIAS = ".bias"  # ends the name of a site that is a bias; every other site is ca
 class Site:
     """One parameter of one frozen module, and what the module does with it.
 
-    `kind` is linear, conv, embedding, norm (the scale of a normalisation) or bias, and `shape` that of the parameter.
+    `kind` is linear, conv, embedding, norm (the scale of a normalisation) or bias, and `shape` that of the parameter. A
+    whole text encoder is one too, of kind text, and its parameter is the embedding of its words.
     Rows of a batch come with their identities told apart, `[R, I, S, ...]`: R blocks (of classifier-free guidance), I
     identities, S rows each; `...` is what the module takes. Raises `UserError` for a module of another kind.
     """
@@ -31,6 +32,8 @@ class Site:
     @property
     def parameter(self) -> Any:
         """The frozen parameter itself, as the module holds it."""
+        if self.kind == "text":
+            return self.module.get_input_embeddings().weight  # type: ignore[operator]
         return getattr(self.module, "bias" if self.kind == "bias" else "weight")
 
     @property
@@ -126,7 +129,9 @@ def _kind(module: nn.Module) -> str:
         return "conv" if module.groups == 1 and module.padding_mode == "zeros" else ""
     if isinstance(module, nn.Embedding):
         return "embedding"
-    return "norm" if isinstance(module, nn.GroupNorm | nn.LayerNorm) else ""
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        return "norm"
+    return "text" if hasattr(module, "get_input_embeddings") else ""
 
 
 def _normalised(x: Tensor, module: nn.Module) -> Tensor:

@@ -25,9 +25,7 @@ class TokenConfig(AdapterConfig):
 
     `row` and `start` are these two words' rows of the embedding; null: those of the base's `rare_token` and
     `class_word`. More than one of the `vectors` is prompt tuning: in a prompt, which is written as before, the rare
-    token then takes as many places. P+ (Voynov et al. 2023, arXiv 2303.09522), which has a vector for each group of the
-    UNet's layers, is left out: every group would need a pass of the text encoder of its own, and no one place of the
-    network stands for that.
+    token then takes as many places.
     """
 
     row: int | None = None

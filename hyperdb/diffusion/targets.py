@@ -106,7 +106,7 @@ def find_sites(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]
 
 SETS = (
     *("attention", "attention_unet", "without_geglu", "unet_attention", "cross_kv", "kv", "unet", "everything"),
-    *("token", "custom", "e4t"),
+    *("token", "plus", "custom", "e4t"),
 )
 TOKENS = "text_encoder.embeddings.token_embedding"
 
@@ -131,7 +131,8 @@ def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, 
     but the GEGLUs' projections; unet_attention: query, key, value and output of the UNet's attention; cross_kv:
     keys and values of its attention to the text (Custom Diffusion, without its word); kv: those of its attention to
     itself as well (A1111's hypernetworks); unet: every weight and bias of the UNet (DreamBooth); everything: the
-    text encoder's as well; token: the embedding of the words (Textual Inversion); custom: this embedding, then
+    text encoder's as well; token: the embedding of the words (Textual Inversion); plus: the
+    text encoder as a whole, then cross_kv (P+); custom: this embedding, then
     cross_kv; e4t: this embedding, then unet_attention.
     """
     if which == "attention":
@@ -152,6 +153,8 @@ def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, 
         return dict([*_places("unet", unet), *_places("text_encoder", text_encoder)])
     if which == "token":
         return {name: m for name, m in _places("text_encoder", text_encoder) if name == TOKENS}
+    if which == "plus":
+        return {"text_encoder": text_encoder, **find_set("cross_kv", unet, text_encoder)}
     if which in ("custom", "e4t"):
         parts = "token", "cross_kv" if which == "custom" else "unet_attention"
         return {name: m for part in parts for name, m in find_set(part, unet, text_encoder).items()}

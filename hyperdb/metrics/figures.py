@@ -45,6 +45,10 @@ class Standard:
     - Fidelity, `clip_t`: the cosine of a picture with its prompt, from which the identifier is taken out, for it means
       nothing to CLIP. Textual Inversion (Gal et al. 2022) does so too ("a photo of on the moon"); DreamBooth does not
       say. The noun stays: "a photo of a [V] face" is compared with "a photo of a face".
+    - R-precision, `clip_r` (Park et al. 2021): how often a picture under another prompt than the plain one is nearer
+      to its own prompt than to any other, the plain one among them. CLIP-T has no known zero, this has chance.
+    - Variety, `dino_diversity`, `vicreg_diversity`, `clip_diversity`: 1 minus the mean cosine of two plain pictures of
+      a person, as `diversity` is the distance of their pixels.
     """
 
     recognisers: Sequence[Feature]  # the figures of the first have no suffix
@@ -134,11 +138,18 @@ class Standard:
     # the mean of cosines with several unit vectors is the product with their mean
     def _whole(self, images: Tensor) -> dict[str, Tensor]:
         score: dict[str, Tensor] = {}
+        first = images.shape[1] - len(self.changed) - len(self.styles)
         for encoder, (photos, words) in zip(self.encoders, self._known, strict=True):
             seen = _each(encoder, images)  #                                        [J, K, C]
+            if first > 1:  # 1 - the mean cosine of two plain pictures
+                whole = seen[:, :first].sum(1).square().sum(-1)
+                score[f"{encoder.name}_diversity"] = 1 - (whole - first) / (first * (first - 1))
             found = {encoder.name: (seen * photos[: len(images), None]).sum(-1)}  # [J, K]
             if words is not None:
                 found = {f"{encoder.name}_i": found[encoder.name], f"{encoder.name}_t": (seen * words).sum(-1)}
+                if others := images.shape[1] - first:
+                    nearest = (seen[:, first:] @ torch.cat([words[:1], words[first:]]).T).argmax(-1)
+                    score[f"{encoder.name}_r"] = (nearest == torch.arange(1, 1 + others)).float().mean(1)
             for figure, values in found.items():
                 plain, changed, styled = self._apart(values)
                 plain = plain.mean(1, keepdim=True)

@@ -97,6 +97,18 @@ def _picture(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
+def save_webp(path: Path, pixels: NDArray[np.uint8]) -> bool:
+    """Write a picture `[H, W, 3]` as a WebP of at most `MOST` bytes, as well as that goes; False if it is too large."""
+    sheet = Image.fromarray(pixels)
+    for quality in range(90, -1, -10) if max(sheet.size) <= LONGEST else ():
+        sheet.save(written := io.BytesIO(), "WEBP", quality=quality, method=6)
+        if written.tell() <= MOST:
+            with atomic(path) as temporary:
+                temporary.write_bytes(written.getvalue())
+            return True
+    return False
+
+
 def draw_gallery(
     path: Path, shown: Sequence[Column], named: Mapping[Path, Mapping[str, Any]], along: Axis | None,
     people: int, count: int,
@@ -113,13 +125,8 @@ def draw_gallery(
         parts = [load_parts(column.file, "images", [(person, k) for k in prompts]) for column in shown]
         pictures = [_picture(pixels) for line in zip(*parts, strict=True) for pixels in line]
         blocks.append(grid(pictures, len(shown), _labels(shown, along), list(prompts.values())))
-    sheet = Image.fromarray(np.concatenate(blocks))
-    for quality in range(90, -1, -10) if max(sheet.size) <= LONGEST else ():
-        sheet.save(written := io.BytesIO(), "WEBP", quality=quality, method=6)
-        if written.tell() <= MOST:
-            with atomic(path) as temporary:
-                temporary.write_bytes(written.getvalue())
-            return path
+    if save_webp(path, np.concatenate(blocks)):
+        return path
     raise UserError(
         f"gallery_people={people}, gallery_prompts={len(prompts)}: {people * len(prompts) * len(shown)} pictures are "
         f"too many for {MOST / 1000:g} kB; ask for fewer"

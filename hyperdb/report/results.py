@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,25 @@ def check_alike(every: list[dict[str, Any]]) -> None:
     for told in ("base", "data", "persons", "seeds", "made_from", "hypernet", "judges"):
         if any(results.get(told) != every[0].get(told) for results in every):
             raise UserError(f"the results differ in {told}: name those of the same people, prompts and judges")
+
+
+def joined(files: Sequence[Path]) -> dict[str, Any]:
+    """Return the rows of several results files of the same people, prompts and judges, on whatever bases they are.
+
+    People may be the first ones of those of another file: every row says of how many it is. Rows on a base in fewer
+    bits are called so. A row that stands in several files is that of the first. Differences and slices stay behind.
+    Raises `UserError` for other people, prompts or judges.
+    """
+    every = [load(file) for file in files]
+    rows: dict[str, Any] = {}
+    for file, results in zip(files, every, strict=True):
+        common = min(len(found.get("persons", [])) for found in (results, every[0]))
+        people = results.get("persons", [])[:common] != every[0].get("persons", [])[:common]
+        told = ("data", "seeds", "images_a_person", "styled", "changed", "recognisers", "judges")
+        if odd := ["persons"] * people + [key for key in told if results.get(key) != every[0].get(key)]:
+            raise UserError(f"{file} differs from {files[0]} in {odd[0]}: name results of the same people and prompts")
+        bits = results.get("settings", {}).get("diffusion", {}).get("quantise")
+        for row, figures in results["rows"].items():
+            label = figures.get("label", row) + (f", base in {bits}" if bits else "")
+            rows.setdefault(f"{row}_{bits}" if bits else row, {"people": results["people"], **figures, "label": label})
+    return {"rows": rows, "paired": {}, "people": every[0]["people"], "seeds": every[0].get("seeds", 1)}

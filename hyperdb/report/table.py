@@ -1,6 +1,7 @@
 """Tables from results files: `python -m hyperdb.report.table experiments/embedded/likeness/results.json`.
 
-Figures that are named behind the file are the columns, in this order.
+Figures that are named behind the file are the columns, in this order. Several files, with commas and without spaces,
+make one table (`hyperdb.report.results.joined`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hyperdb.report.results import is_figure, load
+from hyperdb.report.results import is_figure, joined, load
 from hyperdb.runtime.errors import UserError
 
 
@@ -55,6 +56,7 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "vicreg": Column("VICReg", 3, brief=True),
     "clip_i": Column("CLIP-I", 3, brief=True),
     "clip_t": Column("CLIP-T", 3, brief=True),
+    "clip_r": Column("R-precision by CLIP"),
     "vicreg_plain": Column("VICReg, plain prompt", 3),
     "dino_plain": Column("DINO, plain prompt", 3),
     "clip_i_plain": Column("CLIP-I, plain prompt", 3),
@@ -77,6 +79,9 @@ COLUMNS = {  # in this order, of those that some row has; any other figure stand
     "detected_styled_dlib": Column("face found by dlib in the style"),
     "detected_styled_facenet": Column("face found by FaceNet in the style"),
     "diversity": Column("diversity", 3),
+    "dino_diversity": Column("diversity by DINO", 3),
+    "vicreg_diversity": Column("diversity by VICReg", 3),
+    "clip_diversity": Column("diversity by CLIP", 3),
     "seconds": Column("seconds", 3),
     "steps": Column("iterations", 0),
     "trained": Column("numbers trained", 0),
@@ -259,6 +264,11 @@ def markdown(results: Mapping[str, Any], brief: bool = True, only: Sequence[str]
     return "\n".join(lines[:-1] if brief else [*lines, _counted(results)])
 
 
+def read(files: str, figures: Sequence[str] = (), folder: Path = Path()) -> str:
+    """Return the tables of a results file, or of several with commas between them, with these figures."""
+    named = [folder / file for file in files.split(",")]
+    return markdown(load(*named) if len(named) == 1 else joined(named), only=figures)
+
+
 if __name__ == "__main__":
-    file, *figures = sys.argv[1:]
-    print(markdown(load(Path(file)), only=figures))
+    print(read(sys.argv[1], sys.argv[2:]))

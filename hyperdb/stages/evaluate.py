@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import check_subject
-from hyperdb.metrics import RECOGNISERS, JudgesConfig, judge
+from hyperdb.metrics import ENCODERS, RECOGNISERS, JudgesConfig, judge
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.runtime.share import Share
@@ -36,8 +36,8 @@ PHOTOS = {  # rows of photos through the autoencoder, which no method makes and 
     "ceiling": "the person's renders through the autoencoder",
 }
 UNASKED = {  # they obey no prompt, but that the ceiling's renders have styles and a photo is a plain picture
-    "copy": ("style_accuracy", "place_accuracy", "clip_t", "clip_t_changed", "clip_t_styled"),
-    "ceiling": ("place_accuracy", "clip_t", "clip_t_changed"),
+    "copy": ("style_accuracy", "place_accuracy", "clip_t", "clip_t_changed", "clip_t_styled", "clip_r"),
+    "ceiling": ("place_accuracy", "clip_t", "clip_t_changed", "clip_r"),
 }
 # figures compared in pairs, beside the cosine
 FURTHER = (
@@ -599,7 +599,8 @@ def run(config: Config) -> Path:
 
     # --- scores: a value a person and seed
     repeated = any(len(r) < config.images for r in panel.unseen)  # photos that tell nothing of how varied they are
-    unasked = {**UNASKED, "ceiling": (*UNASKED["ceiling"], "diversity")} if repeated else UNASKED
+    varied = ("diversity", *(f"{name}_diversity" for name in ENCODERS))
+    unasked = {**UNASKED, "ceiling": (*UNASKED["ceiling"], *varied)} if repeated else UNASKED
     found: dict[str, dict[str, list[Any]]] = {row: {} for row in config.rows}
     for seed in range(config.seeds):
         of_seed = {row: images[seed] for row, images in drawn.items() if seed < len(images)}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hyperdb.formats.native import Part, Personalization
 
 WRITES = ("adapter.safetensors", "pictures.png")
-PICTURES = 8  # that are drawn
+PICTURES = 8  # that are drawn of each person, and of all of them together
 LIMIT = 2000  # captions: their features are in memory at once
 
 
@@ -50,7 +50,7 @@ class Config:
     diffusion: DiffusionConfig
     prior: PriorConfig
     captions: FilePath | None = None  # further ones, of which the first LIMIT count
-    preview: bool = True  # draw everybody together at the end, by ordinary guidance
+    preview: bool = True  # draw everybody alone and together at the end, by ordinary guidance
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/merge/default"  # folder that is written
 
@@ -132,7 +132,7 @@ def _words(base: Base, person: Personalization, word: Changes, row: int) -> Tens
 def run(config: Config) -> Path:
     """Write `out/adapter.safetensors`, in which every person's rare token calls that person; return `out`.
 
-    `out/pictures.png` are pictures of all of them together.
+    `out/pictures.png` are pictures of each of them by this adapter and, in the last line, of all of them together.
     """
     import torch
 
@@ -206,11 +206,12 @@ def run(config: Config) -> Path:
     known = len(base.tokenizer("and", add_special_tokens=False).input_ids) == 1
     prompt = f"a photo of a {(' and a ' if known else ', a ').join(calls)}"
     if config.preview:
-        seeds = list(range(PICTURES))
-        print(f"drawing {PICTURES} pictures of {prompt!r}", flush=True)
-        changes = moved(merged.changes(), base.device)
-        drawn = draw(base, changes, 1, [prompt] * PICTURES, seeds, hybrid=False)[0]
+        prompts = [*(f"a photo of a {call}" for call in calls), prompt]
+        every, seeds = [one for one in prompts for _ in range(PICTURES)], list(range(PICTURES)) * len(prompts)
+        print(f"drawing {PICTURES} pictures each of {', '.join(map(repr, prompts))}", flush=True)
+        drawn = draw(base, moved(merged.changes(), base.device), 1, every, seeds, hybrid=False)[0]
         text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompt}
-        print(f"in {save_png(out / 'pictures.png', grid(list(drawn.permute(0, 2, 3, 1).numpy()), 8), text)}")
+        sheet = grid(list(drawn.permute(0, 2, 3, 1).numpy()), PICTURES, rows=[*calls, "together"])
+        print(f"in {save_png(out / 'pictures.png', sheet, text)}")
     print(f"next: hyperdb generate adapter={config.out} prompt='{prompt}' diffusion.subject_guidance=null")
     return out

@@ -29,7 +29,7 @@ class Config(PersonalizerConfig):
     picture is a crop as FFHQ has them already.
 
     `adapter` is `lidb`, the paper's way, or another yaml of conf/adapters: `lora`, `dora`, `foura`, `svdiff`,
-    `dreambooth`, `textual_inversion`, `custom_diffusion`, `e4t`, `a1111` or `lorax`. LiDB is predicted by the
+    `dreambooth`, `textual_inversion`, `plus`, `custom_diffusion`, `e4t`, `a1111` or `lorax`. LiDB is predicted by the
     hypernetwork, and `finetune` trains the low-rank factors `relaxed` on top of it. The others have no
     hypernetwork, so `finetune` trains them from nothing, as their references do; E4T begins where its `adapter.encoder`
     says, a file of `hyperdb train_e4t`.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WRITES = ("checkpoint.safetensors", "journal.jsonl", "report.json", "xadapter.safetensors")
 KEPT = "its last checkpoint is kept"
-HELD = 32  # the last pictures, which are not trained on: whose loss the report tells; of few a quarter
+HELD = 32  # pictures of the last people, of whom none is trained on, that are measured; of few a quarter
 
 
 @dataclass(kw_only=True)
@@ -92,10 +92,12 @@ def run(config: Config, track: Track) -> Path:
     people = load_people(config.data, size=config.diffusion.size)
     old, new = Base.load(config.diffusion), Base.load(replace(config.diffusion, path=config.to))
     mapper = Mapper.between(old, new, config.width, config.seed)
-    held = min(HELD, -(-len(people) // 4))
-    if held == len(people):
-        raise UserError(f"{config.data} holds one picture; a mapper is trained on some and measured on others")
-    whole = {**recipe(config), "held": held, "made_from": [people.digest, old.digest, new.digest]}
+    last_ones = set(people.seed[-min(HELD, -(-len(people) // 4)) :].tolist())
+    apart = torch.tensor([seed in last_ones for seed in people.seed.tolist()])
+    seen, unseen = (~apart).nonzero()[:, 0], apart.nonzero()[:HELD, 0]
+    if not len(seen):
+        raise UserError(f"{config.data} holds one person; a mapper is trained on some people and measured on others")
+    whole = {**recipe(config), "held": len(unseen), "made_from": [people.digest, old.digest, new.digest]}
     out = claim(config.out, WRITES, whole)
     latents = latent_moments(new, people)
     ids, empty = new.tokenize(people.captions), new.tokenize([""])
@@ -118,7 +120,7 @@ def run(config: Config, track: Track) -> Path:
 
     def backward(step: int) -> dict[str, Tensor]:
         g = generator(config.seed, "xadapter", step)
-        z, noise, t, mine, said = rows(g, torch.randint(0, len(people) - held, (config.batch,), generator=g))
+        z, noise, t, mine, said = rows(g, seen[torch.randint(0, len(seen), (config.batch,), generator=g)])
         with xadapter.saying(said):
             errors = diffusion_loss(new, z, noise, t, mine)
         loss = errors.mean()
@@ -134,12 +136,11 @@ def run(config: Config, track: Track) -> Path:
         where=lambda: bad_levels(new.schedule, *last),
     )  # fmt: skip
 
-    # --- write; of pictures not trained on, the loss of the new base steered, alone, and alone with all captions
+    # --- write; of people not trained on, the new base's loss steered, alone, and alone with the old one's captions
     file = mapper.save(out / FILE, old, new)
-    unseen = torch.arange(len(people) - held, len(people))
     z, noise, t, mine, said = rows(generator(config.seed, "held"), unseen)
     loss, seconds = {}, {}
-    for name, reads in (("steered", mine), ("alone", mine), ("told", ids[unseen.to(device)])):
+    for name, reads in (("steered", mine), ("alone", mine), ("told", said)):
         for _ in range(2):  # the first pass of its size takes longer
             began = time.perf_counter()
             with torch.no_grad(), xadapter.saying(said):
@@ -154,8 +155,8 @@ def run(config: Config, track: Track) -> Path:
     report = {"old": old.digest, "to": new.digest, "data": people.digest, "steps": config.steps, "numbers": numbers}
     save_json(out / "report.json", {**report, "loss": loss, "seconds_a_pass": seconds, "provenance": provenance()})
     print(
-        f"{file}: on pictures that were not trained on the new base's loss is {loss['steered']:.4f} steered, "
-        f"{loss['alone']:.4f} alone and {loss['told']:.4f} alone where it reads every caption"
+        f"{file}: on people that were not trained on the new base's loss is {loss['steered']:.4f} steered, "
+        f"{loss['alone']:.4f} alone and {loss['told']:.4f} alone where it reads what the old one does"
     )
     print(f"both UNets run, in {seconds['steered']:.2f} s a pass; the new one alone in {seconds['alone']:.2f} s")
     print(f"next: hyperdb generate diffusion.path={config.to} xadapter={config.out} adapter=FOLDER")

@@ -59,10 +59,16 @@ def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tm
     assert found["dreambooth"]["ours"] == pytest.approx(0.75)
     for name, told in (("one", one), ("other", other)):
         (tmp_path / f"{name}.json").write_text(json.dumps(told))
-    module["main"]([str(tmp_path / "one.json"), str(tmp_path / "other.json"), f"out={tmp_path / 'found.json'}"])
+    files = [str(tmp_path / "one.json"), str(tmp_path / "other.json")]
+    module["main"]([*files, f"out={tmp_path / 'found.json'}", "read=cosine_changed,copying"])
     said = capsys.readouterr().out
+    assert "| row | points | people | face cosine, changed prompt at the copying of `hyper_40` |" in said
     assert "| `dreambooth` | 2 | 2 | 0.350 | +0.400 [" in said
-    assert json.loads((tmp_path / "found.json").read_text())["compared"] == json.loads(json.dumps(found))
+    read = json.loads((tmp_path / "found.json").read_text())["compared"]
+    assert read["cosine_changed"] == json.loads(json.dumps(found))
+    assert read["copying"]["dreambooth"]["mean"] == pytest.approx(0)
+    with pytest.raises(UserError, match="read=likeness: expected figures of results"):
+        module["main"]([*files, "read=likeness"])
     with pytest.raises(UserError, match="the results differ in persons"):
         compare([one, {**other, "persons": [4, 5, 6]}])
     with pytest.raises(UserError, match="the results differ in made_from"):
@@ -105,5 +111,5 @@ def test_what_it_is_not_given_is_asked_for(monkeypatch, capsys):
 
 def test_the_table_of_the_tables_is_its_file():
     found = json.loads((FILE.parent / "equal_copying.json").read_text())
-    shown = module["table"](found["compared"], *(found[word] for word in ("ours", "at", "read")))
+    shown = module["table"](found["compared"], found["ours"], found["at"])
     assert shown in (FILE.parent / "README.md").read_text()

@@ -27,6 +27,7 @@ def test_an_order_is_the_papers_the_other_or_not_seen():
     told = {"-".join(line["rows"]): line for line in found}
     assert {name: (line["order"], line["people"]) for name, line in told.items()} == {
         "hyper_40-dreambooth": ("as in the paper", 4),
+        "hyper_40-dreambooth_agg_1": ("as in the paper", 2),
         "dreambooth-dreambooth_agg_1": ("as in the paper", 2),
         "hyper_40-hyper_only": ("not seen", 4),
         "hyper_40-no_hyper_40": ("the other way", 4),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from hyperdb.report.table import comma_separated, latex, markdown
+from hyperdb.report.table import comma_separated, latex, markdown, read
 from hyperdb.runtime.errors import UserError
 
 
@@ -185,3 +187,21 @@ def test_a_row_in_which_nothing_is_drawn_by_chance_has_one_seed():
         ["a", "hyper_40", "hyper_40", "1", "3"],
         ["a", "copy", "copy", "1", "1"],
     ]
+
+
+def test_several_files_of_the_same_people_are_one_table(tmp_path):
+    told = {"paired": {}, "people": 3, "persons": [1, 2, 3], "data": "d", "changed": ["a [V] face, on the beach"]}
+    first = {**told, "rows": {"floor": row(label="base"), "lora": row(label="LoRA")}}
+    bits = {**told, "rows": {"lora": row(label="LoRA", bytes=8)}, "settings": {"diffusion": {"quantise": "nf4"}}}
+    few = {**told, "rows": {"floor": row(), "lora_moved": row()}, "people": 2, "persons": [1, 2]}
+    for name, found in (("a", first), ("b", bits), ("c", few)):
+        (tmp_path / name).write_text(json.dumps(found))
+    lines = read("a,b,c", ["people", "bytes"], tmp_path).splitlines()
+    shown = [line.split(" | ")[0].removeprefix("| ") + "," + ",".join(line.split(" | ")[2:]) for line in lines[2:]]
+    assert shown == ["base,3,— |", "LoRA,3,— |", "LoRA, base in nf4,3,8 |", "lora_moved,2,— |"]
+    (tmp_path / "c").write_text(json.dumps({**few, "persons": [1, 3]}))
+    with pytest.raises(UserError, match=r"c differs from .*a in persons"):
+        read("a,c", [], tmp_path)
+    (tmp_path / "c").write_text(json.dumps({**few, "changed": []}))
+    with pytest.raises(UserError, match=r"c differs from .*a in changed"):
+        read("a,c", [], tmp_path)

@@ -15,7 +15,7 @@ from hyperdb.runtime.files import load_json, load_tensors, save_tensors
 WAYS = {
     "dreambooth": "full", "lora": "lora", "textual_inversion": "token", "svdiff": "svdiff", "dora": "dora",
     "foura": "foura", "a1111": "a1111", "lorax": "lorax", "custom_diffusion": "custom",
-    "e4t": "e4t",
+    "e4t": "e4t", "plus": "plus",
 }  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 

@@ -29,6 +29,7 @@ from hyperdb.tuning.personalizer import Personalizer
 KINDS = {
     "dreambooth": "full", "lora": "lora", "dora": "dora", "foura": "foura", "svdiff": "svdiff",
     "textual_inversion": "token", "custom_diffusion": "custom", "e4t": "e4t", "a1111": "a1111", "lorax": "lorax",
+    "plus": "plus",
 }  # fmt: skip
 TINY = ["diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "prior.images=2", "prior.levels=2"]
 FIT = ["steps=3", "rate=0.05", "levels=2"]
@@ -224,8 +225,10 @@ def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path)
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "rows").iterdir()} == stamps
     new = {row: set(after["values"][row]) - set(values) for row, values in before["values"].items()}
     all_of = {figure + kind for figure in ("dino", "vicreg", "clip_i", "clip_t") for kind in ("", "_plain", "_changed")}
-    photos = all_of - {"clip_t", "clip_t_changed"}  # which were made under no prompt
-    assert new == {"floor": all_of, "lora": all_of, "copy": photos, "ceiling": photos}
+    varied = {"dino_diversity", "vicreg_diversity", "clip_diversity"}
+    all_of |= {"clip_r", *varied}
+    photos = all_of - {"clip_t", "clip_t_changed", "clip_r"}  # which were made under no prompt
+    assert new == {"floor": all_of, "lora": all_of, "copy": photos, "ceiling": photos - varied}
     assert all(after["values"][row].items() >= values.items() for row, values in before["values"].items())
     # the figures are those of the pictures, of the photos that judge, and of the prompts without the person
     found = load_people(people, split="test")
@@ -241,6 +244,9 @@ def test_judges_are_added_to_what_is_drawn(words, people, tiny_judges, tmp_path)
     obeyed = clip(drawn).view(PEOPLE, 3, -1) @ said.T
     assert torch.allclose(values["clip_t_plain"], obeyed[:, :2, 0].mean(1), atol=1e-5)
     assert torch.allclose(values["clip_t_changed"], obeyed[:, 2, 1], atol=1e-5)
+    one, two = dino(drawn).view(PEOPLE, 3, -1)[:, :2].unbind(1)
+    assert torch.allclose(values["dino_diversity"], 1 - (one * two).sum(-1), atol=1e-5)
+    assert torch.equal(values["clip_r"], (obeyed[:, 2, 1] > obeyed[:, 2, 0]).float())
     assert set(after["judges"]) == {"dino", "vicreg", "clip"}
     with pytest.raises(UserError, match=r"would be lost \(clip, dino, vicreg\)"):
         config.run("evaluate", words)

@@ -152,7 +152,7 @@ def test_a_dry_run_names_what_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "adapter",
     ["lora", "dora", "foura", "svdiff", "dreambooth", "textual_inversion", "a1111", "lorax", "custom_diffusion",
-     "e4t"],
+     "e4t", "plus"],
 )
 def test_a_dry_run_knows_every_adapter(weightless: Path, adapter: str) -> None:
     asked = ["image=none", f"adapter={adapter}", *(["adapter.encoder=null"] if adapter == "e4t" else [])]

@@ -42,7 +42,7 @@ from hyperdb.runtime.provenance import provenance
 from hyperdb.runtime.recipe import recipe
 from hyperdb.stages import transfer
 from hyperdb.stages.evaluate import FACES, FURTHER, Config, Panel
-from hyperdb.tuning.draw import draw
+from hyperdb.tuning.draw import draw, together
 from hyperdb.tuning.methods import Cohort, seconds_now
 from hyperdb.tuning.personalizer import Personalizer
 from hyperdb.tuning.prior import load_prior
@@ -88,12 +88,14 @@ def transferred(
 def steered(old: Base, new: Base, mapper: Mapper, changes: Changes, prompts: list[str], seeds: list[int]) -> Tensor:
     """Return the new base's pictures `[I, K, 3, H, W]`, steered by the old one with each person's changes in it."""
     steering, injection, guide = XAdapter(old, new, mapper), Injection(old.sites(changes)), new.config.guide(True)
-    noise, found = start_noise(new, seeds), []
+    noise, most, found = start_noise(new, seeds), together(new.config.size), []
     try:
         for person in range(identities_of(changes)):
             one = settled(select(changes, [person]), injection.sites)
             injection.set(one, repeat=guide.adapted, plain=guide.plain)
-            found.append(new.decode(sample(new, prompts, noise, subject_guidance=guide.subject)))
+            passes = [slice(first, first + most) for first in range(0, len(prompts), most)]
+            drawn = [sample(new, prompts[some], noise[some], subject_guidance=guide.subject) for some in passes]
+            found.append(torch.cat([new.decode(latents) for latents in drawn]))
     finally:
         injection.remove()
         steering.remove()
@@ -256,6 +258,9 @@ class Study:
             "people": len(self.photos),
             "seeds": 1,
             "split": self.settings.split,
+            "images_a_person": self.settings.images,
+            "styled": self.settings.styled,
+            "changed": self.settings.changed,
             "persons": self.panel.persons,
             "base": self.old.digest,
             "to": self.new.digest,
