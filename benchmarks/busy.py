@@ -3,8 +3,9 @@
     python benchmarks/busy.py [repeats] [iterations]
 
 The embedded base, one photo, 40 iterations. The other program multiplies matrices, with as many threads as there are
-cores. Every repeat measures all four in turn, so that what else the machine does falls on all alike. Prints the medians
-and writes busy.json beside this file. Run it with OMP_NUM_THREADS unset.
+cores. Every repeat measures all four in turn, so that what else the machine does falls on all alike. Before each the
+model is loaded, as in `hyperdb personalize`: so long the watch looks at what the others do. Prints the medians and
+writes busy.json beside this file. Where the user has chosen the number of threads, there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import torch
 
 import hyperdb
 from hyperdb.heads import Identity, View, render
+from hyperdb.runtime.errors import UserError, run_script
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
-from hyperdb.runtime.threads import Watch, spared
+from hyperdb.runtime.threads import USERS, Watch, spared
+from hyperdb.tuning.personalizer import Personalizer
 
 OTHER = "import torch\nx = torch.randn(1024, 1024)\nprint('ready', flush=True)\nwhile True: x @ x"
 
@@ -46,12 +49,22 @@ def beside(other: bool) -> Iterator[None]:
         process.wait()
 
 
-def main(repeats: int = 5, iterations: int = 40) -> None:
-    """Measure alternately, print, write."""
+def load(iterations: int) -> Personalizer:
+    """Load the embedded base and its hypernetwork."""
     model = hyperdb.load("embedded")
-    model.config = dataclasses.replace(
-        model.config, finetune=dataclasses.replace(model.config.finetune, steps=iterations)
-    )
+    tuning = dataclasses.replace(model.config.finetune, steps=iterations)
+    model.config = dataclasses.replace(model.config, finetune=tuning)
+    return model
+
+
+def main(words: list[str]) -> None:
+    """Measure alternately, print, write."""
+    repeats, iterations = [*map(int, words), *(5, 40)[len(words) :]]
+    if chosen := [name for name in USERS if os.environ.get(name)]:
+        raise UserError(f"{chosen[0]}={os.environ[chosen[0]]}: the number of threads is chosen; unset {chosen[0]}")
+    model = load(iterations)
+    if model.base.device.type != "cpu" or torch.get_num_threads() == 1:
+        raise UserError("there is one thread, or the device is no CPU: threads cannot be spared here")
     crop = model.crop(render(Identity(1_100_003), View(), size=256))
     tokens = model.predict(crop)
     model.finetune(crop, tokens)  # warms up
@@ -59,12 +72,12 @@ def main(repeats: int = 5, iterations: int = 40) -> None:
     threads: dict[str, list[int]] = {}
     for _ in range(repeats):
         for other in (False, True):
-            for chosen in (False, True):
-                name = f"{'beside another program' if other else 'alone'}, {'free' if chosen else 'all'} threads"
+            for few in (False, True):
+                name = f"{'beside another program' if other else 'alone'}, {'free' if few else 'all'} threads"
                 with beside(other):
-                    time.sleep(1)
                     watch = Watch()
-                    with spared(watch, model.base.device) if chosen else nullcontext():
+                    model = load(iterations)
+                    with spared(watch, model.base.device) if few else nullcontext():
                         began = time.perf_counter()
                         model.finetune(crop, tokens)
                         seconds.setdefault(name, []).append(round(time.perf_counter() - began, 3))
@@ -87,4 +100,4 @@ def main(repeats: int = 5, iterations: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    run_script(main)

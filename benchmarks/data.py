@@ -4,11 +4,13 @@
 
 In the folder WORK, which stays: rendered people of 64 px, enlarged and shifted until there are so many pictures, PNG as
 `hyperdb preprocess` writes them; a base of Stable Diffusion's latents with few numbers; the cache; a store of random
-fits of Stable Diffusion's LiDB. Then, each as a process of its own, the data part of `train_hypernet experiment=paper`
-with an empty cache and a full one, that of `precompute experiment=paper_fits`, and the store. The networks are left
-out: a step sleeps as long as one takes on the card of gpu_h200.json, a fit of 200 iterations as long as there. Memory
-is what comes on top of the networks: `anonymous` cannot be given back, `resident` counts pages of files too, which the
-system drops when it needs room. Writes data.json beside this file; takes about an hour the first time, 10 GB of disk.
+fits of Stable Diffusion's LiDB, of these pictures. Then, each as a process of its own, with an empty cache and a full
+one, the data part of `train_hypernet experiment=paper`, the store and what is learned from it included, and that of
+`precompute experiment=paper_fits`; last the store alone. The networks are left out: a step sleeps as long as one takes
+on the card of gpu_h200.json, a fit of 200 iterations counts as long as there, and an encoder of few numbers sees the
+photos that features are standardised by. Memory is what comes on top of the networks: `anonymous` cannot be given back,
+`resident` counts pages of files too, which the system drops when it needs room. Writes data.json beside this file;
+takes about an hour the first time, 10 GB of disk.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from PIL import Image
 
 from hyperdb import config
 from hyperdb.adapters.layout import Layout
+from hyperdb.adapters.lidb import LiDB
 from hyperdb.data import fits
 from hyperdb.data.people import load_people
 from hyperdb.diffusion.targets import find_targets
@@ -40,6 +44,7 @@ from hyperdb.runtime.provenance import provenance
 
 GIGABYTE = 2**30
 WORDS = ["a", "photo", "of", "face", "sks"]
+ENCODER = ["name=vit_tiny_patch16_224", "size=32", "patch=16", "depth=1", "pretrained=false"]
 FIT = 10.0  # seconds of 200 iterations of 16 people on that card, less than what its runs of 20 say
 LIMITS = {"memory_gb": 1.5, "first_batch_seconds": 20, "waited": 0.03}
 
@@ -101,40 +106,98 @@ def make(work: Path, pictures: int, size: int) -> None:
 
 
 def settings(stage: str, work: Path, size: int) -> Any:
-    """Return the paper's settings of a stage, for the base and the faces made here."""
-    named = {"train_hypernet": ["experiment=paper", "weights=null"], "precompute": ["experiment=paper_fits"]}[stage]
+    """Return the paper's settings of a stage, for the base, the faces and the fits made here."""
+    small = ["model.width=32", "model.heads=2", *(f"model.encoder.{word}" for word in ENCODER)]
+    trained = ["experiment=paper", f"weights={work / 'fits'}", *small]
+    named = {"train_hypernet": trained, "precompute": ["experiment=paper_fits"]}[stage]
     base = [f"diffusion.path={work / 'base'}", f"diffusion.size={size}", "diffusion.dtype=fp32", "diffusion.device=cpu"]
     return config.load(stage, [*named, *base, f"data={work / f'faces{size}'}", "batch=16"])
 
 
+def paper_lidb() -> LiDB:
+    """Return Stable Diffusion's LiDB, without its networks."""
+    with torch.device("meta"):
+        unet, text_encoder, _ = random_sd15.models()
+    return config.load("precompute", ["experiment=paper_fits"]).adapter.tokens(
+        Layout.of(find_targets(unet, text_encoder))
+    )
+
+
+def filled(work: Path, size: int, count: int) -> dict[str, Any]:
+    """Write a store of random fits of the first pictures, unless it is there; those beyond the last are nobody's."""
+    people, folder = load_people(str(work / f"faces{size}"), size=size), work / "fits"
+    made = {"by": "image", "data": people.digest}
+    index = load_json(folder / "index.json") if (folder / "index.json").is_file() else {}
+    if {"fits": count, **made}.items() <= index.items():
+        return {"fits": count}
+    for path in folder.glob("*"):
+        path.unlink()
+    lidb, g = paper_lidb(), torch.Generator().manual_seed(0)
+    keys = people.keys("image", torch.cat(people.photos))[:count]
+    parts = torch.cat([keys, torch.arange(len(keys) - count, 0)]).split(16)
+    for number, part in enumerate(parts):
+        fits.save_shard(folder, number, torch.randn(len(part), *lidb.mask.shape, generator=g) * lidb.mask, part, "")
+    fits.finish(folder, len(parts), lidb, made)
+    return {"fits": count}
+
+
 def training(work: Path, size: int, steps: int) -> dict[str, Any]:
-    """Read as the hypernetwork's training does: everybody's latents, a photo of 16 people in each step."""
-    from hyperdb.stages.train_hypernet import Batches
+    """Read as the hypernetwork's training does: everybody's fits and latents, a photo of 16 people in each step."""
+    from hyperdb.hypernet.loss import WeightSpace
+    from hyperdb.hypernet.model import Hypernet
+    from hyperdb.stages.train_hypernet import FEATURE_PHOTOS, Batches
 
     whole = settings("train_hypernet", work, size)
-    base = whole.diffusion.load()
+    base, layout = whole.diffusion.load(), paper_lidb().layout
     step = load_json(Path(__file__).with_name("gpu_h200.json"))["runs"]["train_hypernet_16"]["seconds_a_step"]
     found: dict[str, Any] = {"seconds_a_step": step}
     waited = 0.0
     with memory(found):
-        began = time.perf_counter()
+        began = clock = time.perf_counter()
+
+        def lap(name: str) -> None:
+            nonlocal clock
+            found[name] = round(time.perf_counter() - clock, 2)
+            clock = time.perf_counter()
+
         people = load_people(whole.data, size=size)
-        found["pictures"] = len(people)
-        found["seconds_to_find"] = round(time.perf_counter() - began, 2)
-        people.keys("image", torch.cat(people.photos))  # whose fit is whose
-        batches = Batches(whole, base, people, torch.full((len(people),), -1), None)
-        batches.ahead(0, 0, 1)
+        photos, found["pictures"] = torch.cat(people.photos), len(people)
+        lap("seconds_to_find")
+        store = fits.load_store(whole.weights, layout)
+        found["store"] = store.digest
+        lap("seconds_of_the_store")
+        fit_rows = torch.full((len(people),), -1)
+        fit_rows[photos] = store.rows_of(people.keys(store.by, photos))  # whose fit is whose
+        found["with_a_fit"] = int((fit_rows >= 0).sum())
+        lap("seconds_of_the_keys")
+        batches = Batches(whole, base, people, fit_rows, None)
+        lap("seconds_of_the_latents")
+        model = Hypernet(whole.model, store.lidb, whole.default_spread)
+        model.standardise(store.tokens, store.moment)
+        shown = photos[:FEATURE_PHOTOS]
+        model.standardise_features(people.images.part(shown), people.images.key(shown))
+        WeightSpace(store.lidb, store.tokens, whole.weight_loss, store.moment)
+        lap("seconds_to_standardise")
+
+        def read(number: int) -> None:
+            rows = batches.ahead(number, 0, 1).fit_rows
+            store.tokens[rows[rows >= 0]]
+
+        read(0)
         found["first_batch_seconds"] = round(time.perf_counter() - began, 2)
         for number in range(1, steps + 1):
             time.sleep(step)
-            began = time.perf_counter()
-            batches.ahead(number, 0, 1)
-            waited += time.perf_counter() - began
+            clock = time.perf_counter()
+            read(number)
+            waited += time.perf_counter() - clock
     return found | {"waited": round(waited / (waited + steps * step), 4)}
 
 
 def fitting(work: Path, size: int, steps: int) -> dict[str, Any]:
-    """Read as precomputing does: the photos of 16 fits, then a long fit."""
+    """Read as precomputing does: the keys of many files at once, then of each file the photos, then a long fit.
+
+    Whole groups of files are counted, `steps` files at least. The first batch is there when its keys and photos are.
+    """
     from hyperdb.stages.precompute import KEYS, _photos
 
     whole = settings("precompute", work, size)
@@ -142,31 +205,23 @@ def fitting(work: Path, size: int, steps: int) -> dict[str, Any]:
     with memory(found):
         began = time.perf_counter()
         people = load_people(whole.data, whole.identities, whole.split, size, first=whole.first, photos=whole.photos)
-        rows = _photos(whole, people, whole.fit.first_view)
-        for part in rows[:, 0].split(KEYS):
-            people.keys(whole.by, part)
-        people.images[rows[: whole.batch].flatten()]
-        found["first_batch_seconds"] = round(time.perf_counter() - began, 2)
-        began, count = time.perf_counter(), 0
-        for photos in list(rows.split(whole.batch))[1 : 1 + steps]:
+        files = _photos(whole, people, whole.fit.first_view).split(whole.batch)
+        found["seconds_to_find"] = round(time.perf_counter() - began, 2)
+        together, seconds = max(1, KEYS // whole.batch), []
+        some = cache(lambda k: people.keys(whole.by, torch.cat(files[k * together : (k + 1) * together])[:, 0]))
+        for k, photos in enumerate(files[: -(-steps // together) * together]):
+            clock = time.perf_counter()
+            some(k // together)
             people.images[photos.flatten()]
-            count += 1
-        seconds = (time.perf_counter() - began) / max(1, count)
-    return found | {"seconds_a_batch": round(seconds, 3), "waited": round(seconds / (seconds + FIT), 4)}
+            seconds.append(time.perf_counter() - clock)
+    mean = sum(seconds) / len(seconds)
+    found["first_batch_seconds"] = round(found["seconds_to_find"] + seconds[0], 2)
+    return found | {"files": len(seconds), "seconds_a_batch": round(mean, 3), "waited": round(mean / (mean + FIT), 4)}
 
 
 def store(work: Path, count: int) -> dict[str, Any]:
-    """Write a store of random fits, open it, read a row, read everything in random order."""
-    with torch.device("meta"):
-        unet, text_encoder, _ = random_sd15.models()
-    layout = Layout.of(find_targets(unet, text_encoder))
-    lidb = config.load("precompute", ["experiment=paper_fits"]).adapter.tokens(layout)
-    folder, g = work / "fits", torch.Generator().manual_seed(0)
-    if not (folder / "index.json").is_file() or load_json(folder / "index.json")["fits"] != count:
-        keys = torch.arange(count).split(16)
-        for number, part in enumerate(keys):
-            fits.save_shard(folder, number, torch.randn(len(part), *lidb.mask.shape, generator=g) * lidb.mask, part, "")
-        fits.finish(folder, len(keys), lidb, {"by": "image"})
+    """Open the store of fits, read a row, read everything in random order."""
+    folder, lidb, g = work / "fits", paper_lidb(), torch.Generator().manual_seed(0)
     size = sum(file.stat().st_size for file in folder.iterdir())
     found: dict[str, Any] = {"fits": count, "numbers": lidb.numbers, "gb": round(size / GIGABYTE, 3)}
     with memory(found):
@@ -198,13 +253,15 @@ def measured(work: Path, *part: Any) -> dict[str, Any]:
 def main(work: Path, pictures: int = 15000, size: int = 512, fits: int = 15000, steps: int = 60) -> None:
     """Make what is missing, measure, compare with what is wanted, write."""
     make(work, pictures, size)
-    for file in (work / "cache").glob("*"):
-        file.unlink()
-    result: dict[str, Any] = {"size": size, "train_hypernet_empty_cache": measured(work, "training", size, steps)}
-    result["train_hypernet"] = measured(work, "training", size, steps)
-    result["precompute"] = measured(work, "fitting", size, steps)
+    measured(work, "filled", size, fits)
+    result: dict[str, Any] = {"size": size}
+    for name, part in (("train_hypernet", "training"), ("precompute", "fitting")):
+        for file in (work / "cache").glob("*"):
+            file.unlink()
+        result[f"{name}_empty_cache"] = measured(work, part, size, steps)
+        result[name] = measured(work, part, size, steps)
     result["store"] = measured(work, "store", fits)
-    runs = [result[name] for name in ("train_hypernet_empty_cache", "train_hypernet", "precompute")]
+    runs = [run for name, run in result.items() if name.startswith(("train_hypernet", "precompute"))]
     result["limits"] = LIMITS
     result["within"] = {
         "memory_gb": max(run["anonymous_gb"] for run in (*runs, result["store"])) <= LIMITS["memory_gb"],

@@ -14,6 +14,7 @@ training, what cards tell each other, and whatever stands in a queue.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -166,10 +167,13 @@ def main(words: list[str]) -> None:
     told = {"price": "3", "card": "gpu_h200"} | dict(word.split("=", 1) for word in words)
     found = load_json(HERE / f"{told['card']}.json")
     card = Card(found["runs"])
-    print(
+    said = (
         f"{found['card']} at {float(told['price']):g} dollars an hour: {card.rate:.0f} TFLOP a second where many share "
         f"a pass, {card.least:.2f} s a pass at least, {card.load:.0f} s to load"
     )
+    if "note" in found:
+        said += f". What was measured is partial: {found['note']}"
+    print(textwrap.fill(said, 140))
     print(f"\n{costs(card, float(told['price']))}\n\n{growth(card, float(told['price']))}")
 
 

@@ -231,29 +231,44 @@ def test_people_an_hour_are_those_of_three_ways_in_turns(stand_in, tiny_base, tm
             return told(command)
         asked.append(command[4:])
         config.run(command[3], command[4:])
-        return 2.0 if "fit.steps=2" in command[-2:] else 1.0
+        return 1.0 if command[-1].startswith("shard=") else 3.0
 
     monkeypatch.setattr(fits, "told", here)
-    monkeypatch.setattr(fits, "save_json", None)  # a quick one is no result
     words = [
         f"diffusion.path={tiny_base}", "diffusion.size=32", "diffusion.steps=2", "diffusion.dtype=fp32", "adapter.a=12",
-        "adapter.b=8", f"data={data}", "split=validation", "start=template", "fit.trained=all", "fit.optimizer=adamw",
-        "fit.levels=1", "fit.views=1", "fit.rate=0.1",
+        "adapter.b=8", f"data={data}", "split=validation", "start=average", "fit.trained=all", "fit.optimizer=adamw",
+        "fit.levels=1", "fit.views=1", "fit.rate=0.1", "average.levels=1", "average.prior_weight=0",
     ]  # fmt: skip
-    found = fits.main(["--quick", "--script", str(stand_in), *words])
+    everything = ["--quick", "--script", str(stand_in), "--work", str(tmp_path / "work"), *words]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(fits.lora, "read", None)  # as the script has run for everybody
+        with pytest.raises(TypeError):
+            fits.main(everything)
+    kept = load_json(tmp_path / "work" / "measured.json")["found"]
+    assert list(kept)[-1] == "script, 2 steps, turn 1, person 2, seconds"
+    begun = (tmp_path / "work" / "store" / "start.safetensors").read_bytes()
+    found = fits.main(everything)
+    assert load_json(tmp_path / "work" / "measured.json")["found"].items() >= kept.items()
+    assert (tmp_path / "work" / "store" / "start.safetensors").read_bytes() == begun
     rows = found["rows"]
     assert list(rows) == ["precompute", "precompute, batch=1", "script"]
-    assert [[w for w in one if w.startswith(("batch", "fit.steps"))][-2:] for one in asked] == [
-        [f"batch={batch}", f"fit.steps={steps}"] for batch in (2, 1) for steps in (2, 1)
-    ] * 2
-    for row in ("precompute", "precompute, batch=1"):  # two people in 2 seconds, of which both steps are 2
-        assert (rows[row]["people_an_hour"], rows[row]["people_an_hour_without_start"]) == (3600, 3600)
+    assert [one[-1] for one in asked] == ["shard=2", "shard=2", *["batch=16", "batch=1"] * 2]
+    for row in ("precompute", "precompute, batch=1"):  # two people in 3 seconds, of which 1 is the start
+        assert (rows[row]["people_an_hour"], rows[row]["people_an_hour_without_start"]) == (2400, 3600)
         assert rows[row]["cosine"] == pytest.approx(rows["precompute"]["cosine"], abs=0.02)
     calls = [json.loads(line)[0] for line in Path(f"{stand_in}.calls").read_text().splitlines()]
     steps = [int(word.partition("=")[2]) for words in calls for word in words if word.startswith("--max_train_steps")]
-    assert steps == [2, 2, *[3, 3] * (rows["script"]["steps"] == 3), *[rows["script"]["steps"]] * 2, 1, 1]
+    last = rows["script"]["steps"]
+    assert steps == [2, 2, *[3, 3] * (last == 3), 1, last]
+    assert list(found["ladder"]) == [str(step) for step in (2, 3) if step <= last]
     assert rows["script"]["as_like"] == (rows["script"]["cosine"] >= rows["precompute"]["cosine"] - 0.005)
-    assert len(found["seconds"]["script"]["whole"]) == found["people"] - 1 == 1
+    assert not found["within"]["script"] or rows["script"]["as_like"]
+    assert [len(one["whole"]) for one in found["seconds"].values()] == [2, 2, 3]
+
+    fits.main(everything)  # again: nothing is measured twice
+    assert len(asked) == 6
+    with pytest.raises(UserError, match=r"measured\.json has measurements of another recipe; choose another --work"):
+        fits.main([*everything, "fit.rate=0.2"])
 
 
 @pytest.mark.slow
