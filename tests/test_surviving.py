@@ -114,9 +114,9 @@ def undisturbed(start, tiny_base, rendered, people, tmp_path_factory):
 
 
 def _untimed(value):
-    """Return what JSON holds, without what tells the time."""
+    """Return what JSON holds, without what tells the time, and the checkout, which may change from run to run."""
     if isinstance(value, dict):
-        return {name: _untimed(x) for name, x in value.items() if name != "seconds"}
+        return {name: _untimed(x) for name, x in value.items() if name not in ("seconds", "commit", "dirty")}
     return [_untimed(x) for x in value] if isinstance(value, list) else value
 
 
@@ -171,6 +171,35 @@ def test_a_killed_run_ends_as_an_undisturbed_one(stage, start, undisturbed, tmp_
         folder = tmp_path / str(number)
     record_property("seconds", f"{seconds:.2f}")  # benchmarks/kills.py keeps them
     record_property("killed_after", " ".join(moments))
+    _finish(start, words, folder)
+    _same(reference / "out", folder / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_asked_to_end_says_how_it_goes_on(stage, number, code, word, start, undisturbed, tmp_path):
+    words, reference, seconds = undisturbed(stage)
+    folder, wait = tmp_path / "0", random.Random(f"{stage} {code}").uniform(0, seconds / 2)
+    for again in range(1, 10):
+        process = start(words, folder)
+        while process.exitcode is None and not list((folder / "out").glob(".hyperdb*.lock")):
+            time.sleep(0.01)
+        process.join(wait)
+        if process.exitcode is None:
+            os.kill(process.pid, number)
+            process.join()
+        if process.exitcode != 0:
+            break
+        folder, wait = tmp_path / str(again), wait / 2  # it was done before
+    said = (folder / "log").read_text()
+    assert process.exitcode == code, said
+    assert "Traceback" not in said
+    (told,) = [line for line in said.splitlines() if line.startswith(word)]
+    assert told == f"{word}; {cli._after_interruption(words)}"
     _finish(start, words, folder)
     _same(reference / "out", folder / "out")
 

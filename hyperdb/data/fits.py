@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -95,19 +96,22 @@ def refuse_fewer(folder: str | Path, count: int) -> None:
         raise UserError(f"{folder} holds {there} fits, {count} are asked for: choose another name, or delete it")
 
 
-def shard_is_done(folder: Path, number: int, key: str, fewer: Callable[[], Sequence[str]] = tuple) -> bool:
-    """Return whether a shard exists; raise `UserError` if it was made from something else.
+def shard_is_done(folder: Path, number: int, made_from: dict[str, Any], count: int, keys: Tensor | None = None) -> bool:
+    """Return whether a shard of `count` fits exists; raise `UserError` if it was made from something else.
 
-    One that has a key of `fewer()` is the last of a store that grows, and is made again.
+    `keys [count]` are whose fits they must be; with None they may be anybody's. A shard of the first few of them is the
+    last of a store that grows, and is made again.
     """
     path = shard_path(folder, number)
     if not path.is_file():
         return False
-    if (found := load_metadata(path).get("key")) != key:
-        if found in fewer():
-            return False
-        raise UserError(f"{path} was made with another base, data or configuration; choose another name or delete it")
-    return True
+    found = load_metadata(path).get("key", "")
+    with suppress(ValueError, KeyError, TypeError):  # the key is of something else
+        there = json.loads(found)["keys"]
+        wanted = there if keys is None else keys[: len(there)].tolist()
+        if found == store_key(**made_from, keys=wanted) and len(there) <= count:
+            return len(there) == count
+    raise UserError(f"{path} was made with another base, data or configuration; choose another name or delete it")
 
 
 def finish(folder: Path, shards: int, lidb: LiDB, provenance: dict[str, Any]) -> Path:

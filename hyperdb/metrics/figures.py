@@ -148,7 +148,8 @@ class Standard:
             if words is not None:
                 found = {f"{encoder.name}_i": found[encoder.name], f"{encoder.name}_t": (seen * words).sum(-1)}
                 if others := images.shape[1] - first:
-                    nearest = (seen[:, first:] @ torch.cat([words[:1], words[first:]]).T).argmax(-1)
+                    known = torch.cat([words[:1], words[first:]]).float()
+                    nearest = (seen[:, first:].float() @ known.T).argmax(-1)
                     score[f"{encoder.name}_r"] = (nearest == torch.arange(1, 1 + others)).float().mean(1)
             for figure, values in found.items():
                 plain, changed, styled = self._apart(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -204,7 +205,7 @@ def save_parts(
     stays, and the next one goes on there; two at once are to be kept apart by whoever calls.
 
     The file is eight bytes with the header's length, the header as JSON, and the numbers. The header has the checksum
-    of `save_tensors`, which is known at the end.
+    of `save_tensors`, until the end that of the whole parts so far. Where these no longer have it, all is made anew.
     """
     import torch
 
@@ -221,23 +222,22 @@ def save_parts(
         return len(text).to_bytes(8, "little") + text
 
     def begun() -> int:
-        """Return how many rows are written, and take their checksum."""
+        """Return how many rows have the checksum that was written with them, and take it."""
         nonlocal found
-        with suppress(OSError, ValueError, KeyError), temporary.open("rb") as file:
+        with suppress(OSError, ValueError, KeyError, TypeError), temporary.open("rb") as file:
             told = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 2**20)))
-            there = told[name]
+            there, before = told[name], told["__metadata__"]
             shape, dtype = there["shape"], dtypes[there["dtype"]]
-            if shape[0] != rows or {k: v for k, v in told["__metadata__"].items() if k != CHECK} != dict(metadata):
+            size = math.prod(shape) * dtype.itemsize
+            if shape[0] != rows or there["data_offsets"] != [0, size] or _without_check(before) != dict(metadata):
                 return 0
-            size = there["data_offsets"][1] // rows  # bytes of a row
-            done = (temporary.stat().st_size - file.tell()) // size // part * part
-            total, some = _sum_on(found, f"{name} {dtype} {shape}".encode()), max(1, 2**24 // size)
-            for first in range(0, done, some):
-                total = _sum_on(total, file.read(size * min(some, done - first)))
-            if done:
-                found = total
-                entry.update(there)
-            return int(done)
+            total = _sum_on(found, f"{name} {dtype} {shape}".encode())
+            for done in range(part, rows, part):
+                total = _sum_on(total, file.read(size // rows * part))
+                if total == before[CHECK]:
+                    found = total
+                    entry.update(there)
+                    return done
         return 0
 
     with writing(path):
@@ -259,6 +259,10 @@ def save_parts(
                     file.write(numbers)
                     found = _sum_on(found, numbers)
                     done += len(rest)
+                    if done % part == 0 and done < rows:  # whoever goes on looks whether they are what was written
+                        file.seek(0)
+                        file.write(header())
+                        file.seek(0, os.SEEK_END)
                 assert done == rows
                 file.seek(0)
                 file.write(header())
@@ -330,7 +334,7 @@ def load_made(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | No
         return load_tensors(path)
     except UserError as error:
         print(f"{str(error).removesuffix('; delete it')}: it is made again")
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have met it too
         return None
 
 

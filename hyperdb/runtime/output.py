@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import TEMPORARY, load_json, load_metadata, save_json
+from hyperdb.runtime.files import load_json, load_metadata, save_json
 from hyperdb.runtime.recipe import differences, plain
 
 try:
@@ -54,7 +54,7 @@ def check(out: str | Path, writes: Iterable[str] = ()) -> Path:
             there = there.parent
         if not there.is_dir():
             raise UserError(f"out={out}: {there} is a file; choose another folder")
-        with tempfile.NamedTemporaryFile(dir=there, prefix=TEMPORARY) as probe:
+        with tempfile.TemporaryFile(dir=there) as probe:  # it has no name, by which another run could sweep it away
             probe.write(b"\0" * 4096)
             probe.flush()
         free = shutil.disk_usage(there).free

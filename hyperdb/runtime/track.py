@@ -39,7 +39,7 @@ class Track:
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show a picture file."""
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """End the run, if it has begun."""
 
 
@@ -76,7 +76,7 @@ class _TensorBoard(_Watched):
         with Image.open(path) as image:
             self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         if "writer" in self.__dict__:
             self.writer.close()
 
@@ -105,9 +105,10 @@ class _WandB(_Watched):
     def picture(self, step: int, name: str, path: Path) -> None:
         self.run.log({name: importlib.import_module(self.tracker).Image(str(path))}, step=step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         if "run" in self.__dict__:
-            self.run.finish()
+            code = {"exit_code": int(failed)} if self.tracker == "wandb" else {}  # trackio knows of none
+            self.run.finish(**code)
 
 
 def _gone_on(out: Path) -> dict[str, str]:
@@ -138,9 +139,12 @@ def tracked(run: Callable[[C, Track], Path]) -> Callable[[C], Path]:
         tracker, stage = getattr(config, "tracker", None), run.__module__.rpartition(".")[2]
         kind = _TensorBoard if tracker == "tensorboard" else _WandB
         track = Track() if tracker is None else kind(tracker, stage, config)
+        failed = True
         try:
-            return run(config, track)
+            out = run(config, track)
+            failed = False
         finally:
-            track.close()
+            track.close(failed)
+        return out
 
     return whole

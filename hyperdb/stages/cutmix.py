@@ -21,6 +21,7 @@ from hyperdb.adapters import AdapterConfig, TokenConfig, kind_of
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.track import Track, check_tracker, tracked
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.prior import PriorConfig
 
@@ -65,10 +66,12 @@ class Config:
     adapter: AdapterConfig
     finetune: FitConfig
     prior: PriorConfig
+    tracker: str | None = None  # wandb, tensorboard or trackio; null: nobody watches
     name: str = "default"
     out: FilePath = "runs/cutmix/default"
 
     def __post_init__(self) -> None:
+        check_tracker(self.tracker)
         if not 0 <= self.mix < 1:
             raise UserError(f"mix={self.mix}: expected a share from 0 to below 1")
         if self.unmix < 0 or (self.compare and not self.unmix):
@@ -114,7 +117,8 @@ def _words(config: Config, base: Base) -> tuple[str, str]:
     return first, config.second
 
 
-def run(config: Config) -> Path:
+@tracked
+def run(config: Config, track: Track) -> Path:
     """Write `out/adapter.safetensors`, pictures of the two people, and `report.json`; return `out`."""
     import torch
     from tqdm import tqdm
@@ -128,6 +132,7 @@ def run(config: Config) -> Path:
     from hyperdb.metrics.halves import SIDES, mean, shown
     from hyperdb.metrics.likeness import galleries
     from hyperdb.runtime.files import load_json, save_json
+    from hyperdb.runtime.optim import Schedule
     from hyperdb.runtime.output import claim
     from hyperdb.runtime.provenance import provenance
     from hyperdb.runtime.recipe import recipe
@@ -155,6 +160,7 @@ def run(config: Config) -> Path:
         prior = load_prior(base, config.prior, out / "prior.safetensors")
         prior = with_pairs(base, prior, config.prior, config.prompt, config.mix)
     tuning = replace(config.finetune, steps=2 * config.finetune.steps)
+    schedule = Schedule(tuning.steps, tuning.warmup, tuning.decay)
 
     # --- train, draw, look at the halves; without the regulariser the same again
     feature, orders = SFace(), (words, words[::-1])
@@ -181,9 +187,11 @@ def run(config: Config) -> Path:
         began = time.perf_counter()
         with tqdm(total=tuning.steps, desc=name, unit="step", dynamic_ncols=True) as bar:
 
-            def progress(_: int, loss: float, bar: Any = bar) -> None:
+            def progress(step: int, loss: float, bar: Any = bar, name: str = name, number: int = number) -> None:
                 bar.update()
                 bar.set_postfix_str(f"loss {loss:.4f}")
+                rate = tuning.rate * schedule(step - 1)
+                track.log(number * tuning.steps + step, {f"{name}/loss": loss, f"{name}/rate": rate})
 
             params = fit(base, adapter, moments, tuning, None, prior, progress, scenes=replace(shows, unmix=unmix))
         seconds = round(time.perf_counter() - began, 1)
@@ -200,6 +208,9 @@ def run(config: Config) -> Path:
             ).save(adapter_file)  # fmt: skip
         results[name] = {**measured(pictures), "seconds": seconds}
         save_json(out / "report.json", {**told, "results": results, "provenance": provenance()})
+        done = (number + 1) * tuning.steps
+        track.log(done, {f"{name}/rank1_{side}": results[name][side]["rank1"] for side in SIDES})
+        track.picture(done, sheet.stem, sheet)
         rates = ", ".join(f"{side} {results[name][side]['rank1']:.2f}" for side in SIDES)
         print(f"{name}: the right person among {len(everybody)} in a share of the halves of {rates}")
     print(f"adapter in {out / 'adapter.safetensors'}, pictures in {out / 'pictures.png'}")

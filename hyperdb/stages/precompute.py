@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,15 +268,10 @@ def run(config: Config) -> Path:
         return Begin({"tokens": tokens}, {"tokens": start.gain(lidb, config.fit.trained)})
 
     files = rows.split(config.batch)
-    together = max(1, KEYS // config.batch)  # files whose keys are made at once: of an image they need its pixels
-    some = cache(lambda k: people.keys(config.by, torch.cat(files[k * together : (k + 1) * together])[:, 0]))
-    keys = cache(lambda i: some(i // together).split(config.batch)[i % together])
-    made = cache(lambda i: fits.store_key(**origin, keys=keys(i).tolist()))
-
-    def fewer(i: int) -> list[str]:
-        return [fits.store_key(**origin, keys=keys(i)[:k].tolist()) for k in range(1, len(files[i]))]
-
     number, of = config.share()
+    mine = files[number::of]
+    together = max(1, KEYS // config.batch)  # files whose keys are made at once: of an image they need its pixels
+    some = cache(lambda k: people.keys(config.by, torch.cat(mine[k * together : (k + 1) * together])[:, 0]))
     losses: list[float] = []
 
     def one(photos: Tensor) -> Tensor:
@@ -300,17 +295,17 @@ def run(config: Config) -> Path:
             raise bad
         return list(alone), torch.cat(list(alone.values()))
 
-    with tqdm(total=sum(map(len, files[number::of])), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
-        for i in range(number, len(files), of):
-            photos = files[i]
-            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, made(i), partial(fewer, i))):
+    with tqdm(total=sum(map(len, mine)), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
+        for k, photos in enumerate(mine):
+            i, keys = number + k * of, some(k // together).split(config.batch)[k % together]
+            if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, origin, len(photos), keys)):
                 losses.clear()
                 good, tokens = fitted(photos)
-                fits.save_shard(out, i, tokens, keys(i)[good], made(i))
+                fits.save_shard(out, i, tokens, keys[good], fits.store_key(**origin, keys=keys.tolist()))
                 bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(photos))
     there = all(fits.shard_path(out, i).is_file() for i in range(len(files)))
-    if not (there and all(fits.shard_is_done(out, i, made(i)) for i in range(len(files)))):
+    if not (there and all(fits.shard_is_done(out, i, origin, len(photos)) for i, photos in enumerate(files))):
         print(f"shard {number} of {of} is done, others are not: {out} is no store yet")
         return out
     fits.finish(out, len(files), lidb, {**origin, **provenance()})

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from hyperdb.runtime import checkpoint, journal
+from hyperdb.runtime import checkpoint, files, journal
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import atomic, hash_files, load_json, load_tensors, save_json, save_tensors
 from hyperdb.runtime.optim import EMA, Muon, Schedule, adamw, orthogonal
@@ -42,6 +42,21 @@ def test_foreign_files_give_one_clear_line(tmp_path):
     for read, path in ((load_tensors, bad), (load_json, bad), (load_tensors, none), (load_json, none)):
         with pytest.raises(UserError, match=str(path)):
             read(path)
+
+
+def test_a_damaged_file_may_be_removed_by_another(tmp_path, monkeypatch):
+    path = save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(3)})
+    path.write_bytes(path.read_bytes()[:-1])
+    read = files.load_tensors
+
+    def removed(path):
+        try:
+            return read(path)
+        finally:
+            path.unlink()
+
+    monkeypatch.setattr(files, "load_tensors", removed)
+    assert files.load_made(path) is None
 
 
 def test_hash_depends_on_names_and_bytes(tmp_path):

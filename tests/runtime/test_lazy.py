@@ -13,8 +13,9 @@ from torch import Tensor
 from hyperdb.runtime.ahead import Ahead
 from hyperdb.runtime.cache import cache_folder, kept
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors, save_parts
+from hyperdb.runtime.files import load_tensors, save_parts, unfinished
 from hyperdb.runtime.lazy import PART, Lazy, mean_std
+from hyperdb.runtime.lock import waited
 
 
 class Held(Lazy):
@@ -107,6 +108,28 @@ def test_what_a_stop_left_is_gone_on_with(tmp_path: Path) -> None:
     assert load_tensors(file)[1] == {"key": "three"}
 
 
+@pytest.mark.parametrize("place", ["numbers", "header"])
+def test_what_was_damaged_before_it_was_whole_is_not_gone_on_with(tmp_path: Path, place: str) -> None:
+    whole, begun = torch.rand(11, 2, 3), []
+
+    def make(first: int) -> Iterator[Tensor]:
+        begun.append(first)
+        for row in range(first, 11, 2):
+            if len(begun) == 1 and row == 8:
+                raise KeyboardInterrupt
+            yield whole[row : row + 2]
+
+    file = tmp_path / "a.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        save_parts(file, "x", make, 11, {"key": "one"}, 4)
+    data = bytearray(unfinished(file).read_bytes())
+    data[-3 if place == "numbers" else data.index(b"264") + 2] ^= 1  # of the last part; of the bytes that all are
+    unfinished(file).write_bytes(data)
+    save_parts(file, "x", make, 11, {"key": "one"}, 4)
+    assert begun == [0, 0]
+    assert torch.equal(load_tensors(file)[0]["x"], whole)
+
+
 def test_what_is_kept_is_made_once_for_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
@@ -148,6 +171,28 @@ def test_who_wants_the_same_at_once_waits_for_it(tmp_path: Path) -> None:
         thread.join(20)
     assert found == [6, 6]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_whoever_meets_a_damaged_file_leaves_it_to_the_one_that_makes_it_again(tmp_path: Path) -> None:
+    def never(_: int) -> Iterator[Tensor]:
+        raise AssertionError("another has made it again")
+
+    right = kept(tmp_path, "x", "a", 2, lambda _: [torch.ones(2, 3)])
+    (path,), found = tmp_path.iterdir(), []
+    whole = path.read_bytes()
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(whole[:-1] + b"1")
+    damaged.replace(path)
+    thread = threading.Thread(target=lambda: found.append(kept(tmp_path, "x", "a", 2, never)))
+    with waited(unfinished(path)):  # as the other process
+        thread.start()
+        thread.join(0.2)
+        assert path.read_bytes() != whole
+        damaged.write_bytes(whole)
+        damaged.replace(path)
+    thread.join(20)
+    assert torch.equal(found[0], right)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_step_is_made_ahead_in_another_thread() -> None:

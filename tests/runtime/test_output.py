@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import pytest
 
-from hyperdb.runtime import output
+from hyperdb.runtime import lock, output
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import save_json, save_tensors
 from hyperdb.runtime.output import RECORD, check, claim, is_free, release
@@ -93,9 +93,22 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(output.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match=r"cannot be written .Permission denied."):
         check(tmp_path)
+
+
+def test_whoever_sweeps_the_folder_takes_nothing_from_a_check(tmp_path, monkeypatch):
+    """A job that finds nobody's lock removes what is half written, while another looks whether it can write."""
+    opened = output.tempfile.TemporaryFile
+
+    def swept(**how):
+        file = opened(**how)
+        lock._sweep(tmp_path, 2**63)
+        return file
+
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", swept)
+    check(tmp_path)
 
 
 def test_a_damaged_record(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +37,8 @@ def run(config: Config, track: Track) -> Path:
     return out
 
 
-def read_wandb(out):
-    """Return {step: values}, the settings, and how many pictures there are."""
+def wandb_records(out):
+    """Return what a run told wandb."""
     import wandb
     from wandb.proto import wandb_internal_pb2
 
@@ -54,9 +55,14 @@ def read_wandb(out):
         if kind in (1, 4):  # whole, or the last part
             records.append(wandb_internal_pb2.Record.FromString(parts))
             parts = b""
+    return records
+
+
+def read_wandb(out):
+    """Return {step: values}, the settings, and how many pictures there are."""
     steps: dict[int, dict] = {}
     settings = {}
-    for record in records:
+    for record in wandb_records(out):
         for item in (*record.config.update, *record.run.config.update):
             settings[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
         values = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
@@ -125,6 +131,24 @@ def test_a_training_that_goes_on_goes_on_with_its_run_of_wandb(in_tmp):
     (in_tmp / "checkpoint.safetensors").touch()
     assert first != anew
     assert last() == anew
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("error", [None, UserError("the loss is nan"), KeyboardInterrupt()])
+def test_wandb_is_told_whether_a_run_failed(in_tmp, error):
+    pytest.importorskip("wandb")
+
+    @tracked
+    def begin(config: Config, track: Track) -> Path:
+        track.log(1, {"loss": 3.0})
+        if error is not None:
+            raise error
+        return Path(config.out)
+
+    with nullcontext() if error is None else pytest.raises(type(error)):
+        begin(Config("wandb", str(in_tmp)))
+    (code,) = [record.exit.exit_code for record in wandb_records(in_tmp) if record.HasField("exit")]
+    assert code == (error is not None)
 
 
 def test_without_a_tracker_nothing_is_written(in_tmp):

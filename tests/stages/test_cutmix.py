@@ -62,8 +62,9 @@ def test_two_photos_become_an_adapter_pictures_and_a_report(tiny_base, tmp_path,
     assert (read_image(drawn / "00000.png") != read_image(plain / "00000.png")).any()
 
 
-def test_any_adapter_of_the_network_learns_two_people(tiny_base, tmp_path, photos):
-    out = made(tiny_base, tmp_path, photos, "adapter=lora", "unmix=0")
+def test_any_adapter_of_the_network_learns_two_people(tiny_base, tmp_path, photos, watched):
+    out = made(tiny_base, tmp_path, photos, "adapter=lora", "unmix=0", "tracker=tensorboard")
+    assert watched(out) == {*(f"mixed/{name}" for name in ("loss", "rate", "rank1_left", "rank1_right")), "pictures"}
     assert [part.kind for part in Personalization.load(out / "adapter.safetensors").parts] == ["lora"]
     assert set(load_json(out / "report.json")["results"]) == {"mixed"}
 

@@ -15,6 +15,7 @@ from hyperdb import config as configuration
 from hyperdb.adapters.layout import Layout
 from hyperdb.data.fits import load_store
 from hyperdb.data.people import load_people
+from hyperdb.data.pictures import Pictures
 from hyperdb.hypernet import loss as weight_space
 from hyperdb.hypernet.model import Hypernet
 from hyperdb.runtime.errors import NonFiniteError, UserError
@@ -261,6 +262,19 @@ def test_a_store_made_in_shards_is_that_of_one_job(base_words, aligned, tmp_path
     _precompute(base_words, aligned, out, *more)
     assert _contents(out) == whole
     assert (out / "fits-00001.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_job_decodes_the_photos_that_it_fits_and_no_others(base_words, aligned, stores, tmp_path, monkeypatch):
+    """On machines that share the store and no cache; whoever is last takes the others' word for theirs."""
+    seen, read = set(), Pictures.read
+    monkeypatch.setattr(Pictures, "read", lambda self, rows: seen.update(self.rows[rows].tolist()) or read(self, rows))
+    out, mine = tmp_path / "shards", ({0, 1, 6, 7}, {2, 3, 8, 9}, {4, 5, 10, 11})
+    for shard in (1, 0, 2):
+        monkeypatch.setenv("HYPERDB_CACHE", str(tmp_path / f"cache{shard}"))
+        seen.clear()
+        _precompute(base_words, aligned, out, "by=image", "fit.views=1", f"shard={shard}", "num_shards=3")
+        assert seen == mine[shard]
+    assert _contents(out) == _contents(stores["image"])
 
 
 def test_processes_of_a_launcher_divide_the_share_of_their_job(monkeypatch):

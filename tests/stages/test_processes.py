@@ -1,4 +1,4 @@
-"""Two processes train one hypernetwork: as one process does, and each goes on where the other was."""
+"""Two processes do the work of one: its training, in which each goes on where the other was, fits, an evaluation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hyperdb import cli, config
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_tensors
+from hyperdb.runtime.files import load_json, load_tensors
 from hyperdb.runtime.journal import Journal
 
 STEPS = 3
@@ -140,6 +141,52 @@ def test_two_processes_train_as_one_and_go_on_for_each_other(tiny_base, rendered
         assert differ.max() <= 2 * STEPS * RATE, name
         assert (differ > 2e-3 + 2e-3 * size).float().mean() < 1e-3, name
         assert (tmp_path / name / "previews" / "step-000003.png").is_file()
+
+
+def divided(stage, words):
+    """Run a stage in two processes, which torchrun starts: `accelerate launch` starts one where there is no card."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    subprocess.run([sys.executable, *launcher, "-m", "hyperdb", stage, *words], check=True, timeout=500)
+
+
+def same(one, two, pattern):
+    """Assert that files of two folders hold the same bytes, and return how many there are."""
+    files = [{path.name: path.read_bytes() for path in folder.glob(pattern)} for folder in (one, two)]
+    assert files[0] == files[1]
+    return len(files[0])
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_fits_of_one(tiny_base, rendered, tmp_path):
+    words = [f"diffusion.path={tiny_base}", *WORDS, *FITS, "start=average", "average.steps=2", "average_people=2"]
+    words += ["batch=1", f"data={rendered}"]
+    whole = config.run("precompute", [*words, f"out={tmp_path / 'one'}"])
+    divided("precompute", [*words, f"out={tmp_path / 'two'}"])
+    assert same(whole, tmp_path / "two", "fits-*") == 3
+    assert same(whole, tmp_path / "two", "*.safetensors") == 6  # where they begin, class pictures, mean and deviation
+    one, two = (load_json(tmp_path / name / "index.json") for name in ("one", "two"))
+    assert {**one, "commit": two["commit"], "dirty": two["dirty"]} == two  # the checkout may change meanwhile
+
+
+@pytest.mark.slow
+def test_two_processes_divide_an_evaluation_of_one(tiny_base, people, tmp_path):
+    words = [f"diffusion.path={tiny_base}", *WORDS, "hypernet=null", f"data={people}", "people=3", "views=2"]
+    words += ["images=2", "batch=1", "rows=[floor,lora,copy,ceiling]", "methods.lora.finetune.steps=2"]
+    whole = config.run("evaluate", [*words, f"out={tmp_path / 'one'}"])
+    divided("evaluate", [*words, f"out={tmp_path / 'two'}"])
+    assert not (tmp_path / "two" / "results.json").exists()
+    there = {path.stem for path in (tmp_path / "two" / "rows").iterdir()}
+    assert there == {f"{row}-0-{k}of2" for row in ("floor", "lora", "copy", "ceiling") for k in range(2)}
+    then, now = (load_json(out) for out in (whole, config.run("evaluate", [*words, f"out={tmp_path / 'two'}"])))
+    for row in ("floor", "lora", "copy", "ceiling"):
+        one, two = (load_tensors(tmp_path / name / "rows" / f"{row}.safetensors")[0] for name in ("one", "two"))
+        # rounded as so many people are drawn at once
+        assert (one["images"].int() - two["images"].int()).abs().max() <= 1
+        assert now["values"][row].keys() == then["values"][row].keys()
+        for name, values in then["values"][row].items():
+            np.testing.assert_allclose(now["values"][row][name], values, atol=0.02)
+    for name in ("persons", "methods", "settings", "made_from"):
+        assert now[name] == then[name]
 
 
 def refused(kind, out, capsys):

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import torch
 from hyperdb import config
 from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.layout import Layer, Layout
+from hyperdb.data.people import load_people
 from hyperdb.faces.image import save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
@@ -36,31 +38,37 @@ class Hub(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
         self.end_headers()
         self.wfile.write(body)
 
+    def _path(self):
+        """Return what was asked for, of a model or a data set."""
+        return re.sub("/(models|datasets)(?=/)", "", self.path)
+
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        hub, here = self.server, f"http://127.0.0.1:{self.server.server_port}"
+        hub, here, path = self.server, f"http://127.0.0.1:{self.server.server_port}", self._path()
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._answer({"error": "Invalid username or password."}, 401)
-        elif self.path == "/api/repos/create":
+        elif path == "/api/repos/create":
             hub.repository = json.loads(body)
             self._answer({"url": f"{here}/me/ada"})
-        elif self.path == "/api/validate-yaml":
+        elif path == "/api/validate-yaml":
             self._answer({"errors": [], "warnings": []})
-        elif self.path == "/api/models/me/ada/preupload/main":
+        elif path == "/api/me/ada/preupload/main":
             asked = json.loads(body)["files"]
             modes = {file["path"]: "regular" if file["path"].endswith(".md") else "lfs" for file in asked}
             self._answer(
                 {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]}
             )
-        elif self.path == "/me/ada.git/info/lfs/objects/batch":
+        elif path == "/me/ada.git/info/lfs/objects/batch":
             told = json.loads(body)["objects"]
             for one in told:
                 one["actions"] = {"upload": {"href": f"{here}/storage/{one['oid']}"}}
             self._answer({"transfer": "basic", "objects": told})
-        elif self.path == "/api/models/me/ada/commit/main":
+        elif path == "/api/me/ada/commit/main":
             for line in map(json.loads, body.decode().splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
@@ -74,7 +82,10 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         hub = self.server
         there = [{"rfilename": name} for name in hub.files]
-        self._answer({"id": "me/ada", "private": hub.private, "siblings": there})
+        if "/tree/" in self._path():  # of a data set in which nothing is yet
+            self._answer(*([{"error": "no such folder"}, 404] if "/data" in self._path() else [[]]))
+        else:
+            self._answer({"id": "me/ada", "sha": "0" * 40, "private": hub.private, "siblings": there})
 
     def do_PUT(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -110,13 +121,18 @@ def person(in_tmp):
 WORDS = ["name=ada", "format=native", "push_to_hub=me/ada"]
 
 
-def _export(person, hub, *more, **environment):
+def _python(hub, folder, *words, **environment):
     around = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": TOKEN}
-    around |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(person.parent / "hf"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "hyperdb", "export", f"adapter={person}", "out=out", *WORDS, *more]
+    around |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
-        command, env=os.environ | around | environment, cwd=person.parent, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, *words], env=os.environ | around | environment, cwd=folder, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+
+
+def _export(person, hub, *more, **environment):
+    words = ["-m", "hyperdb", "export", f"adapter={person}", "out=out", *WORDS, *more]
+    return _python(hub, person.parent, *words, **environment)
 
 
 def test_adapter_card_and_pictures_arrive(person, hub):
@@ -180,6 +196,17 @@ def test_what_would_be_uploaded_is_said(person, capsys):
     for name in ("README.md", "pictures.png", "ada.safetensors"):
         assert f"  {name}, " in said
     assert f"  ada.safetensors, {(out / 'ada.safetensors').stat().st_size:,} bytes" in said
+
+
+def test_people_who_were_rendered_arrive_and_are_read_again(rendered, hub, in_tmp):
+    program = "import sys, datasets; datasets.load_from_disk(sys.argv[1]).push_to_hub('me/ada')"
+    done = _python(hub, in_tmp, "-c", program, str(rendered))
+    assert done.returncode == 0, done.stderr
+    (table,) = [name for name in hub.files if name.endswith(".parquet")]
+    (in_tmp / "heads.parquet").write_bytes(hub.files[table])
+    here, there = load_people(rendered), load_people("heads.parquet", split=None)
+    assert torch.equal(here.images[:], there.images[:])
+    assert (here.captions, here.seed.tolist()) == (there.captions, there.seed.tolist())
 
 
 @pytest.mark.parametrize("name", ["ada", "me/ada/more", "me/a da", "/ada"])

@@ -88,12 +88,13 @@ def test_the_word_is_near_the_class_word_and_its_length_is_the_penalty(e4t):
     assert all(torch.equal(begun[name], value[None]) for name, value in zip(model.names, model.offsets, strict=True))
 
 
-def test_unseen_people_show_whether_a_word_is_its_persons(pretrain, words, rendered, tmp_path, capsys):
+def test_unseen_people_show_whether_a_word_is_its_persons(pretrain, words, rendered, tmp_path, capsys, watched):
     def measured(*words):
         report = load_json(config.run("train_e4t", [*pretrain, "held_out=2", *words]) / "report.json")
         return report["held_out"]
 
-    apart = measured(f"out={tmp_path / 'apart'}", "word_weight=0", "rate=3")
+    apart = measured(f"out={tmp_path / 'apart'}", "word_weight=0", "rate=3", "tracker=tensorboard")
+    assert watched(tmp_path / "apart") >= {"loss", "rate/0", "held_out/own", "held_out/another"}
     assert apart["people"] == 2
     assert abs(apart["others_above_own"]["mean"]) > 1e-4
     assert apart["error_of_another"] - apart["error"] == pytest.approx(apart["others_above_own"]["mean"])

@@ -73,8 +73,9 @@ def test_it_learns_and_an_old_adapter_moves_the_new_bases_pictures(tiny_base, ne
     assert "xadapter_digest" not in load_json(tmp_path / "alone" / "manifest.json")
 
 
-def test_a_resumed_training_is_an_undisturbed_one(tiny_base, newer, rendered, tmp_path, killed):
-    whole = config.run("train_xadapter", words(tiny_base, newer, rendered, tmp_path / "whole"))
+def test_a_resumed_training_is_an_undisturbed_one(tiny_base, newer, rendered, tmp_path, killed, watched):
+    whole = config.run("train_xadapter", words(tiny_base, newer, rendered, tmp_path / "whole", "tracker=tensorboard"))
+    assert watched(whole) >= {"loss", "rate/0", "held_out/steered", "held_out/alone", "held_out/told"}
     parts = words(tiny_base, newer, rendered, tmp_path / "parts")
     killed("train_xadapter", parts)
     again = config.run("train_xadapter", parts)

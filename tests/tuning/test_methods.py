@@ -78,7 +78,7 @@ def test_every_adapter_has_a_row_that_trains_it_as_personalize_does(name):
 
 def test_the_papers_rows_have_its_iterations():
     """Table 2, and Textual Inversion's from "125 times faster"; the aggressive ones move a weight as far."""
-    found = config.load("evaluate")
+    found = config.load("evaluate", ["diffusion=sd15"])
     fits = [found.fit(name) for name in ("dreambooth", "dreambooth_agg_1", "dreambooth_agg_2")]
     assert [fit.steps for fit in fits] == [1200, 400, 40]
     assert [fit.steps * fit.rate for fit in fits] == pytest.approx([6e-3] * 3)
