@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +197,7 @@ def fitting(work: Path, size: int, steps: int) -> dict[str, Any]:
 
     Whole groups of files are counted, `steps` files at least. The first batch is there when its keys and photos are.
     """
-    from hyperdb.stages.precompute import KEYS, _photos
+    from hyperdb.stages.precompute import KEYS, _photos, file_keys
 
     whole = settings("precompute", work, size)
     found: dict[str, Any] = {}
@@ -208,10 +207,10 @@ def fitting(work: Path, size: int, steps: int) -> dict[str, Any]:
         files = _photos(whole, people, whole.fit.first_view).split(whole.batch)
         found["seconds_to_find"] = round(time.perf_counter() - began, 2)
         together, seconds = max(1, KEYS // whole.batch), []
-        some = cache(lambda k: people.keys(whole.by, torch.cat(files[k * together : (k + 1) * together])[:, 0]))
+        keys_of = file_keys(people, whole.by, files, whole.batch)
         for k, photos in enumerate(files[: -(-steps // together) * together]):
             clock = time.perf_counter()
-            some(k // together)
+            keys_of(k)
             people.images[photos.flatten()]
             seconds.append(time.perf_counter() - clock)
     mean = sum(seconds) / len(seconds)

@@ -6,13 +6,13 @@ values. Self-attention's context are the picture's own features, cross-attention
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hyperdb.adapters import site as sites
-from hyperdb.adapters.base import AdapterConfig, Changes, Frozen, NotMergeableError, whole_number
+from hyperdb.adapters.base import AdapterConfig, Changes, Frozen, NotMergeableError, OfTensors, whole_number
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.seed import generator
 
@@ -64,17 +64,10 @@ class A1111Config(AdapterConfig):
         return A1111(layout, self.structure, self.activation, self.bias, self.seed)
 
 
-class Fed:
+class Fed(OfTensors):
     """A residual network on a module's input: weights `[I, out, in]`, each followed by its bias `[I, out]`, if any."""
 
     activation = "linear"
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Go through the tensors."""
-        return iter(self.tensors)
 
     # W h(x) = W (x + m f(x)), so that W m f(x) is what is added
     def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:

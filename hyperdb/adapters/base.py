@@ -53,11 +53,8 @@ class Change(Protocol):
 Changes: TypeAlias = Mapping[str, Change]
 
 
-class DenseChange:
-    """A change that is its dense form: whatever can say what is added to the weight need not say more.
-
-    Made of tensors `[I, ...]`, the first of which decides nothing about the site unless `check` says so.
-    """
+class OfTensors:
+    """What a change is made of: its tensors, each with a leading identity axis."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = tensors
@@ -65,6 +62,13 @@ class DenseChange:
     def __iter__(self) -> Iterator[Tensor]:
         """Go through the tensors."""
         return iter(self.tensors)
+
+
+class DenseChange(OfTensors):
+    """A change that is its dense form: whatever can say what is added to the weight need not say more.
+
+    Made of tensors `[I, ...]`, the first of which decides nothing about the site unless `check` says so.
+    """
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return `[I, *shape]`, what is added to the frozen `weight`."""
@@ -96,15 +100,8 @@ class Dense(DenseChange):
             raise UserError(f"{site.name} takes a change of {list(site.shape)}, not {list(shape)}")
 
 
-class Replacement:
+class Replacement(OfTensors):
     """A change that no sum can say: it puts something of another length in place of a module's output."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Go through the tensors."""
-        return iter(self.tensors)
 
     def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """Raise `TypeError`: nothing is added."""

@@ -7,12 +7,11 @@ for each rank. Left out are the paper's thresholds by entropy, which shut a gate
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hyperdb.adapters import site as sites
-from hyperdb.adapters.base import AdapterConfig, Changes, LowRank, NotMergeableError, whole_number
+from hyperdb.adapters.base import AdapterConfig, Changes, LowRank, NotMergeableError, OfTensors, whole_number
 from hyperdb.adapters.lora import LoRA
 from hyperdb.runtime.errors import UserError
 
@@ -59,15 +58,8 @@ def inverse_dct(x: Tensor) -> Tensor:
     return torch.fft.ifft(turned, 2 * n, norm="forward")[..., :n].real
 
 
-class Gated:
+class Gated(OfTensors):
     """Low-rank factors down `[I, r, n]`, up `[I, m, r]`, and a gate by the input: weight `[I, r, r]`, bias `[I, r]`."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Go through the tensors."""
-        return iter(self.tensors)
 
     # z = down x, g = sigmoid(weight mean(z) + bias), the mean over the tokens of a picture
     def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:

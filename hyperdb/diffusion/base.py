@@ -329,7 +329,7 @@ class Base:
         """Return `targets`, and of the other places those named: an adapter or an imported LoRA may change any."""
         found: dict[str, nn.Module] = dict(self.targets())
         if further := set(names) - found.keys():
-            everything = self.places("everything") | self.places("plus")
+            everything = self.places("any")
             found |= {name: module for name, module in everything.items() if name in further}
         return found
 

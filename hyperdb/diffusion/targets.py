@@ -106,7 +106,7 @@ def find_sites(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Module]
 
 SETS = (
     *("attention", "attention_unet", "without_geglu", "unet_attention", "cross_kv", "kv", "unet", "everything"),
-    *("token", "plus", "custom", "e4t"),
+    *("token", "plus", "custom", "e4t", "any"),
 )
 TOKENS = "text_encoder.embeddings.token_embedding"
 
@@ -133,7 +133,7 @@ def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, 
     itself as well (A1111's hypernetworks); unet: every weight and bias of the UNet (DreamBooth); everything: the
     text encoder's as well; token: the embedding of the words (Textual Inversion); plus: the
     text encoder as a whole, then cross_kv (P+); custom: this embedding, then
-    cross_kv; e4t: this embedding, then unet_attention.
+    cross_kv; e4t: this embedding, then unet_attention; any: every place that some set has.
     """
     if which == "attention":
         return dict(find_targets(unet, text_encoder))
@@ -158,4 +158,6 @@ def find_set(which: str, unet: nn.Module, text_encoder: nn.Module) -> dict[str, 
     if which in ("custom", "e4t"):
         parts = "token", "cross_kv" if which == "custom" else "unet_attention"
         return {name: m for part in parts for name, m in find_set(part, unet, text_encoder).items()}
+    if which == "any":
+        return find_set("everything", unet, text_encoder) | find_set("plus", unet, text_encoder)
     raise UserError(f"sites={which!r}: expected one of {', '.join(SETS)}")

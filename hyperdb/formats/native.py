@@ -218,8 +218,7 @@ class Personalization:
             targets: Any = {name: module for name, module in sites.items() if name not in beyond}
         else:
             targets = find_targets(target.unet, target.text_encoder)
-            models = target.unet, target.text_encoder
-            sites = find_set("everything", *models) | find_set("plus", *models) if beyond else {}
+            sites = find_set("any", target.unet, target.text_encoder) if beyond else {}
             forget_compiled(target.unet, target.text_encoder)
         Layout.of(targets).require(self.layout, self.source)
         here = base_hash(targets)

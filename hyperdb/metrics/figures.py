@@ -138,19 +138,20 @@ class Standard:
     # the mean of cosines with several unit vectors is the product with their mean
     def _whole(self, images: Tensor) -> dict[str, Tensor]:
         score: dict[str, Tensor] = {}
-        first = images.shape[1] - len(self.changed) - len(self.styles)
         for encoder, (photos, words) in zip(self.encoders, self._known, strict=True):
             seen = _each(encoder, images)  #                                        [J, K, C]
+            alike, *others = self._apart(seen)
+            asked, first = torch.cat(others, 1), alike.shape[1]
             if first > 1:  # 1 - the mean cosine of two plain pictures
-                whole = seen[:, :first].sum(1).square().sum(-1)
+                whole = alike.sum(1).square().sum(-1)
                 score[f"{encoder.name}_diversity"] = 1 - (whole - first) / (first * (first - 1))
             found = {encoder.name: (seen * photos[: len(images), None]).sum(-1)}  # [J, K]
             if words is not None:
                 found = {f"{encoder.name}_i": found[encoder.name], f"{encoder.name}_t": (seen * words).sum(-1)}
-                if others := images.shape[1] - first:
+                if asked.shape[1]:
                     known = torch.cat([words[:1], words[first:]]).float()
-                    nearest = (seen[:, first:].float() @ known.T).argmax(-1)
-                    score[f"{encoder.name}_r"] = (nearest == torch.arange(1, 1 + others)).float().mean(1)
+                    nearest = (asked.float() @ known.T).argmax(-1)
+                    score[f"{encoder.name}_r"] = (nearest == torch.arange(1, len(known))).float().mean(1)
             for figure, values in found.items():
                 plain, changed, styled = self._apart(values)
                 plain = plain.mean(1, keepdim=True)

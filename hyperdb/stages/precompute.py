@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -178,6 +179,23 @@ def _photos(config: Config, people: People, first: int) -> Tensor:
     return rows
 
 
+def file_keys(people: People, by: str, files: tuple[Tensor, ...], batch: int) -> Callable[[int], Tensor]:
+    """Return a function that gives whose fits a file holds, `[B]`, by its number among `files`.
+
+    A file is the rows `[B, K]` of the photos of its fits, `batch` of them, or fewer in the last. The keys of many files
+    are made at once, when one of them is asked for: those of images need their pixels.
+    """
+    import torch
+
+    together = max(1, KEYS // batch)
+
+    @cache
+    def some(k: int) -> tuple[Tensor, ...]:
+        return people.keys(by, torch.cat(files[k * together : (k + 1) * together])[:, 0]).split(batch)
+
+    return lambda number: some(number // together)[number % together]
+
+
 def _hypernet(config: Config, lidb: LiDB) -> Hypernet:
     """Load the hypernetwork that `start` names. Raises `UserError` for one of another layout or LiDB."""
     from hyperdb.hypernet.model import Hypernet
@@ -270,8 +288,7 @@ def run(config: Config) -> Path:
     files = rows.split(config.batch)
     number, of = config.share()
     mine = files[number::of]
-    together = max(1, KEYS // config.batch)  # files whose keys are made at once: of an image they need its pixels
-    some = cache(lambda k: people.keys(config.by, torch.cat(mine[k * together : (k + 1) * together])[:, 0]))
+    keys_of = file_keys(people, config.by, mine, config.batch)
     losses: list[float] = []
 
     def one(photos: Tensor) -> Tensor:
@@ -297,7 +314,7 @@ def run(config: Config) -> Path:
 
     with tqdm(total=sum(map(len, mine)), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
         for k, photos in enumerate(mine):
-            i, keys = number + k * of, some(k // together).split(config.batch)[k % together]
+            i, keys = number + k * of, keys_of(k)
             if not (whole(fits.shard_path(out, i)) and fits.shard_is_done(out, i, origin, len(photos), keys)):
                 losses.clear()
                 good, tokens = fitted(photos)

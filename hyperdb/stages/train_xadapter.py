@@ -80,6 +80,7 @@ def run(config: Config, track: Track) -> Path:
     from hyperdb.diffusion.base import Base
     from hyperdb.diffusion.loss import bad_levels, diffusion_loss
     from hyperdb.diffusion.xadapter import FILE, Mapper, XAdapter
+    from hyperdb.metrics.objectives.unseen import split
     from hyperdb.runtime.files import save_json
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw
@@ -92,9 +93,9 @@ def run(config: Config, track: Track) -> Path:
     people = load_people(config.data, size=config.diffusion.size)
     old, new = Base.load(config.diffusion), Base.load(replace(config.diffusion, path=config.to))
     mapper = Mapper.between(old, new, config.width, config.seed)
-    last_ones = set(people.seed[-min(HELD, -(-len(people) // 4)) :].tolist())
-    apart = torch.tensor([seed in last_ones for seed in people.seed.tolist()])
-    seen, unseen = (~apart).nonzero()[:, 0], apart.nonzero()[:HELD, 0]
+    ending = people.identity[-min(HELD, -(-len(people) // 4)) :]
+    seen, unseen = split(people, len(ending.unique()))
+    unseen = unseen[:HELD]
     if not len(seen):
         raise UserError(f"{config.data} holds one person; a mapper is trained on some people and measured on others")
     whole = {**recipe(config), "held": len(unseen), "made_from": [people.digest, old.digest, new.digest]}

@@ -89,11 +89,11 @@ def steered(old: Base, new: Base, mapper: Mapper, changes: Changes, prompts: lis
     """Return the new base's pictures `[I, K, 3, H, W]`, steered by the old one with each person's changes in it."""
     steering, injection, guide = XAdapter(old, new, mapper), Injection(old.sites(changes)), new.config.guide(True)
     noise, most, found = start_noise(new, seeds), together(new.config.size), []
+    passes = [slice(first, first + most) for first in range(0, len(prompts), most)]
     try:
         for person in range(identities_of(changes)):
             one = settled(select(changes, [person]), injection.sites)
             injection.set(one, repeat=guide.adapted, plain=guide.plain)
-            passes = [slice(first, first + most) for first in range(0, len(prompts), most)]
             drawn = [sample(new, prompts[some], noise[some], subject_guidance=guide.subject) for some in passes]
             found.append(torch.cat([new.decode(latents) for latents in drawn]))
     finally:

@@ -19,7 +19,7 @@ RIDGE = 1e-2  # of the mean variance of a feature
 
 
 def split(people: People, held_out: int) -> tuple[Tensor, Tensor]:
-    """Return the rows of the people to learn from, and those of the last `held_out`, whom a judge is measured on."""
+    """Return the rows of the people to learn from, and those of the last `held_out`, whom it is measured on."""
     seen = people.identity < people.identities - held_out
     return seen.nonzero()[:, 0], (~seen).nonzero()[:, 0]
 
