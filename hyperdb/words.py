@@ -6,7 +6,9 @@ a word so that Hydra reads just that.
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shlex
 import typing
 from typing import Any, NamedTuple
 
@@ -189,6 +191,31 @@ def swept(schema: type, word: str) -> str:
         bare = [not one.quoted and (kind in SCALARS or (optional and one.text == "null")) for one in listed]
         choices = [one.text if as_is else literal(one.text) for one, as_is in zip(listed, bare, strict=True)]
     return f"{key}={','.join(choices)}"
+
+
+# --- what a user is told to type ---------------------------------------------------------------------
+
+
+def chosen(group: str, settings: Any, default: str = "embedded") -> str:
+    """Return the words that give such settings of a group, as a shell takes them, each after a space; "" for none.
+
+    That is the choice of which the fewest settings differ, unless it is the one that stands without a word, and those.
+    """
+    from omegaconf import OmegaConf
+
+    schema, told = dataclasses.asdict(type(settings)()), dataclasses.asdict(settings)
+    differing: dict[str, list[str]] = {}
+    for name in sorted(options.choices(group), key=lambda name: name != default):
+        written = OmegaConf.to_container(OmegaConf.load(options.conf_dir() / options.folder(group) / f"{name}.yaml"))
+        assert isinstance(written, dict)
+        there = schema | {str(key): value for key, value in written.items()}
+        differing[name] = [key for key, value in told.items() if value != there[key]]
+    name = min(differing, key=lambda name: len(differing[name]))
+    words = [] if name == default else [f"{group}={name}"]
+    for key in differing[name]:
+        value = told[key]
+        words.append(f"{group}.{key}={'null' if value is None else value}")
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 # --- what is refused ---------------------------------------------------------------------------------

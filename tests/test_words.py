@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hyperdb.config import load
+from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
-from hyperdb.words import entries, quoted
+from hyperdb.words import chosen, entries, quoted
 
 
 @dataclass
@@ -70,3 +73,17 @@ def test_other_text_is_no_list(word):
 def test_an_empty_entry_is_refused(word):
     with pytest.raises(UserError, match="empty entry"):
         entries(word)
+
+
+def test_what_is_printed_to_be_typed_gives_the_same_settings_again():
+    for words in (
+        [],
+        ["diffusion=sd15"],
+        ["diffusion=sd15", "diffusion.path=/models/my model", "diffusion.variant=fp16"],
+        ["diffusion.subject_guidance=null", "diffusion.device=cpu"],
+    ):
+        settings = load("generate", words).diffusion
+        told = shlex.split(chosen("diffusion", settings))
+        assert sorted(told) == sorted(words)
+        assert load("generate", told).diffusion == settings
+    assert chosen("diffusion", DiffusionConfig(path="x")).startswith(" diffusion.path=x")

@@ -1,6 +1,6 @@
 r"""The likeness of other methods at the copying of ours: what repeats the photo more is like it for that alone.
 
-    hyperdb evaluate -m experiment=table1 rows=[dreambooth] methods.dreambooth.finetune.steps=10,30,100,400 \
+    hyperdb evaluate -m experiment=table1 rows=[dreambooth] methods.dreambooth.finetune.steps=10,40,100 \
       name=along results=results.json
     python experiments/tables/equal_copying.py runs/evaluate/tables/table1.json runs/evaluate/along
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hyperdb.adapters.site import Site
 
 MAX_LAYERS, MAX_WIDTH = 10_000, 999_999
+SD15 = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)
 _ENTRY = re.compile(r"([\w.-]{1,200})((?: [1-9][0-9]{0,5}){1,4})", re.ASCII)
 

@@ -112,12 +112,17 @@ def projected(pair: LowRank, u: Tensor, vt: Tensor, rank: int | None) -> LowRank
 
     Of more the largest singular values are kept: the nearest change of that rank; with None all.
     """
-    import torch
-
     up = u @ (u.mT @ pair.up)  #                                                      [I, m, r]
     down = pair.down.flatten(2) @ vt.mT @ vt  #                                       [I, r, n]
+    return truncated(LowRank(down.unflatten(2, pair.down.shape[2:]), up), rank)
+
+
+def truncated(pair: LowRank, rank: int | None) -> LowRank:
+    """Return the nearest change of at most `rank`, that of the largest singular values; None: of all."""
+    import torch
+
     # small in the middle: up down = Q_u (R_u R_d^T) Q_d^T
-    (left, inner_left), (right, inner_right) = torch.linalg.qr(up), torch.linalg.qr(down.mT)
+    (left, inner_left), (right, inner_right) = torch.linalg.qr(pair.up), torch.linalg.qr(pair.down.flatten(2).mT)
     a, s, b = torch.linalg.svd(inner_left @ inner_right.mT, full_matrices=False)
     root = s[:, :rank, None].sqrt()
     down = (root * b[:, :rank]) @ right.mT

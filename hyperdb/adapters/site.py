@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.runtime.errors import UserError
@@ -67,8 +67,18 @@ class Site:
 
     @cached_property
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The singular value decomposition of the weight, see `decomposed`; computed once, in float32."""
-        return decomposed(self.weight())
+        """The singular value decomposition of the weight, see `decomposed`, in float32.
+
+        It is computed once for a weight as it is, and kept in the memory of the CPU as long as that: every fit and
+        every drawing of an adapter on singular values begins with it, and a whole UNet's takes minutes.
+        """
+        weight = self.weight()
+        kind = float(weight.double().sum()), self.parameter.dtype
+        known = _kept().get(self.parameter)
+        if known is None or known[0] != kind:
+            known = _kept()[self.parameter] = (kind, [x.cpu() for x in decomposed(weight)])
+        u, s, vt = (x.to(weight.device) for x in known[1])
+        return u, s, vt
 
     def call(self, x: Tensor) -> Tensor:
         """Return what the module makes of rows `[R, I, S, ...]`, as if nobody had changed it."""
@@ -106,6 +116,14 @@ class Site:
         inner = [1] * (x.ndim - 4)
         size = [vector.shape[1]]
         return vector.view(len(vector), 1, *(inner + size if channels_last else size + inner))
+
+
+@cache
+def _kept() -> Any:
+    """Return {parameter: what its weight was, its decomposition}, of parameters that are still there."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
 
 
 def decomposed(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from hyperdb.adapters.base import AdapterConfig, Changes, DenseChange, Frozen
+from hyperdb.adapters.base import AdapterConfig, Changes, Dense, DenseChange, Frozen
 from hyperdb.adapters.site import decomposed
 from hyperdb.runtime.errors import UserError
 
@@ -47,6 +47,11 @@ class Spectral(DenseChange):
     def __call__(self, x: Tensor, y: Tensor, site: Site) -> Tensor:
         """Return what the module makes of the rows with the change as its only parameter."""
         return site.apply(x, self._of(*site.svd, site.shape))
+
+    def settled(self, site: Site) -> Dense:
+        """Return the dense change itself."""
+        moved = Spectral(self.tensors[0].detach().to(site.parameter.device))
+        return Dense(moved._of(*site.svd, site.shape))
 
     def dense(self, weight: Tensor) -> Tensor:
         """Return `U diag(relu(s + d) - s) V^T`, `[I, *shape]`."""

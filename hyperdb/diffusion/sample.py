@@ -63,7 +63,11 @@ def sample(
     try:
         solver.set_timesteps(steps, device=base.device)
     except ValueError as error:  # pndm begins with Runge-Kutta steps and needs 4
-        raise UserError(f"scheduler={scheduler} cannot draw in {steps} steps; take more, or ddim") from error
+        levels = base.schedule.config.num_train_timesteps
+        other = "more, or ddim" if steps <= levels else f"{levels} at most"
+        raise UserError(f"scheduler={scheduler} cannot draw in {steps} steps; take {other}") from error
+    if solver.timesteps.max() >= base.schedule.config.num_train_timesteps:  # `steps_offset` puts it beyond the last
+        raise UserError(f"scheduler={scheduler} cannot draw in {steps} steps on this base; take fewer")
     if guide.text <= 0:
         ignores = "ignores the prompt" if guide.text == 0 else "draws away from the prompt"
         warnings.warn(f"guidance={guide.text} {ignores}; 1 is without guidance", stacklevel=2)

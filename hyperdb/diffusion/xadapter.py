@@ -81,6 +81,7 @@ class Mapper(nn.Module):
     def save(self, path: Path, old: Base, new: Base) -> Path:
         """Write it, float32, with the digests of the bases and the place of the old one."""
         bases = {"old": old.digest, "new": new.digest, "old_path": old.config.path}
+        bases |= {"old_variant": old.config.variant or "", "old_revision": old.config.revision or ""}
         width = str(self.blocks[0][2].out_channels)  # type: ignore[index]
         return save_tensors(path, self.state_dict(), {"kind": KIND, "version": VERSION, "width": width, **bases})
 
@@ -112,7 +113,7 @@ def find(path: str) -> Path:
 
 
 def header(path: Path) -> dict[str, str]:
-    """Return what a file says: the digests `old` and `new` of its bases, `old_path`, `width`. Raises `UserError`."""
+    """Return what a file says: digests `old` and `new` of its bases, where the old was, `width`. Raises `UserError`."""
     told = load_metadata(path)
     if told.get("kind") != KIND:
         raise UserError(f"{path} is no X-Adapter; give the {FILE} that `hyperdb train_xadapter` wrote")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperdb.adapters import KINDS, AdapterConfig, LiDBConfig, kind_of
+from hyperdb.adapters import KINDS, AdapterConfig, LiDBConfig, PlusConfig, kind_of
 from hyperdb.adapters.base import Adapter, Changes, Factors, LowRank, both
 from hyperdb.adapters.inject import Injection, settled
 from hyperdb.adapters.layout import Layout
@@ -35,7 +35,7 @@ from hyperdb.runtime.files import load_metadata, load_tensors, save_tensors
 from hyperdb.runtime.version import __version__
 
 KIND, VERSIONS = "hyperdb.personalization", ("1", "2")  # the second has parts beside LiDB's
-MAX_BYTES = 4 * 2**30
+MAX_BYTES = 16 * 2**30  # DreamBooth of Stable Diffusion 1.5 is 3.4 GB, as factors of full rank 4.3
 KEYS = ("version", "layout", "layout_digest", "data_digest")
 LIDB_KEYS = ("a", "b", "rank", "seed", "basis", "fingerprint")
 WORDS = ("base", "rare_token", "class_word")
@@ -192,6 +192,11 @@ class Personalization:
             own = self.lidb.factors({"tokens": self.tokens[None]})
         return both(own, self.relaxed, *(part.changes() for part in self.parts)) or {}
 
+    @property
+    def has_contexts(self) -> bool:
+        """Whether its text encoder gives several contexts (P+), for which a pipeline has to ask in its own way."""
+        return any(isinstance(part.config, PlusConfig) for part in self.parts)
+
     def factors(self) -> Factors:
         """Return `changes` as low-rank factors. Raises `UserError`, naming the kind, where they are of no low rank."""
         changes = self.changes()
@@ -217,6 +222,11 @@ class Personalization:
             sites: Mapping[str, nn.Module] = target
             targets: Any = {name: module for name, module in sites.items() if name not in beyond}
         else:
+            if self.has_contexts and callable(target) and not hasattr(target, "personalize"):
+                raise UserError(
+                    f"{self.source} is of P+, with a context for each attention, which this pipeline does not read; "
+                    "take hyperdb.formats.pipeline.HybridPipeline"
+                )
             targets = find_targets(target.unet, target.text_encoder)
             sites = find_set("any", target.unet, target.text_encoder) if beyond else {}
             forget_compiled(target.unet, target.text_encoder)
@@ -257,6 +267,8 @@ class Personalization:
             tensors |= {f"part{number}:{name}": x[0].to(dtype) for name, x in part.params.items()}
         if not all(bool(x.isfinite().all()) for x in tensors.values()):
             raise UserError(f"some numbers are too large for {dtype}; save as torch.float32")
+        if (size := sum(x.nbytes for x in tensors.values())) > MAX_BYTES:
+            raise UserError(f"an adapter of {size:,} bytes; {MAX_BYTES:,} at most can be read again")
         metadata = {
             "kind": KIND,
             "version": VERSIONS[0] if self.tokens is not None and not parts else VERSIONS[1],

@@ -63,18 +63,32 @@ class HybridPipeline(StableDiffusionPipeline):
         """Encode as the pipeline does; in hybrid guidance also what the base alone is asked for."""
         prompt, negative = self._words(prompt), self._words(negative_prompt)
         if self._subject is None or self._person is None:
-            return super().encode_prompt(
-                prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative, **more
+            apart = prompt is not None and do_classifier_free_guidance and more.get("negative_prompt_embeds") is None
+            if not apart or self._person is None or not self._person.has_contexts:
+                return super().encode_prompt(
+                    prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative, **more
+                )
+            # else the negative prompt would be filled up to as many words as all contexts have together
+            words = negative or ""
+            if isinstance(words, str) and not isinstance(prompt, str):
+                words = [words] * len(prompt)
+            p, n = (
+                super(HybridPipeline, self).encode_prompt(text, device, num_images_per_prompt, False, **more)[0]
+                for text in (prompt, words)
             )
+            return p, n
         if prompt is None or more.get("negative_prompt_embeds") is not None:
             raise UserError("subject_guidance needs the prompts as text, not as embeddings")
         names, noun = (PLACEHOLDER, self._person.rare_token), self._person.class_word
         texts = [prompt] if isinstance(prompt, str) else prompt
         anybody = [without_subject(text, names, noun) for text in texts]
+        plain = anybody[0] if isinstance(prompt, str) else anybody  # of one type with the negative prompt
         with self._hyperdb_injection.using({}):
-            b, u = super().encode_prompt(anybody, device, num_images_per_prompt, True, negative, **more)
+            b, u = super().encode_prompt(plain, device, num_images_per_prompt, True, negative, **more)
         p, _ = super().encode_prompt(prompt, device, num_images_per_prompt, False, **more)
         self._guide = Guidance(self.guidance_scale, self._subject)
+        # several contexts of an adapter stand one after another; who has none of it reads one as often
+        u, b = (x.repeat(1, p.shape[1] // x.shape[1], 1) for x in (u, b))
         self._context = torch.cat([{"u": u, "b": b, "p": p}[block] for block in self._guide.blocks])
         return p, u if do_classifier_free_guidance else None
 

@@ -88,6 +88,12 @@ class Hypernet(nn.Module):
         self.config = replace(self.config, iterations=iterations)
         self.decoder.iterations = iterations
 
+    def unfreeze(self) -> None:
+        """Let the encoder be trained; from now on its weights are in the file."""
+        encoder = replace(self.config.encoder, frozen=False, weights=None, pretrained=False)
+        self.config, self.encoder.frozen = replace(self.config, encoder=encoder), False
+        self.encoder.requires_grad_(True)
+
     def begin_refining(self, config: HypernetConfig) -> None:
         """Put a new decoder of the width, heads, layers, iterations and head of `config` on the linear map.
 

@@ -87,9 +87,11 @@ class Standard:
 
     def measure(self, pictures: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return {row: {figure: `[J]`}} of each row's pictures `[J, K, 3, H, W]` uint8, of all people or the first."""
+        from tqdm import tqdm
+
         return {
             row: self._likeness(images) | self._further(images, self.photos.get(row, 1)) | self._whole(images)
-            for row, images in pictures.items()
+            for row, images in tqdm(pictures.items(), desc="judging", unit="row", dynamic_ncols=True)
         }
 
     def _apart(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ Randomness needs no state: every draw of step k comes from (seed, k).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from hyperdb.runtime.optim import EMA
 from hyperdb.runtime.recipe import differences
 
 
-def save(path: Path, step: int, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[str, Any]) -> None:
-    """Write the whole state of a training after `step` finished steps, atomically."""
-    tensors: dict[str, torch.Tensor] = {}
+def save(
+    path: Path,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    config: dict[str, Any],
+    fixed: Sequence[torch.Tensor] = (),
+) -> None:
+    """Write the whole state of a training after `step` finished steps, atomically, with tensors that stay `fixed`."""
+    tensors = {f"fixed.{i}": value for i, value in enumerate(fixed)}
     for i, (param, average) in enumerate(zip(ema.params, ema.average, strict=True)):
         tensors[f"param.{i}"] = param
         tensors[f"average.{i}"] = average
@@ -39,7 +47,13 @@ def _beside(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
-def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[str, Any]) -> int:
+def load(
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA,
+    config: dict[str, Any],
+    fixed: Sequence[torch.Tensor] = (),
+) -> int:
     """Restore a training in place; return how many steps are done (0 if there is no checkpoint).
 
     Raises `UserError` when the checkpoint was written under a `config` (`hyperdb.runtime.recipe`) of other values.
@@ -48,6 +62,7 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[st
         return 0
     tensors, metadata = load_tensors(path)
     needed = {f"{kind}.{i}" for kind in ("param", "average") for i in range(len(ema.params))}
+    needed |= {f"fixed.{i}" for i in range(len(fixed))}
     if not {"config", "step"} <= metadata.keys() or not needed <= tensors.keys():
         raise UserError(f"{path} is not a checkpoint of this training; delete it or use another name")
     with reading(path):
@@ -58,6 +73,10 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA, config: dict[st
             "use the same configuration, another name, or delete that folder"
         )
     with torch.no_grad():
+        for i, value in enumerate(fixed):
+            if value.shape != tensors[f"fixed.{i}"].shape:
+                raise UserError(f"{path} holds other shapes than this model; delete it or use another name")
+            value.copy_(tensors[f"fixed.{i}"])
         for i, (param, average) in enumerate(zip(ema.params, ema.average, strict=True)):
             if param.shape != tensors[f"param.{i}"].shape:
                 raise UserError(f"{path} holds other shapes than this model; delete it or use another name")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def train(
     agreed: Callable[[bool], bool] = bool,
     track: Track | None = None,
     where: Callable[[], str] | None = None,
+    fixed: Sequence[torch.Tensor] = (),
 ) -> None:
     """Train `ema.params` to `schedule.steps`, from the checkpoint in `out` if there is one; then put the average in.
 
@@ -43,13 +44,14 @@ def train(
     is due. Of several processes only the `main` one writes, and tells a `track` the loss, its terms and the rates of
     every step. Raises `UserError` for a checkpoint of another `config`,
     `NonFiniteError` for a loss or gradient that is no number, before anything is changed by it and with a checkpoint of
-    the step before; `where()` adds at which noise levels it was so.
+    the step before; `where()` adds at which noise levels it was so. `fixed` tensors are not trained but belong to what
+    is, such as the mean of its inputs: they are kept with it.
 
     SIGINT or SIGTERM ends it after the step, with a checkpoint: then `KeyboardInterrupt` or `Terminated` is raised.
     `agreed` returns whether any of several processes is to end, so that all do after the same step.
     """
     path = out / "checkpoint.safetensors"
-    start = checkpoint.load(path, optimizer, ema, config)
+    start = checkpoint.load(path, optimizer, ema, config, fixed)
     with Journal(out / "journal.jsonl" if main else None, schedule.steps, start, name) as journal, waiting() as came:
         for step in range(start, schedule.steps):
             set_rate(optimizer, schedule(step))
@@ -62,7 +64,7 @@ def train(
             if not math.isfinite(sum(losses) + gradient):
                 if main and step > start and all(x.isfinite().all() for x in (*ema.params, *ema.average)):
                     with suppress(WriteError):  # what went wrong first is said
-                        checkpoint.save(path, step, optimizer, ema, config)
+                        checkpoint.save(path, step, optimizer, ema, config, fixed)
                 journal.guard(done, sum(losses), gradient, where() if where is not None else "")
             optimizer.step()
             ema.update(step)
@@ -75,7 +77,7 @@ def train(
                 after(done, terms, journal)
             stop, due = agreed(bool(came)), done % save_every == 0 or done == schedule.steps
             if main and (stop or due):
-                checkpoint.save(path, done, optimizer, ema, config)
+                checkpoint.save(path, done, optimizer, ema, config, fixed)
             if main and due and saved is not None:
                 saved(done)
             if stop and done < schedule.steps:

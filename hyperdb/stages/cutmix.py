@@ -24,6 +24,7 @@ from hyperdb.runtime.paths import FilePath
 from hyperdb.runtime.track import Track, check_tracker, tracked
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.prior import PriorConfig
+from hyperdb.words import chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -215,5 +216,6 @@ def run(config: Config, track: Track) -> Path:
         print(f"{name}: the right person among {len(everybody)} in a share of the halves of {rates}")
     print(f"adapter in {out / 'adapter.safetensors'}, pictures in {out / 'pictures.png'}")
     both = of_two(config.prompt, "[V]", config.second)
-    print(f"next: hyperdb generate adapter={config.out} prompt='{both}' diffusion.subject_guidance=null")
+    ordinary = chosen("diffusion", replace(config.diffusion, subject_guidance=None))
+    print(f"next: hyperdb generate adapter={config.out} prompt='{both}'{ordinary}")
     return out

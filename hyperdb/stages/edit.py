@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hyperdb.adapters.layout import SD15
 from hyperdb.formats.directions import ATTRIBUTES, load_directions
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
@@ -90,7 +91,9 @@ def run(config: Config) -> Path:
         contents["directions"] = [hash_files([resolve(config.directions)])]
     path = person.save(claim(config.out, WRITES, {**recipe(config), **contents}) / "adapter.safetensors")
     print(f"adapter in {path}")
-    print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
+    prompt = f"prompt='a photo of a [V] {person.class_word}'"
+    base = " diffusion=sd15" if person.layout.digest == SD15 else ""
+    print(f"next: hyperdb generate adapter={config.out} {prompt}{base}")
     return Path(config.out)
 
 

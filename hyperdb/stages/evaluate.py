@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,7 @@ class Config(PersonalizerConfig, Share):
     recognisers `facenet` and `verifier` have their weights from too.
 
     With `num_shards` each job draws its `shard` of the people, in whole batches of `batch`, and measures nothing. The
-    same command without `shard` puts the pictures together, draws what is missing and measures.
+    same command without both puts the pictures together, draws what is missing and measures.
     """
 
     image: FilePath = "none"
@@ -279,15 +279,16 @@ class Panel:
         plain = [instance_prompt] * self.config.images
         return [*plain, *self.config.changed, *(prompt(style, "[V]", place or None) for style, place in pairs)]
 
-    def best(self, some: slice) -> Tensor:
-        """Return some people's own pictures in the place of what is drawn, `[J, images + changed + styled, ...]`."""
+    def best(self, some: slice) -> Iterator[tuple[Tensor, list[int]]]:
+        """Go through some people: own pictures `[M, 3, H, W]`, and which of them stands in each prompt's place."""
         import torch
 
         count = self.config.images + len(self.config.changed)
-        cycled = [[r[k % len(r)] for k in range(count)] for r in self.unseen[some]]
-        return torch.cat(
-            [self.people.images[torch.tensor(cycled)], *(self.styled[style][some, :1] for style in self.styles)], 1
-        )
+        for person, rows in zip(range(len(self.rows))[some], self.unseen[some], strict=True):
+            used = min(len(rows), count)
+            photos = self.people.images[torch.as_tensor(rows[:used])]
+            styled = [self.styled[style][person, :1] for style in self.styles]
+            yield torch.cat([photos, *styled]), [*(k % used for k in range(count)), *range(used, used + len(styled))]
 
     def standard(self, base: Base, out: Path, photos: dict[str, int]) -> tuple[Standard, dict[str, str]]:
         """Return what judges the pictures, and the digest of each of its networks.
@@ -333,7 +334,7 @@ def _made_from(config: Config, model: Personalizer, people: People) -> dict[str,
     """Return all that decides every row; `_described` has what decides one of them."""
     from hyperdb.runtime.recipe import recipe
 
-    own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers", "judges", "hypernet")
+    own = ("rows", "methods", "adapter", "relaxed", "finetune", "seeds", "recognisers", "judges", "hypernet", "batch")
     what = {key: value for key, value in recipe(config).items() if key not in own}
     return {**what, "base": model.base.digest, "data": people.digest}
 
@@ -415,12 +416,13 @@ class Pictures:
         named = re.compile(rf"{row}-{seed}-\d+of(\d+)\.safetensors")
         return {path: int(found[1]) for path in self.folder.glob("*") if (found := named.fullmatch(path.name))}
 
-    def _there(self, path: Path, row: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """Return what a file holds, None if it is not there or of another recipe."""
+    def _there(self, path: Path, row: str, some: slice) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Return what a file holds, None if it is not there, of another recipe or of others than `some` people."""
         from hyperdb.runtime.files import load_made
 
         made = load_made(path)
-        return made if made is not None and made[1].get("made_from") == self.made_from[row] else None
+        wanted = {"made_from": self.made_from[row], "persons": json.dumps(self.persons[some])}
+        return made if made is not None and wanted.items() <= made[1].items() else None
 
     def _save(self, path: Path, row: str, some: slice, images: Tensor, cost: dict[str, float]) -> None:
         from hyperdb.runtime.files import save_tensors
@@ -432,12 +434,12 @@ class Pictures:
     def _saved(self, path: Path, row: str, some: slice, images: Tensor, cost: dict[str, float]) -> Tensor:
         """Write pictures and return them as they lie on the disk: all rows of a table can be more than the memory."""
         self._save(path, row, some, images, cost)
-        there = self._there(path, row)
+        there = self._there(path, row, some)
         return there[0]["images"] if there is not None else images
 
     def _load(self, path: Path, row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         """Return what a file holds of some people, which is drawn if it is not there."""
-        if (there := self._there(path, row)) is not None:
+        if (there := self._there(path, row, some)) is not None:
             tensors, metadata = there
             self.kept(row, len(tensors["images"]))
             return tensors["images"], {name: float(metadata[name]) for name in COSTS if name in metadata}
@@ -447,7 +449,7 @@ class Pictures:
     def make(self, row: str, seed: int, some: slice, number: int, of: int) -> None:
         """Draw the share `number` of a row, unless it is there or the whole row is."""
         whole, part = self._path(row, seed), self.folder / f"{row}-{seed}-{number}of{of}.safetensors"
-        if self._there(whole, row) or self._there(part, row):
+        if self._there(whole, row, slice(0, self.people[row])) or self._there(part, row, some):
             self.kept(row, some.stop - some.start)
         elif some.start < some.stop:
             self._save(part, row, some, *self.draw(row, seed, some))
@@ -457,8 +459,9 @@ class Pictures:
         import torch
 
         path, parts = self._path(row, seed), self._parts(row, seed)
-        if not parts or self._there(path, row):
-            return self._load(path, row, seed, slice(0, self.people[row]))
+        everybody = slice(0, self.people[row])
+        if not parts or self._there(path, row, everybody):
+            return self._load(path, row, seed, everybody)
         ((of, _),) = Counter(parts.values()).most_common(1)
         found = [
             self._load(self.folder / f"{row}-{seed}-{k}of{of}.safetensors", row, seed, some)
@@ -468,7 +471,7 @@ class Pictures:
         images = torch.cat([each for each, _ in found])
         seconds = sum(len(each) * cost["seconds"] for each, cost in found) / len(images)
         cost = {**found[0][1], "seconds": round(seconds, 3)}
-        images = self._saved(path, row, slice(0, self.people[row]), images, cost)
+        images = self._saved(path, row, everybody, images, cost)
         for part in self._parts(row, seed):
             part.unlink()
         return images, cost
@@ -565,11 +568,14 @@ def run(config: Config) -> Path:
     # --- pictures of every row
     def draw(row: str, seed: int, some: slice) -> tuple[Tensor, dict[str, float]]:
         if row in methods:
-            return cohorts[seen[row]].draw(methods[row], fits[row], seed, prompts, bar.update, some)
-        sent = panel.best(some) if row == "ceiling" else shown[some, :1]  # the given photo stands for every picture
-        through = torch.stack([base.decode(base.moments(x)[:, 0]) for x in sent])
-        bar.update(len(sent))
-        return through.expand(-1, len(prompts), -1, -1, -1), dict.fromkeys(COSTS, 0.0)
+            return cohorts[seen[row]].draw(methods[row], fits[row], config.seed + seed, prompts, bar.update, some)
+        # the given photo stands for every picture
+        sent = panel.best(some) if row == "ceiling" else [(x[:1], [0] * len(prompts)) for x in shown[some]]
+        through = []
+        for photos, order in sent:  # each once
+            through.append(base.decode(base.moments(photos)[:, 0])[torch.tensor(order)])
+            bar.update(1)
+        return torch.stack(through), dict.fromkeys(COSTS, 0.0)
 
     persons = panel.persons
     counts = {row: methods[row].among(len(rows)) if row in methods else len(rows) for row in config.rows}
@@ -594,7 +600,7 @@ def run(config: Config) -> Path:
                 drawn.setdefault(row, []).append(images)
                 costs.setdefault(row, cost)
     if of > 1:
-        print(f"the pictures of shard {number} of {of} are in {out / 'rows'}; after all shards run it without shard")
+        print(f"the pictures of shard {number} of {of} are in {out / 'rows'}; then the same without both")
         return out
 
     # --- scores: a value a person and seed

@@ -27,7 +27,6 @@ FORMATS = ("kohya", "diffusers", "peft", "native", "textual_inversion", "a1111")
 PICTURES = "pictures.png"  # of `hyperdb personalize`, beside the adapter
 PEFT_FILES = ("model.safetensors", "config.json")
 DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-SD15_LAYOUT = "d10a533c76865b63"  # digest of Stable Diffusion 1.x's 192 layers
 
 
 @dataclass
@@ -95,6 +94,7 @@ def run(config: Config) -> Path:
     import torch
 
     from hyperdb.adapters.base import LowRank, scale
+    from hyperdb.adapters.layout import SD15
     from hyperdb.faces.image import read_text
     from hyperdb.formats import a1111, embedding, lora
     from hyperdb.formats.native import Personalization, find_adapter
@@ -128,12 +128,10 @@ def run(config: Config) -> Path:
             "hyperdb.base": person.base,
             "hyperdb.strength": str(config.strength),
         }
-        if person.layout.digest == SD15_LAYOUT:
-            metadata |= {
-                "modelspec.architecture": "stable-diffusion-v1/lora",
-                "ss_base_model_version": "sd_v1",
-                "ss_v2": "False",
-            }
+        if person.layout.digest == SD15:
+            metadata |= {"ss_base_model_version": "sd_v1", "ss_v2": "False"}
+            if what := {"textual_inversion": "textual-inversion", "a1111": None}.get(config.format, "lora"):
+                metadata["modelspec.architecture"] = f"stable-diffusion-v1/{what}"
         elif any(layer.name.endswith("attn2.to_k") and layer.in_ == 1024 for layer in person.layout.layers):
             # A1111 lists a file beside Stable Diffusion 2 by these
             metadata |= {"ss_base_model_version": "sd_v2", "ss_v2": "True"}
@@ -258,9 +256,11 @@ def _card(config: Config, person: Personalization, words: str, pictures: str | N
         "a1111": f'# docs/imports.md of hyperdb turns {config.name}.safetensors into the file that A1111 loads',
         "native": 'Personalization.load("FILE").apply(pipe)  # hyperdb.formats.native',
     }.get(config.format, f'pipe.load_lora_weights("{config.name}.safetensors")')
+    others = {"textual_inversion": "textual_inversion", "a1111": "hypernetwork", "native": "adapter"}
+    kind = others.get(config.format, "lora")
     return f"""---
 library_name: diffusers
-tags: [lora, text-to-image, hyperdreambooth]
+tags: [{kind}, text-to-image, hyperdreambooth]
 instance_prompt: {words}
 ---
 

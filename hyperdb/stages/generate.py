@@ -60,6 +60,7 @@ class Config:
     adapter: FilePath | None = None  # file or folder that `hyperdb personalize` wrote; null: draw with the base alone
     xadapter: FilePath | None = None  # file or folder of `hyperdb train_xadapter`; null: the adapter is the base's own
     old: FilePath | None = None  # the old base of `xadapter`; null: where it was when that was trained
+    old_variant: str | None = None  # of the files of `old`, such as fp16
     prompt: str = "a photo of a [V] face"
     negative_prompt: str = ""  # what guidance leads away from, in place of the empty prompt
     num_images: int = 8
@@ -147,7 +148,11 @@ def _steering(config: Config, new: Base) -> XAdapter | None:
     from hyperdb.diffusion.xadapter import Mapper, XAdapter, find, header
 
     file = find(config.xadapter)
-    old = Base.load(replace(new.config, path=config.old or header(file)["old_path"]))
+    told = header(file)
+    path, variant, revision = told["old_path"], told.get("old_variant") or None, told.get("old_revision") or None
+    if config.old is not None:
+        path, variant, revision = config.old, config.old_variant, None
+    old = Base.load(replace(new.config, path=path, variant=variant, revision=revision))
     return XAdapter(old, new, Mapper.load(file, old, new))
 
 
@@ -202,7 +207,8 @@ def notices(config: Config, base: Base) -> list[str]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _recipe(config: Config, base: Base, adapter: Path | None, steps: int, guidance: Guidance) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hyperdb.adapters import LiDBConfig
 from hyperdb.diffusion import PLACEHOLDER, DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
+from hyperdb.words import chosen
 
 WRITES = ("adapter.safetensors",)
 
@@ -85,5 +86,6 @@ def run(config: Config) -> Path:
     print(f"{what}, {adapted} of {len(layout)} layers{besides}: {path}")
     if not phrase.strip():
         print("the file states no trigger phrase: write its words in the prompt, or import it again with words='...'")
-    print(f"next: hyperdb generate adapter={config.out} prompt='a photo of a [V] {person.class_word}'")
+    prompt = f"prompt='a photo of a [V] {person.class_word}'"
+    print(f"next: hyperdb generate adapter={config.out} {prompt}{chosen('diffusion', settings)}")
     return out

@@ -11,7 +11,7 @@ words and of the end of their prompt, and stay what the base makes of other capt
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.prior import PriorConfig
+from hyperdb.words import chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 WRITES = ("adapter.safetensors", "pictures.png")
 PICTURES = 8  # that are drawn of each person, and of all of them together
 LIMIT = 2000  # captions: their features are in memory at once
+PASS = 64  # prompts that the text encoder reads at once
 
 
 @dataclass(kw_only=True)
@@ -85,7 +87,7 @@ def encoded(base: Base, prompts: list[str], word: Changes | None = None) -> tupl
     ids = base.tokenize(prompts)
     try:
         with torch.no_grad(), base.autocast(), injection.using(word or {}):
-            return ids, base.text_encoder(ids)[0].float()
+            return ids, torch.cat([base.text_encoder(some)[0].float() for some in ids.split(PASS)])
     finally:
         injection.remove()
 
@@ -213,5 +215,6 @@ def run(config: Config) -> Path:
         text = {"software": "hyperdb", "synthetic": "yes", "base": base.digest, "prompt": prompt}
         sheet = grid(list(drawn.permute(0, 2, 3, 1).numpy()), PICTURES, rows=[*calls, "together"])
         print(f"in {save_png(out / 'pictures.png', sheet, text)}")
-    print(f"next: hyperdb generate adapter={config.out} prompt='{prompt}' diffusion.subject_guidance=null")
+    ordinary = chosen("diffusion", replace(config.diffusion, subject_guidance=None))
+    print(f"next: hyperdb generate adapter={config.out} prompt='{prompt}'{ordinary}")
     return out

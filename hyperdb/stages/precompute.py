@@ -303,14 +303,14 @@ def run(config: Config) -> Path:
             return list(range(len(photos))), one(photos)
         except NonFiniteError as error:
             bad, alone = error, {}
-        for k in range(len(photos) if len(photos) > 1 else 0):
+        for k in range(len(photos)):
             try:
+                if len(photos) == 1:
+                    raise bad
                 alone[k] = one(photos[k : k + 1])
             except NonFiniteError as error:
                 print(f"no fit of {people.images.name(int(photos[k, 0]))}, which is left out: {error}")
-        if not alone:
-            raise bad
-        return list(alone), torch.cat(list(alone.values()))
+        return list(alone), torch.cat([lidb.template[None].cpu()[:0], *alone.values()])
 
     with tqdm(total=sum(map(len, mine)), desc="fits", unit=config.by, dynamic_ncols=True) as bar:
         for k, photos in enumerate(mine):
@@ -319,12 +319,15 @@ def run(config: Config) -> Path:
                 losses.clear()
                 good, tokens = fitted(photos)
                 fits.save_shard(out, i, tokens, keys[good], fits.store_key(**origin, keys=keys.tolist()))
-                bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
+                if losses:
+                    bar.set_postfix_str(f"loss {sum(losses[-10:]) / len(losses[-10:]):.4f}")
             bar.update(len(photos))
     there = all(fits.shard_path(out, i).is_file() for i in range(len(files)))
     if not (there and all(fits.shard_is_done(out, i, origin, len(photos)) for i, photos in enumerate(files))):
         print(f"shard {number} of {of} is done, others are not: {out} is no store yet")
         return out
+    if not len(fits.Fits([fits.shard_path(out, i) for i in range(len(files))])):
+        raise UserError(f"no fit in {out} has succeeded: lower fit.rate, in another name")
     fits.finish(out, len(files), lidb, {**origin, **provenance()})
     count = load_json(out / "index.json")["fits"]
     print(f"{count} fits of {lidb.numbers} numbers each, one a{'n' * (config.by == 'image')} {config.by}, in {out}")

@@ -6,7 +6,7 @@
 Writes `faces/*.png`, `manifest.jsonl` (file, source, identity, split, box, score) and
 `rejected.jsonl` (source, reason) into `out`: every picture below `source`, or within `limit`, is in one of the two.
 Running it again keeps the faces that are there. With `num_shards` a job crops every so many-th picture, its `shard`;
-when all are done, the same command without `shard` writes the two lists.
+when all are done, the same command without `shard` and `num_shards` writes the two lists.
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ def run(config: Config) -> Path:
             }
         )
     if of > 1:
-        print(f"{len(records)} faces of shard {number} of {of} are in {out}; after all shards run it without shard")
+        print(f"{len(records)} faces of shard {number} of {of} are in {out}; then the same without both")
         return out
     if not records:
         release(out)

@@ -13,6 +13,7 @@ from hyperdb.hypernet import HypernetConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.runtime.track import Track, check_tracker, tracked
+from hyperdb.words import chosen
 
 if TYPE_CHECKING:
     from typing import Any
@@ -188,5 +189,6 @@ def run(config: Config, track: Track) -> Path:
               f"{apart['mean']:.5f} [{apart['lo']:.5f}, {apart['hi']:.5f}]")  # fmt: skip
     injection.remove()
     save_json(out / "report.json", report)
-    print(f"encoder in {file}; next: hyperdb personalize adapter=e4t adapter.encoder={file} image=PHOTO")
+    words = chosen("diffusion", config.diffusion)
+    print(f"encoder in {file}; next: hyperdb personalize adapter=e4t adapter.encoder={file} image=PHOTO{words}")
     return out

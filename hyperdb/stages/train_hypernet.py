@@ -427,6 +427,8 @@ def _require_form(config: Config, model: Hypernet) -> None:
     odd = [name for name in names if getattr(model.config, name) != getattr(config.model, name)]
     if config.model.linear and not model.config.linear:
         odd.append("linear")
+    if config.model.summary > model.config.summary:
+        odd.append("summary")
     if odd:
         form = " ".join(f"model.{name}={str(getattr(model.config, name)).lower()}" for name in odd)
         raise UserError(f"{config.init} was made with {form}; set the same")
@@ -546,6 +548,8 @@ def _processes(config: Config, base: Base) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    if base.device.index not in (None, int(os.environ.get("LOCAL_RANK", "0"))):
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"  # a process that sees one card alone calls it the first
     accelerator = Accelerator(
         cpu=base.device.type == "cpu",
         device_placement=False,  # beside the base, wherever that is
@@ -606,6 +610,7 @@ def run(config: Config, track: Track) -> Path:
         if file is not None and resolve(file).is_file():  # else whoever reads it says so
             origin[part] = hash_files([resolve(file)])
     whole = {**recipe(config), "made_from": origin}
+    del whole["changed"]  # drawn in validations alone
     out = claim(config.out, WRITES, whole) if main else Path(config.out)
     fit_rows = torch.full((len(people),), -1)  # whose fit belongs to which photo
     if fits is not None and config.beta > 0:
@@ -629,6 +634,8 @@ def run(config: Config, track: Track) -> Path:
         if config.model.summary < model.config.summary:
             model.cut(config.model.summary)
         _require_form(config, model)
+        if model.encoder.frozen and not config.model.encoder.frozen:
+            model.unfreeze()
     else:
         model = Hypernet(config.model, lidb, config.default_spread)
         if fits is not None and len(fits.tokens) > 1:
@@ -673,7 +680,7 @@ def run(config: Config, track: Track) -> Path:
     schedule = Schedule(config.steps, config.warmup, config.decay)
     train(
         "hypernetwork", out, whole, schedule, optimizer, ema, step, after, config.save_every, main=main, agreed=agreed,
-        track=track, where=objective.bad_levels,
+        track=track, where=objective.bad_levels, fixed=list(model.buffers()),
     )  # fmt: skip
 
     # --- write

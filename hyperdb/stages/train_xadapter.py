@@ -21,6 +21,7 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
 from hyperdb.runtime.track import Track, check_tracker, tracked
+from hyperdb.words import chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,8 @@ class Config:
 
     diffusion: DiffusionConfig
     to: FilePath = "???"
+    to_variant: str | None = None  # of the new base's files, such as fp16
+    to_revision: str | None = None  # of the new base's repository
     data: FilePath = "data/heads"  # people with captions: a folder of `hyperdb render_heads`, or any other of people
     width: int = 128  # channels between the two convolutions of each block's network
     empty: float = 1.0  # share of the rows in which the new base reads the empty prompt, the old one the caption
@@ -91,7 +94,8 @@ def run(config: Config, track: Track) -> Path:
 
     # --- bases, data
     people = load_people(config.data, size=config.diffusion.size)
-    old, new = Base.load(config.diffusion), Base.load(replace(config.diffusion, path=config.to))
+    to = replace(config.diffusion, path=config.to, variant=config.to_variant, revision=config.to_revision)
+    old, new = Base.load(config.diffusion), Base.load(to)
     mapper = Mapper.between(old, new, config.width, config.seed)
     ending = people.identity[-min(HELD, -(-len(people) // 4)) :]
     seen, unseen = split(people, len(ending.unique()))
@@ -160,5 +164,5 @@ def run(config: Config, track: Track) -> Path:
         f"{loss['alone']:.4f} alone and {loss['told']:.4f} alone where it reads what the old one does"
     )
     print(f"both UNets run, in {seconds['steered']:.2f} s a pass; the new one alone in {seconds['alone']:.2f} s")
-    print(f"next: hyperdb generate diffusion.path={config.to} xadapter={config.out} adapter=FOLDER")
+    print(f"next: hyperdb generate{chosen('diffusion', new.config)} xadapter={config.out} adapter=FOLDER")
     return out

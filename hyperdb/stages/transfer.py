@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
+from hyperdb.words import chosen
 
 if TYPE_CHECKING:
     from hyperdb.adapters.base import Change, LowRank
@@ -45,6 +46,8 @@ class Config:
 
     adapter: FilePath = "???"  # a file of `hyperdb personalize`, or its folder
     to: FilePath = "???"
+    to_variant: str | None = None  # of the new base's files, such as fp16
+    to_revision: str | None = None  # of the new base's repository
     subspace: int | None = None
     least: float = 0.8  # similarity of the layers that are moved; 0 moves all
     rank: int | None = None  # of the result at most; the least of what goes beyond is left out. null: all of it
@@ -83,7 +86,7 @@ def move(
     """
     import torch
 
-    from hyperdb.adapters.lorax import alike, energy, projected
+    from hyperdb.adapters.lorax import alike, energy, projected, truncated
 
     change.check(site)
     if site.kind not in ("linear", "conv"):
@@ -101,9 +104,10 @@ def move(
     if min(found.values()) < config.least:
         return None, found | {"skipped": "other singular vectors"}
     pair = _pair(change, site)
-    if config.subspace is None and config.rank is None and torch.equal(site.weight(), onto.weight()):
-        return pair, found | {"kept": 1.0}
-    moved = projected(pair, u[:, :kept], vt[:kept], config.rank)
+    if config.subspace is None and torch.equal(site.weight(), onto.weight()):  # nothing lies beyond its own base
+        moved = pair if config.rank is None else truncated(pair, config.rank)
+    else:
+        moved = projected(pair, u[:, :kept], vt[:kept], config.rank)
     whole = energy(pair)
     return moved, found | {"kept": round(energy(moved) / whole, 4) if whole else 1.0}
 
@@ -137,6 +141,8 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 def run(config: Config) -> Path:
     """Write `out/adapter.safetensors`, `transfer.md` and `transfer.json`, a row a layer; return `out`."""
+    from tqdm import tqdm
+
     from hyperdb.adapters import LiDBConfig
     from hyperdb.adapters.base import moved
     from hyperdb.adapters.layout import Layout
@@ -160,14 +166,17 @@ def run(config: Config) -> Path:
             f"{file} was made for base {person.base}, and {config.diffusion.path} is {here}; name its own with "
             "diffusion=NAME or diffusion.path=FOLDER"
         )
-    new = Base.load(replace(config.diffusion, path=config.to))
+    to = replace(config.diffusion, path=config.to, variant=config.to_variant, revision=config.to_revision)
+    new = Base.load(to)
+    made_from = {**recipe(config), "adapter": hash_files([file]), "base": base.digest, "to": new.digest}
+    out = claim(config.out, WRITES, made_from)
 
     # --- project, layer by layer
     changes = moved(person.changes(), base.device)
     old_sites, new_sites = base.sites(changes), new.sites(changes)
     subspace = config.subspace or (LARGEST if new.digest == base.digest else narrowest(person.layout))
     factors, rows = {}, {}
-    for name, change in changes.items():
+    for name, change in tqdm(changes.items(), desc="layers", unit="layer", dynamic_ncols=True):
         onto = Site(name, new_sites[name]) if name in new_sites else None
         pair, rows[name] = move(change, Site(name, old_sites[name]), onto, subspace, config)
         if pair is not None:
@@ -187,9 +196,8 @@ def run(config: Config) -> Path:
     layout, empty = Layout.of(new.targets()), LiDBConfig()
     tokens = empty.build(layout).init(1)["tokens"][0]
     words = (base_hash(new.targets()), person.rare_token, person.class_word)
-    made_from = {**recipe(config), "adapter": hash_files([file]), "base": base.digest, "to": new.digest}
-    out = claim(config.out, WRITES, made_from)
-    Personalization(layout, tokens, empty, *words, factors, parts=carried).save(out / "adapter.safetensors")
+    saved = Personalization(layout, tokens if factors else None, empty, *words, factors, parts=carried)
+    saved.save(out / "adapter.safetensors")
     told = {"base": base.digest, "to": new.digest, "subspace": subspace, "layers": rows, "skipped": skipped}
     save_json(out / "transfer.json", told | {"provenance": provenance()})
     save_text(out / "transfer.md", _table(rows))
@@ -202,5 +210,5 @@ def run(config: Config) -> Path:
         names = [name for name in skipped if skipped[name] == why]
         print(f"left out ({why}): {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
     print(f"every layer's figures: {out / 'transfer.md'}")
-    print(f"next: hyperdb generate adapter={config.out} diffusion.path={config.to}")
+    print(f"next: hyperdb generate adapter={config.out}{chosen('diffusion', new.config)}")
     return out

@@ -113,6 +113,7 @@ def _for_base(model: Network, what: str, base: Base, layout: Layout) -> Network:
         warnings.warn(
             f"{what} was trained on base {trained_on}, this is {base.digest}: expect less likeness", stacklevel=4
         )
+    model.lidb.to(base.device)  # whose mask and bases are not the network's
     return model.to(base.device)
 
 

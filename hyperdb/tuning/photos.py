@@ -13,7 +13,7 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import expand, resolve
 from hyperdb.runtime.track import Track
 from hyperdb.tuning.personalizer import Personalizer, crop_face, to_images
-from hyperdb.words import entries
+from hyperdb.words import chosen, entries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +48,8 @@ def _preview(
 
     These are with the photos. `pictures.png` is the sheet without the photo, which is nobody's to send around.
     """
+    from tqdm import tqdm
+
     from hyperdb.adapters.inject import settled
     from hyperdb.faces.image import grid, save_png
     from hyperdb.metrics.face import SFace
@@ -61,14 +63,16 @@ def _preview(
     instance = [base.config.instance_prompt] * len(seeds)
     changes = finished.changes()
     changes = settled(changes, base.sites(changes))  # drawn with twice
-    rows = {
-        "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds)[0],
-        "fine-tuned": draw(base, changes, 1, instance, seeds)[0],
-    }
-    if begun := predicted.changes():  # else nothing lies under what was trained
-        rows[before] = draw(base, begun, 1, instance, seeds)[0]
-    styles = model.config.preview_styles
-    styled = draw(base, changes, 1, styles, [0] * len(styles))[0]
+    begun = predicted.changes()  # else nothing lies under what was trained
+    with tqdm(total=3 + bool(begun), desc="pictures", dynamic_ncols=True) as bar:
+        rows = {
+            "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds, progress=bar.update)[0],
+            "fine-tuned": draw(base, changes, 1, instance, seeds, progress=bar.update)[0],
+        }
+        if begun:
+            rows[before] = draw(base, begun, 1, instance, seeds, progress=bar.update)[0]
+        styles = model.config.preview_styles
+        styled = draw(base, changes, 1, styles, [0] * len(styles), progress=bar.update)[0]
     feature = SFace()
     gallery = galleries(feature, shown[None])
     cosines = {name: round(face_cosine(feature, x[None], gallery).mean().item(), 4) for name, x in rows.items()}
@@ -183,5 +187,6 @@ def personalize(
           f"fine-tuning {seconds['finetune']:.1f} s)")  # fmt: skip
     if config.preview:
         print(f"pictures: {out / 'preview.png'}")
-    print(f"next: hyperdb generate adapter={out} prompt='a pencil sketch of a [V] face'")
+    base = chosen("diffusion", config.diffusion)
+    print(f"next: hyperdb generate adapter={out} prompt='a pencil sketch of a [V] face'{base}")
     return out

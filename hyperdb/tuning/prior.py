@@ -61,6 +61,7 @@ class Prior:
 def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | None = None) -> Prior:
     """Sample the class pictures once and keep them in `cache`; `shipped` ones of the same base and prompts are used."""
     import torch
+    from tqdm import tqdm
 
     from hyperdb.diffusion.loss import predict, stratified_timesteps
     from hyperdb.diffusion.sample import sample, start_noise
@@ -87,7 +88,8 @@ def load_prior(base: Base, config: PriorConfig, cache: Path, shipped: Path | Non
                 break
     else:
         parts = [slice(k, k + 16) for k in range(0, config.images, 16)]
-        latents = torch.cat([sample(base, prompts[k], start[k]).cpu().half() for k in parts])
+        shown = tqdm(parts, desc="class pictures", unit="pass", dynamic_ncols=True)
+        latents = torch.cat([sample(base, prompts[k], start[k]).cpu().half() for k in shown])
         with torch.no_grad():
             own = torch.stack([
                 torch.cat([

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hyperdb.adapters.base import Changes, identities_of, select
 from hyperdb.adapters.inject import Injection
@@ -98,8 +99,14 @@ class Validation:
             scores["weights"] = round(distance.mean().item(), 5)
         prompts = [self.base.config.instance_prompt] * PLAIN + self.changed
         seeds = list(range(len(prompts)))
-        drawn = {n: draw(self.base, x, count, prompts, seeds) for n, x in (("own", own), ("shuffled", shuffled))}
-        drawn["mean"] = draw(self.base, mean, 1, prompts, seeds).expand_as(drawn["own"])  # alike for all
+        with tqdm(total=3 * count + 1, desc="pictures", unit="person", leave=False, dynamic_ncols=True) as bar:
+            drawn = {
+                name: draw(self.base, changes, count, prompts, seeds, progress=bar.update)
+                for name, changes in (("own", own), ("shuffled", shuffled))
+            }
+            alike = draw(self.base, mean, 1, prompts, seeds, progress=bar.update)  # for all
+            drawn["mean"] = alike.expand_as(drawn["own"])
+            styled = draw(self.base, own, count, [self.style], [0], progress=bar.update)
         cosines = {n: face_cosine(self._recogniser, images, self._gallery) for n, images in drawn.items()}
         faces = {"face_cosine": {n: x[:, :PLAIN].mean(1) for n, x in cosines.items()}}
         if self.changed:
@@ -111,7 +118,6 @@ class Validation:
             for kind, values in {"diffusion": losses, **faces}.items()
             for name in ("shuffled", "mean")
         }
-        styled = draw(self.base, own, count, [self.style], [0])
         self._save(sheet, drawn["own"], drawn["shuffled"], styled)
         return scores, pairs
 

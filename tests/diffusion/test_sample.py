@@ -96,6 +96,17 @@ def test_unknown_or_unfit_scheduler_is_named(base: Base) -> None:
         sample(base, PROMPTS, start_noise(base, [0, 1]), scheduler="plms")
     with pytest.raises(UserError, match="scheduler=pndm cannot draw in 3 steps"):
         sample(base, PROMPTS, start_noise(base, [0, 1]), 3, scheduler="pndm")
+    with pytest.raises(UserError, match="scheduler=ddim cannot draw in 1001 steps; take 1000 at most"):
+        sample(base, PROMPTS, start_noise(base, [0, 1]), 1001)
+
+
+def test_an_offset_beyond_the_last_level_is_named(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    offset = {"steps_offset": 1, "timestep_spacing": "leading"}  # as Stable Diffusion 1.5 has it
+    scheduler = type(base.schedule).from_config(base.schedule.config, **offset)
+    monkeypatch.setattr(base, "schedule", scheduler)
+    with pytest.raises(UserError, match="cannot draw in 1000 steps on this base; take fewer"):
+        sample(base, PROMPTS, start_noise(base, [0, 1]), 1000)
+    assert sample(base, PROMPTS, start_noise(base, [0, 1]), 2).isfinite().all()
 
 
 def test_start_noise_is_private_to_each_seed(base: Base) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from hyperdb.adapters import LiDBConfig
+from hyperdb.adapters import LiDBConfig, PlusConfig
 from hyperdb.adapters.layout import Layout
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.base import Base
 from hyperdb.diffusion.sample import SCHEDULERS, sample, start_noise
-from hyperdb.formats.native import Personalization
+from hyperdb.formats.native import Part, Personalization
 from hyperdb.formats.pipeline import HybridPipeline
 from hyperdb.runtime.errors import UserError
+from hyperdb.tuning.trainable import trainable
 
 PROMPTS = ["a photo of [V] face", "a pencil sketch of a [V] face, smiling"]
 PLAIN = ["a photo of face", "a pencil sketch of a face, smiling"]
@@ -102,6 +103,28 @@ def test_negative_prompt_and_scheduler(
     mine = ours(base, person, 3.0, 4.0, negative="beach", scheduler=scheduler)
     close(mine, theirs(base, pipeline, 3.0, 4.0, negative_prompt=["beach"] * 2))
     assert (mine - ours(base, person, 3.0, 4.0, scheduler=scheduler)).abs().mean() > 0.1
+
+
+def test_one_prompt_and_one_negative_prompt(base: Base, pipeline: HybridPipeline) -> None:
+    told = {"num_inference_steps": 4, "guidance_scale": 3.0, "subject_guidance": 4.0, "output_type": "pt"}
+    noise = start_noise(base, [0])
+    one = pipeline(PROMPTS[0], latents=noise, negative_prompt="beach", **told).images
+    several = pipeline([PROMPTS[0]], latents=noise, negative_prompt=["beach"], **told).images
+    assert torch.equal(one, several)
+
+
+@pytest.mark.parametrize("pair", [(3.0, None), (3.0, 4.5)])
+def test_an_adapter_of_several_contexts(base: Base, tiny_base: Path, pair: tuple[float, float | None]) -> None:
+    settings, adapter = trainable(base, PlusConfig())
+    vectors = torch.randn(1, *adapter.shapes()["vector"], generator=torch.Generator().manual_seed(6))
+    plus = Personalization(
+        Layout.of(base.targets()), None, parts=[Part(settings, adapter.layout, {"vector": vectors})]
+    )
+    loaded = HybridPipeline.from_pretrained(tiny_base)
+    loaded.set_progress_bar_config(disable=True)
+    handle = loaded.personalize(plus)
+    close(ours(base, plus, *pair), theirs(base, loaded, *pair))
+    handle.remove()
 
 
 def test_several_pictures_of_a_prompt(base: Base, person: Personalization, pipeline: HybridPipeline) -> None:

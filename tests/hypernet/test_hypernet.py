@@ -283,6 +283,14 @@ def test_a_frozen_encoder_is_not_stored(lidb, tmp_path):
     assert not any(name.startswith("encoder.") for name in load_tensors(path)[0])
     model(_images()).sum().backward()
     assert all(p.grad is None for p in model.encoder.parameters())
+    model.unfreeze()
+    model(_images()).sum().backward()
+    assert all(p.grad is not None for p in model.encoder.parameters() if p.requires_grad)
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1.0)
+    again = Hypernet.load(model.save(tmp_path / "trained.safetensors", {}))
+    assert not again.encoder.frozen
+    torch.testing.assert_close(again.encoder.state_dict(), model.encoder.state_dict(), atol=1e-2, rtol=1e-2)
 
 
 def test_foreign_and_damaged_files_are_refused(model, tmp_path):

@@ -136,6 +136,18 @@ def test_resume_is_bit_for_bit(tmp_path, kind):
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+def test_what_stays_fixed_comes_back_too(tmp_path):
+    model = torch.nn.Linear(4, 2)
+    optimizer, ema, path = adamw(model.parameters(), 1e-2), EMA(model.parameters(), 0.9), tmp_path / "a.safetensors"
+    checkpoint.save(path, 1, optimizer, ema, {}, [torch.arange(3.0)])
+    found = torch.zeros(3)
+    assert checkpoint.load(path, optimizer, ema, {}, [found]) == 1
+    assert torch.equal(found, torch.arange(3.0))
+    for other in ([torch.zeros(4)], [torch.zeros(3), torch.zeros(1)]):
+        with pytest.raises(UserError):
+            checkpoint.load(path, optimizer, ema, {}, other)
+
+
 @pytest.mark.parametrize("shape", [(40, 16), (16, 40), (3, 24, 48)])
 def test_orthogonal_moves_singular_values_near_one_and_keeps_the_directions(shape):
     given = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hyperdb import config
-from hyperdb.adapters import KINDS, svdiff
+from hyperdb.adapters import KINDS, site
 from hyperdb.faces.image import read_image, save_png
 from hyperdb.formats.native import Personalization
 from hyperdb.runtime.errors import UserError
@@ -86,10 +86,10 @@ def test_no_adapter_is_replaced_by_one_of_another_kind(personalised):
     assert personalised("lora", f"out={out}") == out
 
 
-def test_a_preview_decomposes_each_weight_once(personalised, monkeypatch):
+def test_a_fit_and_its_preview_decompose_each_weight_once(personalised, monkeypatch):
     found = []
-    decomposed = svdiff.decomposed
-    monkeypatch.setattr(svdiff, "decomposed", lambda weight: found.append(weight) or decomposed(weight))
+    decomposed = site.decomposed
+    monkeypatch.setattr(site, "decomposed", lambda weight: found.append(weight) or decomposed(weight))
     out = personalised("svdiff", "preview=true", "preview_styles=[a sketch of a [V] face]")
     assert (out / "preview.png").is_file()
     person = Personalization.load(out / "adapter.safetensors")

@@ -86,13 +86,13 @@ def test_the_digest_of_stable_diffusion_15():
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    from hyperdb.adapters.layout import SD15
     from hyperdb.diffusion.targets import find_targets
-    from hyperdb.stages.export import SD15_LAYOUT
 
     clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     with torch.device("meta"):
         targets = find_targets(UNet2DConditionModel(sample_size=64, cross_attention_dim=768), CLIPTextModel(clip))
-    assert Layout.of(targets).digest == SD15_LAYOUT
+    assert Layout.of(targets).digest == SD15
 
 
 @pytest.mark.parametrize("word", ["format=ckpt", "dtype=bf16", "strength=nan", "adapter=none"])

@@ -187,6 +187,9 @@ def test_one_fit_that_diverges_stops_no_other(base_words, aligned, tmp_path, mon
             raise NonFiniteError("the loss is nan")
         return fit(base, lidb, moments, *rest, **more)
 
+    def broken(*_, **__):
+        raise NonFiniteError("the loss is nan")
+
     words = [*base_words, *FIT, f"data={aligned}", "by=image", "fit.views=1", f"out={tmp_path / 'store'}"]
     seen = []
     monkeypatch.setattr(fitting, "fit", lambda *a, **k: seen.append(a[2].mean()) or fit(*a, **k))
@@ -198,6 +201,11 @@ def test_one_fit_that_diverges_stops_no_other(base_words, aligned, tmp_path, mon
     wanted = load_json(tmp_path / "alone" / "index.json")["fits"] - 1
     assert load_json(out / "index.json")["fits"] == wanted
     assert configuration.run("precompute", words) == out  # and is not tried again
+    lone = configuration.run("precompute", [*words[:-1], "batch=1", f"out={tmp_path / 'lone'}"])  # in its file
+    assert load_json(lone / "index.json")["fits"] == wanted
+    monkeypatch.setattr(fitting, "fit", broken)
+    with pytest.raises(UserError, match=r"no fit in .*nobody has succeeded"):
+        configuration.run("precompute", [*words[:-1], f"out={tmp_path / 'nobody'}"])
 
 
 def test_a_store_of_other_photos_is_refused(base_words, aligned, stores, tmp_path):

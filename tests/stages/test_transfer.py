@@ -15,6 +15,7 @@ from hyperdb.adapters import (
     A1111Config,
     CustomConfig,
     DoRAConfig,
+    FullConfig,
     LiDBConfig,
     LoRAXConfig,
     SVDiffConfig,
@@ -150,6 +151,30 @@ def test_whatever_can_be_merged_becomes_a_lora_of_its_own_base(tiny_base, person
     config.run("export", [f"adapter={out}", f"out={tmp_path / 'kohya'}"])  # other tools read it now
 
 
+def test_of_its_own_base_nothing_but_the_rank_is_cut(tiny_base, person, tmp_path):
+    base, g = load(tiny_base), torch.Generator().manual_seed(2)
+    layout = Layout.listing({n: Site(n, m) for n, m in base.places("unet_attention").items()})
+    params = {x.name: torch.randn(1, *x.shape, generator=g) for x in layout.layers}
+    own = replace(person, tokens=None, relaxed={}, parts=[Part(FullConfig(sites="unet_attention"), layout, params)])
+    out = transfer(tiny_base, own, tiny_base, tmp_path, "rank=3")
+    factors = Personalization.load(out / "adapter.safetensors").factors()
+    wide = [x.name for x in layout.layers if x.in_ > x.out]  # more inputs than the weight's own vectors reach
+    assert wide
+    for name, change in own.changes().items():
+        u, s, vt = torch.linalg.svd(change.dense(base.sites([name])[name].weight)[0], full_matrices=False)
+        nearest = u[:, :3] * s[:3] @ vt[:3]
+        torch.testing.assert_close(delta(*factors[name])[0], nearest, rtol=1e-3, atol=1e-3)
+    kept = load_json(out / "transfer.json")["layers"]
+    assert all(0 < kept[name]["kept"] < 1 for name in wide)
+
+
+def test_a_folder_of_another_run_is_refused_before_the_work(tiny_base, versions, person, tmp_path, monkeypatch):
+    transfer(tiny_base, person, versions["further"], tmp_path)
+    monkeypatch.setattr("hyperdb.stages.transfer.move", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match=r"holds adapter\.safetensors of a run with other"):
+        transfer(tiny_base, replace(person, rare_token="qqq"), versions["further"], tmp_path)
+
+
 def test_what_cannot_be_merged_or_is_of_another_base_is_refused(tiny_base, versions, person, tmp_path):
     base = load(tiny_base)
     layout = Layout.listing({n: Site(n, m) for n, m in base.places("kv").items()})
@@ -229,6 +254,8 @@ def test_a_word_goes_on_as_it_is(tiny_base, versions, person, tmp_path, capsys, 
     assert set(moved.relaxed) <= set(layers)
     assert bool(moved.relaxed) == bool(layers)
     assert f"{len(moved.relaxed)} of {1 + len(layers)} layers moved, and the word as it is" in capsys.readouterr().out
+    if not layers:  # a word alone stays one that other tools read
+        config.run("export", [f"adapter={out}", "format=textual_inversion", f"out={tmp_path / 'word'}"])
 
 
 def _sites(base, adapter):

@@ -1,6 +1,7 @@
 """G4: trained on one person alone, does the hypernetwork reach that person's own fit?
 
-    hyperdb precompute identities=1 name=one && hyperdb train_hypernet experiment=overfit_one
+    hyperdb precompute identities=1 name=one && hyperdb train_hypernet experiment=overfit_one \
+      model.encoder.weights=package:embedded/hypernet/hypernet.safetensors
     python experiments/embedded/gates/g4_overfit.py
 
 Face cosine of 32 pictures of "a [V] face" with the person's photos: base, fit, prediction. Also writes g4.png.
