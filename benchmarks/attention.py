@@ -12,7 +12,6 @@ import dataclasses
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from hyperdb import config
 from hyperdb.diffusion.loss import predict
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.provenance import provenance
+from hyperdb.tuning.methods import seconds_now
 
 
 def main(repeats: int = 5) -> None:
@@ -31,11 +31,11 @@ def main(repeats: int = 5) -> None:
     for turn in range(repeats + 1):
         for kind, base in bases.items():
             base.unet.requires_grad_(True)
-            z, t = torch.randn(64, *base.latent_shape), torch.arange(64) * 15
-            began = time.perf_counter()
+            z, t = (x.to(base.device) for x in (torch.randn(64, *base.latent_shape), torch.arange(64) * 15))
+            began = seconds_now(base)
             predict(base, z, z, t, base.tokenize(["a face"] * 64)).square().mean().backward()
             if turn:  # the first turn warms up
-                seconds[kind].append(time.perf_counter() - began)
+                seconds[kind].append(seconds_now(base) - began)
     medians = {kind: round(statistics.median(times), 3) for kind, times in seconds.items()}
     ratio = round(medians["sdpa"] / medians["eager"], 3)
     result = {"median_seconds": medians, "sdpa_over_eager": ratio, "repeats": repeats, "cores": os.cpu_count()}

@@ -261,10 +261,11 @@ def main(work: Path, pictures: int = 15000, size: int = 512, fits: int = 15000, 
         result[name] = measured(work, part, size, steps)
     result["store"] = measured(work, "store", fits)
     runs = [run for name, run in result.items() if name.startswith(("train_hypernet", "precompute"))]
-    result["limits"] = LIMITS
+    warm = [run for name, run in result.items() if name in ("train_hypernet", "precompute", "precompute_empty_cache")]
+    result["limits"] = LIMITS | {"first_batch_of": "all but train_hypernet_empty_cache, which encodes every picture"}
     result["within"] = {
         "memory_gb": max(run["anonymous_gb"] for run in (*runs, result["store"])) <= LIMITS["memory_gb"],
-        "first_batch_seconds": max(run["first_batch_seconds"] for run in runs[1:]) <= LIMITS["first_batch_seconds"],
+        "first_batch_seconds": max(run["first_batch_seconds"] for run in warm) <= LIMITS["first_batch_seconds"],
         "waited": max(run["waited"] for run in runs) <= LIMITS["waited"],
     }
     print(save_json(Path(__file__).with_suffix(".json"), {**result, **provenance()}), result["within"])

@@ -48,7 +48,8 @@ def against_bare(base: Base, words: list[str], repeats: int) -> dict[str, Any]:
     lidb = settings.adapter.build(layout).to(base.device)
     frozen = lidb.factors({"tokens": lidb.template[None] + 0.02})
     rows = tuning.levels
-    ids, t = base.tokenize([base.config.instance_prompt] * rows), torch.arange(rows, device=base.device) * 200 + 100
+    ids = base.tokenize([base.config.instance_prompt] * rows)
+    t = torch.linspace(100, 900, rows, device=base.device).long()
     latents, noise = torch.randn(2, rows, *base.latent_shape).to(base.device)
     seconds: dict[str, list[float]] = {"iteration": [], "bare": []}
     embedding = base.text_encoder.get_input_embeddings()

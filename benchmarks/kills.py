@@ -1,4 +1,4 @@
-"""Every stage killed at random moments and started again, on tiny settings: does it end as an undisturbed run does?
+"""Six stages killed at random moments and started again, on tiny settings: do they end as an undisturbed run does?
 
     python benchmarks/kills.py [kills]
 

@@ -6,7 +6,8 @@
 at one person does not at five. Here every turn takes another person from the crop of the photo to the trained adapter,
 prediction included; the methods take turns in one process, after a few iterations of each that do not count. What all
 have in common, finding the face and drawing, is in personalize.py and not here. Whatever `hyperdb evaluate` can set can
-be set here. Writes methods_BASE.json beside this file, with the median and every turn.
+be set here. Writes methods_BASE.json beside this file, with the median and every turn. Each turn is kept in
+runs/benchmarks, so that the same command of the same commit goes on where it was stopped.
 
 Table 1 is 4,240 iterations a turn on the embedded base; `methods.NAME.finetune.steps=` makes one shorter.
 """
@@ -17,10 +18,12 @@ import os
 import statistics
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from fits import Kept
 
 from hyperdb import config
 from hyperdb.heads import Identity, View, render
@@ -36,8 +39,8 @@ WARM = 3  # iterations of each method that do not count
 FIRST = 1_100_003  # the person of personalize.py; each turn takes the next
 
 
-def measure(words: list[str], repeats: int, out: str) -> dict[str, Any]:
-    """Take turns, print each, and return each method's label, iterations and seconds."""
+def measure(words: list[str], repeats: int, out: str, work: Path) -> dict[str, Any]:
+    """Take turns, print each and keep it in `work`, and return each method's label, iterations and seconds."""
     settings = config.load("evaluate", ["experiment=table1", *words, f"out={out}"])
     methods = {row: settings.methods[row] for row in settings.rows if row in settings.methods}
     # at another's or everybody's prediction it takes as long as at the own one, and so does another guidance; the base
@@ -65,15 +68,21 @@ def measure(words: list[str], repeats: int, out: str) -> dict[str, Any]:
             cohort.train(adapter, fit, slice(0, 1), start, lambda _: None, methods[row].adapter)
         return seconds_now(model.base) - began
 
+    asked = {"words": sorted(words), "base": model.base.digest, "commit": provenance()["commit"]}
+    kept, warm = Kept(work, asked), set()
+
+    def turned(row: str, photo: torch.Tensor) -> float:
+        if row not in warm:
+            seconds(row, photo, WARM)
+            warm.add(row)
+        return seconds(row, photo)
+
     found: dict[str, list[float]] = {row: [] for row in methods}
     for turn in range(repeats):
         picture = render(Identity(FIRST + turn), View(), size=max(256, settings.diffusion.size))
         photo = to_images(model.crop(picture)[None])[None]  #                        [1, 1, 3, H, W]
         for row in methods:
-            if not turn:
-                seconds(row, photo, WARM)
-            found[row].append(round(seconds(row, photo), 3))
-            print(f"turn {turn + 1}  {row:20s}{found[row][-1]:10.2f} s", flush=True)
+            found[row].append(kept.once(f"turn {turn + 1} {row}", partial(turned, row, photo)))
     steps = {row: 0 if fit is None else fit.steps for row, fit in fits.items()}
     cuda = model.base.device.type == "cuda"
     return {
@@ -92,7 +101,8 @@ def main(words: list[str]) -> None:
     repeats = int(next((word.partition("=")[2] for word in words if word.startswith("repeats=")), "3"))
     name = next((word.partition("=")[2] for word in words if word.startswith("diffusion=")), "embedded")
     with tempfile.TemporaryDirectory() as out:
-        result = measure([word for word in words if not word.startswith("repeats=")], repeats, out)
+        rest = [word for word in words if not word.startswith("repeats=")]
+        result = measure(rest, repeats, out, Path(f"runs/benchmarks/methods_{name}.json"))
     save_json(Path(__file__).with_name(f"methods_{name}.json"), result)
     least = min(row["median_seconds"] for row in result["rows"].values())
     for row in result["rows"].values():

@@ -196,6 +196,11 @@ def swept(schema: type, word: str) -> str:
 # --- what a user is told to type ---------------------------------------------------------------------
 
 
+def typed(key: str, value: object) -> str:
+    """Return a word of the command line as a shell takes it."""
+    return shlex.quote(f"{key}={value}")
+
+
 def chosen(group: str, settings: Any, default: str = "embedded") -> str:
     """Return the words that give such settings of a group, as a shell takes them, each after a space; "" for none.
 

@@ -135,6 +135,25 @@ def test_pictures_that_cannot_be(in_tmp, tiny_base, capsys, words, said):
     assert not list(in_tmp.rglob("*.png"))
 
 
+@pytest.mark.parametrize(
+    ("stage", "words", "said"),
+    [
+        ("train_base", ["channels=[64,128]"], "expected as many heads, one for each level"),
+        ("train_base", ["vae=."], "no autoencoder at ."),
+        ("train_base", ["save_every=0"], "save_every=0"),
+        ("train_autoencoder", ["crop=64", "held_out=3"], "crop=64: the pictures of"),
+        ("train_autoencoder", ["held_out=0"], "held_out=0"),
+        ("train_encoder", ["held_out=0"], "held_out=0"),
+        ("evaluate", ["images=0"], "images=0"),
+        ("demo", ["person=5000000"], "person=5000000"),
+    ],
+)
+def test_numbers_and_folders_that_cannot_be(in_tmp, rendered, tiny_base, capsys, stage, words, said):
+    of_a_base = [f"diffusion.path={tiny_base}", "hypernet=null", "rows=[floor]"]
+    more = {"evaluate": of_a_base, "demo": []}.get(stage, [f"data={rendered}", "device=cpu"])
+    _says(capsys, [stage, *more, *words], said)
+
+
 def _foreign_people(folder):
     save_json(folder / "index.json", {"config": {"split": "train", "size": 32, "shard": 2}, "shards": 1})
     save_tensors(folder / "shard-00000.safetensors", {"image": torch.zeros(3)})

@@ -174,7 +174,8 @@ STUDIES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "experiments")
 
 @pytest.mark.parametrize("page", [*PAGES, *(page for page in STUDIES if "base64" not in page)])
 def test_every_command_named_is_a_stage_with_those_settings(page):
-    lines = re.findall(r"^(?:    |      )?hyperdb ([a-z_]+)([^\n#]*)", (ROOT / page).read_text(), flags=re.MULTILINE)
+    text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text())
+    lines = re.findall(r"^(?:    |      )?hyperdb ([a-z_]+)([^\n#]*)", text, flags=re.MULTILINE)
     for stage, rest in lines:
         assert stage in config.STAGES, stage
         keys = [w.partition("=")[0] for w in re.findall(r"(?<!/)\b[a-z_.]+=", rest)]  # without Hydra's own

@@ -151,8 +151,14 @@ def load_people(
     pictures of faces, or holds renders of another size or another split: training, validation and test never share a
     person.
     """
-    source = open_source(str(path))
-    _require(path, source.rendered, split, size)
+    renders = "" if split in (None, "train") else f" split={split}"
+    renders += f" size={size}" * (size is not None)
+    if limit is not None:
+        renders += f" identities={first + limit}"
+    if least:
+        renders += f" views={least} photo_views={least}"
+    source = open_source(str(path), renders)
+    _require(path, source.rendered, split, size, renders)
     mine = np.flatnonzero(np.ones(len(source.seed), dtype=np.bool_) if split is None else source.split == split)
     rows = mine[_Choice(first, limit, least, photos).rows(source.seed[mine], source.photo[mine])]
     if len(rows) == 0:
@@ -165,17 +171,17 @@ def load_people(
     return People(pictures, torch.from_numpy(source.seed[rows]), captions, labels, source.names, source.digest)
 
 
-def _require(path: str | Path, made: Mapping[str, Any], split: str | None, size: int | None) -> None:
-    """Raise `UserError` for a folder of renders that was made for something else; it can be made again."""
+def _require(path: str | Path, made: Mapping[str, Any], split: str | None, size: int | None, renders: str) -> None:
+    """Raise `UserError` for a folder of renders that was made for something else; `renders` are words for another."""
     if size not in (None, there := made.get("size", size)):
         raise UserError(
             f"{path} holds renders of {there} px, and {size} px are needed here; "
-            f"make some with `hyperdb render_heads size={size} out=FOLDER`"
+            f"make some with `hyperdb render_heads{renders} out=FOLDER`"
         )
     if split not in (None, here := made.get("split", split)):
         raise UserError(
             f"{path} holds people of the {here} split, and {split} people are needed here; "
-            f"make some with `hyperdb render_heads split={split} out=FOLDER`"
+            f"make some with `hyperdb render_heads{renders or ' split=train'} out=FOLDER`"
         )
 
 

@@ -379,7 +379,7 @@ def is_here(place: str) -> bool:
     return not where.startswith("hub:") and path.is_dir() and not converted
 
 
-def open_source(place: str) -> Source:
+def open_source(place: str, renders: str = "") -> Source:
     """Find out who is where, without decoding a picture.
 
     `place` is a folder of `render_heads` or `preprocess`, a folder with a folder a person, one of pictures with a
@@ -395,7 +395,7 @@ def open_source(place: str) -> Source:
         raise UserError(_told(place, error)) from error
     if found is None:
         raise UserError(
-            f"{place} holds no faces; make it with `hyperdb render_heads out={place}` or `hyperdb preprocess`"
+            f"{place} holds no faces; make it with `hyperdb render_heads{renders} out={place}` or `hyperdb preprocess`"
         )
     return found
 

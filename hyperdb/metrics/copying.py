@@ -18,7 +18,7 @@ _BORDER = 2  # of the 16 x 16 cells, on the left, on the right and on top: there
 
 def _cells(images: Tensor) -> Tensor:
     """Shrink `[N, 3, H, W]` uint8 to `[N, 3, 16, 16]` in [0, 1]."""
-    return F.adaptive_avg_pool2d(images.float() / 255, 16)
+    return torch.cat([F.adaptive_avg_pool2d(part.float() / 255, 16) for part in images.split(64)])
 
 
 def background(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hyperdb.runtime.paths import resolve
 
 BATCH = 32  # pictures in one pass
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
+HUB = re.compile(r"[\w.-]+/[\w.-]+")  # what the id of a repository looks like
 FILES = ["*.json", "*.txt", WEIGHTS]  # what is fetched of a repository: settings, words, weights
 
 
@@ -94,7 +96,7 @@ class Pretrained(ABC):
         """Return the folder that holds the model."""
         folder = resolve(path)
         if not folder.is_dir():
-            if path.startswith(("package:", "/", ".", "~")):
+            if not HUB.fullmatch(path.partition("@")[0]):
                 raise self._unusable(path, "there is no such folder")
             from huggingface_hub import snapshot_download
 
@@ -113,8 +115,9 @@ class Pretrained(ABC):
     def _unusable(self, path: str, why: str) -> UserError:
         repository, _, revision = path.partition("@")
         fetch = f"fetch it with `hf download {repository}{f' --revision {revision}' if revision else ''}`, "
+        fetch = fetch if HUB.fullmatch(repository) and not resolve(path).exists() else ""
         such = f", such as `{self.made_by}` writes," if self.made_by else ","
         return UserError(
-            f"judges.{self.name}={path!r}: {why}; {'' if resolve(path).exists() or path[0] in '/.~' else fetch}"
+            f"judges.{self.name}={path!r}: {why}; {fetch}"
             f"set judges.{self.name} to a folder with {SETTINGS} and {WEIGHTS}{such} {self.without}"
         )

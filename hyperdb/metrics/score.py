@@ -95,7 +95,9 @@ def rank1(queries: ArrayLike, gallery: ArrayLike) -> Array:
     queries, gallery = _float(queries), _float(gallery)
     if queries.ndim != 3 or queries.shape[::2] != gallery.shape:
         raise ValueError(f"shapes {queries.shape} and {gallery.shape} are not [P, K, C] and [P, C]")
-    scores = cosine(queries[:, :, None], gallery[None, None], missing=-2.0)  # [P, K, P]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        asked, known = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (queries, gallery))
+    scores = np.nan_to_num(asked @ known.T, nan=-2.0)  #                       [P, K, P]
     own = np.arange(len(gallery))[:, None]
     hits = (scores.argmax(-1) == own) & (scores.max(-1) > -2.0)
     return np.asarray(hits.mean(1), dtype=np.float64)

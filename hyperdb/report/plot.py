@@ -132,10 +132,13 @@ def draw_over(path: Path, along: Axis, named: Mapping[str, Mapping[str, Any]]) -
 
     There is a panel for each figure of OVER that some row has. Values that are no numbers stand side by side.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     every, order = list(named.values()), along.order()
     rows = list(dict.fromkeys(name for results in every for name in results["rows"]))
+    many = colormaps["tab20" if len(rows) <= 20 else "turbo"]
+    colours = {row: f"C{i}" if len(rows) <= 10 else many(i / len(rows)) for i, row in enumerate(rows)}
     figures = [x for x in OVER if any(is_figure(row.get(x)) for results in every for row in results["rows"].values())]
     places = [along.values[i] for i in order] if along.is_number else list(range(len(order)))
     down, across = -(-len(figures) // ACROSS), min(ACROSS, len(figures))
@@ -150,7 +153,7 @@ def draw_over(path: Path, along: Axis, named: Mapping[str, Mapping[str, Any]]) -
             spread = [(x, *_spread(value)) for x, value in known if is_figure(value)]
             if spread:
                 x, y, below, above = zip(*spread, strict=True)
-                bars = axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, color=f"C{rows.index(row)}")
+                bars = axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, color=colours[row])
                 legend.setdefault(_called(row, every), bars)
         if along.is_number and min(places) > 0 and max(places) >= 8 * min(places):
             axes.set_xscale("log")

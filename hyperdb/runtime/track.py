@@ -136,6 +136,8 @@ def tracked(run: Callable[[C, Track], Path]) -> Callable[[C], Path]:
 
     @functools.wraps(run)
     def whole(config: C) -> Path:
+        if (every := getattr(config, "save_every", 1)) < 1:
+            raise UserError(f"save_every={every}: expected at least 1 step from one checkpoint to the next")
         tracker, stage = getattr(config, "tracker", None), run.__module__.rpartition(".")[2]
         kind = _TensorBoard if tracker == "tensorboard" else _WandB
         track = Track() if tracker is None else kind(tracker, stage, config)

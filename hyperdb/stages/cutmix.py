@@ -24,7 +24,7 @@ from hyperdb.runtime.paths import FilePath
 from hyperdb.runtime.track import Track, check_tracker, tracked
 from hyperdb.tuning.fit import FitConfig
 from hyperdb.tuning.prior import PriorConfig
-from hyperdb.words import chosen
+from hyperdb.words import chosen, typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,5 +217,5 @@ def run(config: Config, track: Track) -> Path:
     print(f"adapter in {out / 'adapter.safetensors'}, pictures in {out / 'pictures.png'}")
     both = of_two(config.prompt, "[V]", config.second)
     ordinary = chosen("diffusion", replace(config.diffusion, subject_guidance=None))
-    print(f"next: hyperdb generate adapter={config.out} prompt='{both}'{ordinary}")
+    print(f"next: hyperdb generate {typed('adapter', config.out)} prompt='{both}'{ordinary}")
     return out

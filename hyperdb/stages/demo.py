@@ -40,8 +40,8 @@ def run(config: Config) -> Path:
     from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.output import claim
 
-    if split_of(config.person) == "train":
-        raise UserError(f"person={config.person} belongs to the training split; take one from 1100000 to 1199999")
+    if not 0 <= config.person < 1_200_000 or split_of(config.person) == "train":
+        raise UserError(f"person={config.person} is of the training split or of none; take one from 1100000 to 1199999")
     out = claim(config.out, WRITES, {"person": config.person})
     pictures = {"rendered": render(Identity(config.person), View(), size=256), "astronaut": astronaut()}
     for name, pixels in pictures.items():

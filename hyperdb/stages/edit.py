@@ -19,6 +19,7 @@ from hyperdb.adapters.layout import SD15
 from hyperdb.formats.directions import ATTRIBUTES, load_directions
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
+from hyperdb.words import typed
 
 if TYPE_CHECKING:
     from hyperdb.formats.native import Personalization
@@ -93,7 +94,7 @@ def run(config: Config) -> Path:
     print(f"adapter in {path}")
     prompt = f"prompt='a photo of a [V] {person.class_word}'"
     base = " diffusion=sd15" if person.layout.digest == SD15 else ""
-    print(f"next: hyperdb generate adapter={config.out} {prompt}{base}")
+    print(f"next: hyperdb generate {typed('adapter', config.out)} {prompt}{base}")
     return Path(config.out)
 
 
@@ -101,7 +102,8 @@ def mix(people: list[Personalization], shares: list[float]) -> Personalization:
     """Return the person of the weighted sum. Raises `UserError` for people of different models or bases of LiDB."""
     import torch
 
-    from hyperdb.adapters.base import concatenate, scale
+    from hyperdb.adapters.base import LowRank, concatenate, scale
+    from hyperdb.adapters.lorax import truncated
 
     first = people[0]
     every = [p.tokens for p in people if p.tokens is not None and not p.parts]
@@ -119,4 +121,8 @@ def mix(people: list[Personalization], shares: list[float]) -> Personalization:
                 )
     tokens = torch.stack([share * one for share, one in zip(shares, every, strict=True)]).sum(0)
     relaxed = [scale(p.relaxed, share) for share, p in zip(shares, people, strict=True) if p.relaxed and share]
-    return dataclasses.replace(first, tokens=tokens, relaxed=concatenate(*relaxed) if relaxed else {})
+    together = concatenate(*relaxed) if relaxed else {}
+    for name, (down, up) in together.items():  # of many mixtures of mixtures too no more than the layer has
+        if down.shape[1] > (most := min(down.shape[2:].numel(), up.shape[1])):
+            together[name] = truncated(LowRank(down, up), most)
+    return dataclasses.replace(first, tokens=tokens, relaxed=together)

@@ -50,7 +50,7 @@ FURTHER = (
 )
 MADE = {  # the weights of recognisers that bring none
     "facenet": "docs/stable_diffusion.md says how it is made",
-    "verifier": "`hyperdb train_judge judge=verifier` trains one",
+    "verifier": "that of rendered people is package:embedded/judges/verifier, and `hyperdb train_judge` trains one",
 }
 COSTS = ("seconds", "trained", "bytes")  # of a person's adapter, kept with a row's pictures
 FACES = "faces-*.safetensors"  # what a recogniser made of each picture, of any run
@@ -113,6 +113,8 @@ class Config(PersonalizerConfig, Share):
             raise UserError(f"split={self.split!r}: expected test or validation")
         if not self.adapter.predictable:
             raise UserError("adapter belongs to personalize; the rows of an evaluation say what each trains")
+        if self.images < 1:
+            raise UserError(f"images={self.images}: expected at least 1, a plain picture of the person")
         known = [*self.methods, *PHOTOS]
         if odd := [name for name in self.methods if not name.isidentifier() or name in PHOTOS]:
             raise UserError(f"methods.{odd[0]}: a method is called by letters, digits and _, not {' or '.join(PHOTOS)}")

@@ -14,7 +14,7 @@ from hyperdb.adapters import LiDBConfig
 from hyperdb.diffusion import PLACEHOLDER, DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
-from hyperdb.words import chosen
+from hyperdb.words import chosen, typed
 
 WRITES = ("adapter.safetensors",)
 
@@ -87,5 +87,5 @@ def run(config: Config) -> Path:
     if not phrase.strip():
         print("the file states no trigger phrase: write its words in the prompt, or import it again with words='...'")
     prompt = f"prompt='a photo of a [V] {person.class_word}'"
-    print(f"next: hyperdb generate adapter={config.out} {prompt}{chosen('diffusion', settings)}")
+    print(f"next: hyperdb generate {typed('adapter', config.out)} {prompt}{chosen('diffusion', settings)}")
     return out

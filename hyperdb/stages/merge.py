@@ -19,7 +19,7 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.tuning.prior import PriorConfig
-from hyperdb.words import chosen
+from hyperdb.words import chosen, typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -216,5 +216,5 @@ def run(config: Config) -> Path:
         sheet = grid(list(drawn.permute(0, 2, 3, 1).numpy()), PICTURES, rows=[*calls, "together"])
         print(f"in {save_png(out / 'pictures.png', sheet, text)}")
     ordinary = chosen("diffusion", replace(config.diffusion, subject_guidance=None))
-    print(f"next: hyperdb generate adapter={config.out} prompt='{prompt}'{ordinary}")
+    print(f"next: hyperdb generate {typed('adapter', config.out)} prompt='{prompt}'{ordinary}")
     return out

@@ -118,7 +118,7 @@ def _pictures(config: Config) -> tuple[list[Path], dict[Path, str]]:
     """List the pictures below `source`, relative to it, and why others are left out; never our own output."""
     from hyperdb.faces.image import suffixes
 
-    root, out = Path(config.source), Path(config.out).resolve()
+    root, out = Path(config.source), Path(config.out).resolve()  # of which it writes pictures into faces/ alone
     if not config.source:
         raise UserError("source is not set; give the folder of photos: source=FOLDER")
     if root.is_file():
@@ -130,7 +130,7 @@ def _pictures(config: Config) -> tuple[list[Path], dict[Path, str]]:
     readable = suffixes() - UNREAD
     found: list[Path] = []
     left_out: dict[Path, str] = {}
-    for path in _files(root, out, left_out):
+    for path in _files(root, out / "faces", left_out):
         reason = _why_left_out(root / path, readable)
         if reason is not None and any(part.startswith(".") for part in path.parts):
             reason = "hidden: its name, or that of its folder, begins with a dot"

@@ -61,6 +61,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_tracker(self.tracker)
+        if self.held_out < 1:
+            raise UserError(f"held_out={self.held_out}: expected at least 1 picture to measure on")
         if self.crop is not None and (self.crop < 16 or self.crop % 2 ** (len(self.channels) - 1)):
             raise UserError(f"crop={self.crop}: expected a multiple of {2 ** (len(self.channels) - 1)}, at least 16")
         if self.decoder_only and self.init is None:
@@ -127,12 +129,14 @@ def run(config: Config, track: Track) -> Path:
     if len(seen) == 0:
         raise UserError(f"{config.data} has no people beside the {len(held)} held-out pictures; render more")
     size = people.images.shape[-1]
+    if config.crop is not None and config.crop > size:
+        raise UserError(f"crop={config.crop}: the pictures of {config.data} have {size} px")
     levels = len(config.channels)
     torch.manual_seed(derive(config.seed, "autoencoder weights"))  # the only way to seed diffusers' initialisation
     if config.init is not None:
-        if not (Path(config.init) / "config.json").is_file():
+        if not (resolve(config.init) / "config.json").is_file():
             raise UserError(f"no autoencoder at {config.init}; set init to the vae folder of a base, or to null")
-        vae = AutoencoderKL.from_pretrained(config.init)
+        vae = AutoencoderKL.from_pretrained(resolve(config.init))
     else:
         vae = AutoencoderKL(
             in_channels=3,

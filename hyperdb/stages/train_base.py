@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hyperdb.diffusion import check_logit_normal
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.paths import FilePath
+from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.runtime.track import Track, check_tracker, tracked
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Config:
     def __post_init__(self) -> None:
         check_tracker(self.tracker)
         check_logit_normal(self.logit_normal)
+        if not self.channels or len(self.heads) != len(self.channels):
+            raise UserError(f"channels={self.channels} heads={self.heads}: expected as many heads, one for each level")
 
 
 def _apply(pieces: list[str], first: str, second: str) -> list[str]:
@@ -219,20 +221,23 @@ def run(config: Config, track: Track) -> Path:
     # --- data, model
     people = load_people(config.data)
     wanted = config.vae or ("runs/train_autoencoder/default/vae" if config.init is None else None)
-    if wanted is not None and not Path(wanted).is_dir():
-        raise UserError(f"no autoencoder at {wanted}; run `hyperdb train_autoencoder` first or set vae=FOLDER")
-    vae = AutoencoderKL.from_pretrained(wanted) if wanted is not None else None
+    if wanted is not None and not (resolve(wanted) / "config.json").is_file():
+        raise UserError(
+            f"no autoencoder at {wanted}; run `hyperdb train_autoencoder` first or set vae=FOLDER, its folder vae"
+        )
+    vae = AutoencoderKL.from_pretrained(resolve(wanted)) if wanted is not None else None
     device = str(pick_device(config.device))
     if config.init is None:
         assert vae is not None
         base = new_base(config, vae, vocabulary(), device)
-        base.digest = hash_files(Path(str(wanted)))
+        base.digest = hash_files(resolve(str(wanted)))
     else:
         # trained in float32; the matrix products alone in bf16
         base = DiffusionConfig(path=config.init, dtype="fp32", **_running(device)).load()
         base.config.dtype = "bf16"
         if vae is not None:
-            if len(vae.config.block_out_channels) != len(base.vae.config.block_out_channels):
+            mine, theirs = ((len(x.block_out_channels), x.latent_channels) for x in (vae.config, base.vae.config))
+            if mine != theirs:
                 raise UserError(f"{wanted} has other latents than the autoencoder of {config.init}")
             base.vae = vae.requires_grad_(False).eval().to(device)
         base.config.size = base.vae.config.sample_size

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hyperdb.hypernet import EncoderConfig
+from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath, resolve
 from hyperdb.runtime.track import Track, check_tracker, tracked
 
@@ -61,6 +62,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_tracker(self.tracker)
+        if self.held_out < 1:
+            raise UserError(f"held_out={self.held_out}: expected at least 1, who the encoder is measured on")
 
 
 @tracked
@@ -73,7 +76,6 @@ def run(config: Config, track: Track) -> Path:
     from hyperdb.data.people import load_people
     from hyperdb.diffusion.base import pick_device
     from hyperdb.hypernet.encoder import Encoder
-    from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.files import hash_files, save_json, save_tensors
     from hyperdb.runtime.loop import train
     from hyperdb.runtime.optim import EMA, Schedule, adamw

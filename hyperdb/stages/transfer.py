@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hyperdb.diffusion import DiffusionConfig
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import FilePath
-from hyperdb.words import chosen
+from hyperdb.words import chosen, typed
 
 if TYPE_CHECKING:
     from hyperdb.adapters.base import Change, LowRank
@@ -210,5 +210,5 @@ def run(config: Config) -> Path:
         names = [name for name in skipped if skipped[name] == why]
         print(f"left out ({why}): {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
     print(f"every layer's figures: {out / 'transfer.md'}")
-    print(f"next: hyperdb generate adapter={config.out}{chosen('diffusion', new.config)}")
+    print(f"next: hyperdb generate {typed('adapter', config.out)}{chosen('diffusion', new.config)}")
     return out

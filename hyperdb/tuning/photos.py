@@ -13,7 +13,7 @@ from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.paths import expand, resolve
 from hyperdb.runtime.track import Track
 from hyperdb.tuning.personalizer import Personalizer, crop_face, to_images
-from hyperdb.words import chosen, entries
+from hyperdb.words import chosen, entries, typed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -188,5 +188,5 @@ def personalize(
     if config.preview:
         print(f"pictures: {out / 'preview.png'}")
     base = chosen("diffusion", config.diffusion)
-    print(f"next: hyperdb generate adapter={out} prompt='a pencil sketch of a [V] face'{base}")
+    print(f"next: hyperdb generate {typed('adapter', out)} prompt='a pencil sketch of a [V] face'{base}")
     return out

@@ -391,7 +391,8 @@ def serve(config: Config) -> None:
             css_paths=Path(__file__).with_name("page.css"), app_kwargs={"middleware": [Middleware(OwnFiles)]},
         )  # fmt: skip
         print(f"the page is at {local}" + (f" and {shared}" if shared else ""), flush=True)
-        stop.wait()
+        while not stop.wait(60):
+            sessions.sweep()  # what visitors left is removed though nobody comes
     finally:
         page.close(verbose=False)
         sessions.close()

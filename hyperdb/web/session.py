@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -171,7 +171,7 @@ class Session:
         """Hold the folder while something short is done in it."""
         with self._lock:
             if self.ended:
-                raise UserError("this visit has ended, and what was made in it is gone; reload the page")
+                raise UserError(ENDED)
             self.used = time.monotonic()
             yield
 
@@ -557,6 +557,10 @@ def _marked(rgb: NDArray[np.uint8], boxes: list[tuple[float, float, float, float
     return np.array(image)
 
 
+ENDED = "this visit has ended, and what was made in it is gone; reload the page"
+REMEMBERED = 10_000  # visits that have ended
+
+
 class Sessions:
     """The visitors, each known by a token of his page, with folders in `root`, and the models that serve them."""
 
@@ -565,6 +569,7 @@ class Sessions:
         # always in one thread a model: every new one would have memory of its own, which is never given back
         self.line = Line([(model, ThreadPoolExecutor(1)) for model in models], config.waiting)
         self._known: dict[str, Session] = {}
+        self._ended: dict[str, None] = {}  # tokens of visits that have ended, the last ones
         self._lock = threading.Lock()
 
     def of(self, token: str | None) -> Session:
@@ -573,6 +578,8 @@ class Sessions:
             raise UserError("the page says nothing of who you are; reload it")
         self.sweep()
         with self._lock:
+            if token in self._ended:
+                raise UserError(ENDED)
             if token not in self._known:
                 # nobody can guess where a visitor's files lie
                 self._known[token] = Session(self.config, self.line, self.root / secrets.token_hex(16))
@@ -582,6 +589,10 @@ class Sessions:
         """End a visit, if there is one of this token."""
         with self._lock:
             session = self._known.pop(token or "", None)
+            if session is not None and token:
+                self._ended[token] = None
+                while len(self._ended) > REMEMBERED:
+                    del self._ended[next(iter(self._ended))]
         if session is not None:
             session.end()
 
@@ -593,8 +604,9 @@ class Sessions:
         for token in old:
             self.end(token)
         for upload in self.root.glob("[0-9a-f]*"):
-            if UPLOAD.fullmatch(upload.name) and time.time() - upload.stat().st_mtime > idle:
-                shutil.rmtree(upload, ignore_errors=True)
+            with suppress(FileNotFoundError):  # somebody has just taken it
+                if UPLOAD.fullmatch(upload.name) and time.time() - upload.stat().st_mtime > idle:
+                    shutil.rmtree(upload, ignore_errors=True)
 
     def close(self) -> None:
         """End all visits and remove everything."""

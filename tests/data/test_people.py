@@ -118,6 +118,11 @@ def test_limit_keeps_the_first_identities(people: People, rendered: Path, limit:
 def test_a_folder_without_index_is_not_complete(rendered: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no faces; make it with `hyperdb render_heads out="):
         load_people(tmp_path / "nowhere")
+    asked = "render_heads split=test size=32 identities=3 views=6 photo_views=6 out="
+    with pytest.raises(UserError, match=f"holds no faces; make it with `hyperdb {asked}"):
+        load_people(tmp_path / "nowhere", 3, "test", 32, least=6)
+    with pytest.raises(UserError, match=f"`hyperdb {asked}FOLDER`"):
+        load_people(rendered, 3, "test", 32, least=6)
     shutil.copytree(rendered, tmp_path / "part")
     for name in ("index.json", "state.json", "dataset_info.json"):  # which are written when all shards are there
         (tmp_path / "part" / name).unlink()

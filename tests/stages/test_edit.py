@@ -70,6 +70,19 @@ def test_a_prediction_and_a_fine_tuned_person_mix(tmp_path):
     assert torch.allclose(delta(*mixed.relaxed["unet.b"]), delta(*a.relaxed["unet.b"]) / 2, atol=1e-6)
 
 
+def test_the_rank_of_mixtures_of_mixtures_has_an_end(two, tmp_path):
+    (a, b), files = two
+    most = {layer.name: min(layer.out, layer.in_) for layer in a.layout.layers}
+    for count in range(8):
+        mixed = edit(tmp_path, f"adapter=[{files[-1]},{files[-2]}]")
+        wanted = {name: (delta(*x.relaxed[name]) + delta(*y.relaxed[name])) / 2 for x, y in [(a, b)] for name in most}
+        for name, (down, _) in mixed.relaxed.items():
+            assert down.shape[1] <= most[name]
+            assert torch.allclose(delta(*mixed.relaxed[name]), wanted[name], atol=1e-4)
+        files.append(mixed.save(tmp_path / f"mixed{count}.safetensors"))
+        a, b = b, mixed
+
+
 def test_shifts_add_directions_and_nothing_else(two, tmp_path):
     (a, _), files = two
     g = torch.Generator().manual_seed(2)

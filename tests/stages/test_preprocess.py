@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -331,7 +332,13 @@ def test_bad_sources(tmp_path):
         run(Config(source=str(tmp_path), out=str(tmp_path / "out")))
     with pytest.raises(UserError, match="is the source folder"):
         run(Config(source=str(tmp_path), out=str(tmp_path)))
+    inside = tmp_path / "people" / "raw"
+    inside.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(inside / "black.png")
+    with pytest.raises(UserError, match="none of 1 pictures"):  # which lie in the folder that is written
+        run(Config(source=str(inside), out=str(inside.parent)))
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    shutil.rmtree(inside.parent)
     with pytest.raises(UserError, match="none of 1 pictures"):
         run(Config(source=str(tmp_path), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

@@ -333,6 +333,8 @@ def test_who_does_nothing_for_long_is_forgotten_and_so_is_what_nobody_took(sessi
     assert not session.folder.exists()
     assert not os.path.exists(left)
     assert sessions.of("another") is fresh
+    with pytest.raises(UserError, match="this visit has ended"):
+        sessions.of("somebody")
     with pytest.raises(UserError, match="reload"):
         sessions.of(None)
 

@@ -58,8 +58,11 @@ def main(given: list[str]) -> None:
     rest = ["data=data/heads_train", *(w for w in given if not w.startswith("minutes="))]
     found = {}
     for name, own in ENCODERS.items():
-        step, numbers = seconds([*own, *rest])
         out = Path("runs/encoders") / name
+        timed = out.with_suffix(".json")  # once: a training goes on for as many steps as it was begun with
+        if not timed.is_file():
+            save_json(timed, dict(zip(("step", "numbers"), seconds([*own, *rest]), strict=True)))
+        step, numbers = load_json(timed)["step"], load_json(timed)["numbers"]
         if not (out / "report.json").is_file():
             steps = f"steps={int(60 * minutes / step)}"
             words = ["train_encoder", *own, *rest, steps, f"name={name}", f"out={out}"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import typing
 from pathlib import Path
 
 import torch
@@ -73,8 +74,8 @@ def main(specs: list[str]) -> None:
         result = {"base": base.digest, "rows": {}}
     for spec in specs or GATE:
         kind, words = parse(spec)
-        names = {f.name: int if isinstance(f.default, int) else float for f in dataclasses.fields(FitConfig)}
-        settings = {k: names[k](v) for k, v in words.items() if k in names}
+        kinds = {name: typ for name, typ in typing.get_type_hints(FitConfig).items() if typ in (int, float)}
+        settings = {k: kinds[k](v) for k, v in words.items() if k in kinds}
         settings = dataclasses.replace(converged, **settings)
         given, factors = int(words.get("views", 1)), None
         base.config.guidance = words.get("guidance", whole.diffusion.guidance)

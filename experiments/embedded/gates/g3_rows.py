@@ -31,6 +31,7 @@ from hyperdb.metrics.score import bootstrap, paired
 from hyperdb.runtime.files import save_json
 from hyperdb.runtime.paths import resolve
 from hyperdb.runtime.provenance import provenance
+from hyperdb.runtime.recipe import recipe
 from hyperdb.tuning.draw import draw
 from hyperdb.tuning.fit import Begin, fit
 from hyperdb.tuning.prior import load_prior
@@ -60,7 +61,7 @@ def main(*words: str) -> None:
 
     start = load_start(
         base, lidb, lambda: (moments(0), None), settings.average, settings.fit, prior,
-        OUT / "start.safetensors", f"{base.digest} {people.digest}", settings.batch,
+        OUT / "start.safetensors", f"{base.digest} {people.digest} {recipe(settings)}", settings.batch,
     )  # fmt: skip
     begin = Begin({"tokens": start.average.expand(PEOPLE, -1, -1)}, {"tokens": start.gain(lidb, "B")})
     fits: dict[int, list[Tensor]] = {}

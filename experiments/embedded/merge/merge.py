@@ -26,8 +26,8 @@ from hyperdb.formats.native import Personalization
 from hyperdb.metrics.face import SFace
 from hyperdb.metrics.figures import Standard, differences, summary
 from hyperdb.report.gallery import save_webp
-from hyperdb.runtime.errors import run_script
-from hyperdb.runtime.files import save_json
+from hyperdb.runtime.errors import UserError, run_script
+from hyperdb.runtime.files import load_json, save_json
 from hyperdb.runtime.provenance import provenance
 from hyperdb.tuning.draw import draw
 
@@ -51,17 +51,24 @@ def main(arguments: list[str]) -> None:
     order = torch.stack([rows[:5] for rows in people.given_first(given.data, 1, 5)])
     shown, views = people.images[order[:, :1]], people.images[order[:, 1:]]  #           [I, 1, 3, H, W], [I, 4, ...]
     tokens = [settings.diffusion.rare_token, given.second]
+    shared = [word for word in given.words if word.partition("=")[0].partition(".")[0] in ("diffusion", "prior")]
 
     # --- train, merge
+    asked_before, asked_now = given.out / "asked.json", {"words": given.words, "data": people.digest, "tokens": tokens}
+    if asked_before.is_file() and load_json(asked_before) != asked_now:
+        raise UserError(f"{given.out} has people of other settings: choose another --out")
+    save_json(asked_before, asked_now)
     alone, merged = [], []
     for person in range(count):
         photo = save_png(given.out / f"photo{person}.png", shown[person, 0].permute(1, 2, 0).contiguous().numpy(), {})
         asked = ["adapter=custom_diffusion", f"image={photo}", "align=false", "preview=false", *given.words]
         asked += [f"diffusion.rare_token={tokens[person % 2]}", f"out={given.out / str(person)}"]
-        alone.append(config.run("personalize", asked))
+        alone.append(given.out / str(person))
+        if not (alone[-1] / "report.json").is_file():
+            config.run("personalize", asked)
         if person % 2:
             both = f"adapter=[{alone[-2]},{alone[-1]}]"
-            merged.append(config.run("merge", [both, f"out={given.out / f'merged{person // 2}'}"]))
+            merged.append(config.run("merge", [both, *shared, f"out={given.out / f'merged{person // 2}'}"]))
 
     # --- draw, measure
     base = Base.load(settings.diffusion)

@@ -44,6 +44,7 @@ class ClipConfig(ObjectiveConfig):
     """Learns which caption belongs to which picture (CLIP, Radford et al. 2021), with the vocabulary of the base."""
 
     kind = "clip.ClipObjective"
+    least = 2  # a probe learns from one half of them and asks the other
     width: int = 128  # of the transformer that sees pictures; heads are 32 wide
     layers: int = 4
     patch: int = 8  # side in pixels
