@@ -1,4 +1,4 @@
-"""What judges learn: the losses are those of their papers, measures are right where that is known, all learn."""
+"""What judges learn: losses are those of their papers, measures right where that is known; verifier and CLIP learn."""
 
 from __future__ import annotations
 

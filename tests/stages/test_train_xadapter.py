@@ -7,8 +7,11 @@ import torch
 
 from hyperdb import config
 from hyperdb.adapters import LoRAConfig
+from hyperdb.data.people import load_people
 from hyperdb.diffusion import DiffusionConfig
+from hyperdb.diffusion import loss as module
 from hyperdb.diffusion.targets import base_hash
+from hyperdb.diffusion.xadapter import XAdapter
 from hyperdb.faces.image import read_image
 from hyperdb.formats.native import Part, Personalization
 from hyperdb.runtime.errors import UserError
@@ -71,6 +74,27 @@ def test_it_learns_and_an_old_adapter_moves_the_new_bases_pictures(tiny_base, ne
     assert (pictures["told"] == pictures["adapted"]).all()
     assert "xadapter_digest" in load_json(tmp_path / "adapted" / "manifest.json")
     assert "xadapter_digest" not in load_json(tmp_path / "alone" / "manifest.json")
+
+
+@pytest.mark.parametrize(("empty", "dropout"), [(1.0, 0.0), (0.0, 0.0), (0.0, 1.0)])
+def test_the_old_base_reads_the_caption_and_the_new_one_nothing(
+    tiny_base, newer, rendered, tmp_path, monkeypatch, empty, dropout
+):
+    read = {"new": [], "old": []}
+    loss, saying = module.diffusion_loss, XAdapter.saying
+    monkeypatch.setattr(module, "diffusion_loss", lambda *a: read["new"].append(a[4]) or loss(*a))
+    monkeypatch.setattr(XAdapter, "saying", lambda self, ids: read["old"].append(ids) or saying(self, ids))
+    more = ["steps=1", f"empty={empty}", f"prompt_dropout={dropout}"]
+    config.run("train_xadapter", words(tiny_base, newer, rendered, tmp_path / "x", *more))
+    base = load(newer)
+    nothing, captions = base.tokenize([""]), base.tokenize(load_people(rendered).captions)
+    new, old = read["new"][0], read["old"][0]  # of the step; what follows measures
+    assert len(new) == len(old) == 2
+    if dropout:
+        assert torch.equal(old, nothing.expand_as(old))
+    else:
+        assert all((captions == ids).all(1).any() for ids in old)
+    assert torch.equal(new, nothing.expand_as(new) if empty else old)
 
 
 def test_a_resumed_training_is_an_undisturbed_one(tiny_base, newer, rendered, tmp_path, killed, watched):
