@@ -178,7 +178,7 @@ def test_every_command_named_is_a_stage_with_those_settings(page):
     lines = re.findall(r"^(?:    |      )?hyperdb ([a-z_]+)([^\n#]*)", text, flags=re.MULTILINE)
     for stage, rest in lines:
         assert stage in config.STAGES, stage
-        keys = [w.partition("=")[0] for w in re.findall(r"(?<!/)\b[a-z_.]+=", rest)]  # without Hydra's own
+        keys = [w[:-1] for w in re.findall(r"(?<=[\s\x27\"])[a-z][a-z_.]*=", rest) if not w.startswith("hydra")]
         known = {key for key, _ in options.settings(config.stage_module(stage).Config)} | {"experiment"}
         assert {key for key in keys if not key.startswith("methods.")} <= known, (stage, keys)
     assert lines or page in STUDIES

@@ -18,7 +18,7 @@ from hyperdb.adapters import LiDBConfig
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.runtime.errors import UserError
-from hyperdb.runtime.files import load_json, load_metadata, load_tensors, open_tensors, save_json, save_tensors
+from hyperdb.runtime.files import load_json, load_metadata, load_tensors, open_tensors, reading, save_json, save_tensors
 from hyperdb.runtime.lazy import PART, Lazy, mean_std, part_of
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore
                 f"{folder} holds fits of another {name} ({index.get(name)!r}, here {value!r}); "
                 "run `hyperdb precompute` again with what is used here"
             )
-    lidb = LiDBConfig(**index["lidb"]).build(layout)
+    with reading(folder / "index.json"):
+        lidb = LiDBConfig(**index["lidb"]).build(layout)
     if lidb.fingerprint != index["fingerprint"]:
         raise UserError(f"{folder} was made with other LiDB bases; run `hyperdb precompute` again")
     paths = [shard_path(folder, i) for i in range(index["shards"])]

@@ -41,8 +41,10 @@ def reading(path: str | Path) -> Iterator[None]:
     """Turn whatever goes wrong with the bytes of a file from outside into one `UserError` that names it."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        if Path(path).name in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:  # what parsers and networks raise on foreign bytes is of every kind
         why = (str(error).strip().splitlines() or [""])[0][:200]
         raise UserError(f"{path} is damaged or of another kind ({type(error).__name__}: {why})") from error
