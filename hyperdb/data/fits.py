@@ -156,15 +156,16 @@ def load_store(folder: str | Path, layout: Layout, **made_from: Any) -> FitStore
     index = load_json(folder / "index.json")
     if not _is_index(index):
         raise UserError(f"{folder} is not a store of fits of this version; run `hyperdb precompute` to make one")
-    layout.require(Layout.from_text(index["layout"]), f"the store of fits {folder}")
+    with reading(folder / "index.json"):
+        there, config = Layout.from_text(index["layout"]), LiDBConfig(**index["lidb"])
+    layout.require(there, f"the store of fits {folder}")
     for name, value in made_from.items():
         if index.get(name) != value:
             raise UserError(
                 f"{folder} holds fits of another {name} ({index.get(name)!r}, here {value!r}); "
                 "run `hyperdb precompute` again with what is used here"
             )
-    with reading(folder / "index.json"):
-        lidb = LiDBConfig(**index["lidb"]).build(layout)
+    lidb = config.build(layout)
     if lidb.fingerprint != index["fingerprint"]:
         raise UserError(f"{folder} was made with other LiDB bases; run `hyperdb precompute` again")
     paths = [shard_path(folder, i) for i in range(index["shards"])]
