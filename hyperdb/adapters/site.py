@@ -73,7 +73,7 @@ class Site:
         every drawing of an adapter on singular values begins with it, and a whole UNet's takes minutes.
         """
         weight = self.weight()
-        kind = float(weight.double().sum()), self.parameter.dtype
+        kind = float(weight.cpu().double().sum()), self.parameter.dtype
         known = _kept().get(self.parameter)
         if known is None or known[0] != kind:
             known = _kept()[self.parameter] = (kind, [x.cpu() for x in decomposed(weight)])

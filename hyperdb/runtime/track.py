@@ -27,7 +27,8 @@ def check_tracker(name: str | None) -> None:
     if name not in (None, *TRACKERS):
         raise UserError(f"tracker={name!r}: expected {', '.join(TRACKERS)} or null")
     if name is not None and importlib.util.find_spec(name) is None:
-        raise UserError(f"tracker={name} is not installed; run `pip install -e '.[{name}]'`")
+        package = "wandb" if name == "wandb" else f"-e '.[{name}]'"
+        raise UserError(f"tracker={name} is not installed; run `pip install {package}`")
 
 
 class Track:

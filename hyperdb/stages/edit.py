@@ -95,6 +95,8 @@ def run(config: Config) -> Path:
     prompt = f"prompt='a photo of a [V] {person.class_word}'"
     base = " diffusion=sd15" if person.layout.digest == SD15 else ""
     print(f"next: hyperdb generate {typed('adapter', config.out)} {prompt}{base}")
+    if base:
+        print("of a descendant of Stable Diffusion 1.5, add its diffusion.path=FOLDER")
     return Path(config.out)
 
 

@@ -56,6 +56,7 @@ def passes(config: Config, sketch: Sketch) -> None:
 def run(config: Config, track: Track) -> Path:
     """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png`, `pictures.png` and `report.json` to `out`.
 
-    With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`.
+    Without a hypernetwork, with a start or with an adapter other than LiDB, there is no prediction to keep as
+    `lidb.safetensors`.
     """
     return photos.personalize(config, track=track)

@@ -206,6 +206,7 @@ def fit(
                 z = torch.cat([z, pz.expand(people, *pz.shape)], 1)
                 wanted = torch.cat([wanted, own.expand(people, *own.shape)], 1)
                 noise, t, ids = torch.cat([noise, pnoise]), torch.cat([t, pt]), torch.cat([ids, pids])
+            optimizer.zero_grad()  # before the pass, whose memory they would add to
             changes = both(frozen, adapter.changes(params))
             # in use until the backward pass has ended: checkpointing computes with it again
             using = injection.merged(changes) if config.merge and people == 1 else injection.using(changes)
@@ -227,7 +228,6 @@ def fit(
                         f"lower the rate ({config.rate})"
                     )
                 set_rate(optimizer, schedule(step))
-                optimizer.zero_grad()
                 scaler.scale(loss).backward()
             for name, factor in gain.items():
                 leaves[name].grad.mul_(factor)  # type: ignore[union-attr]

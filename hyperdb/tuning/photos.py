@@ -63,7 +63,8 @@ def _preview(
     instance = [base.config.instance_prompt] * len(seeds)
     changes = finished.changes()
     changes = settled(changes, base.sites(changes))  # drawn with twice
-    begun = predicted.changes()  # else nothing lies under what was trained
+    # else nothing lies under what was trained
+    begun = predicted.changes() if model.hypernet is not None or model.start is not None else {}
     with tqdm(total=3 + bool(begun), desc="pictures", dynamic_ncols=True) as bar:
         rows = {
             "base": draw(base, None, 1, [base.config.class_prompt] * len(seeds), seeds, progress=bar.update)[0],
@@ -113,7 +114,8 @@ def personalize(
 ) -> Path:
     """Write `lidb.safetensors`, `adapter.safetensors`, `preview.png`, `pictures.png` and `report.json` to `out`.
 
-    With a start, or an adapter other than LiDB, there is no prediction to keep as `lidb.safetensors`. Who has a `model`
+    Without a hypernetwork, with a start or with an adapter other than LiDB, there is no prediction to keep as
+    `lidb.safetensors`. Who has a `model`
     of these settings in memory gives it. `report_to` is told the phase that begins ("photo", "prediction") and each
     iteration of the "fine-tuning": the phase, iterations done, of how many, the loss or None. `track` is told losses
     and rates, and the face cosine and the pictures of the preview.
@@ -170,7 +172,7 @@ def personalize(
         lap("finetune")
         predicted, finished = model.wrap(tokens), model.wrap(tokens, params)
         written = [finished.save(out / "adapter.safetensors")]
-        if model.start is None and tokens is not None:
+        if model.hypernet is not None and model.start is None and tokens is not None:
             written.insert(0, predicted.save_lidb(out / "lidb.safetensors"))
         report: dict[str, Any] = {"image": config.image, "hypernet": config.hypernet, "start": config.start}
         report |= {} if encoder is None else {"encoder": encoder}
