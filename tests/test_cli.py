@@ -544,6 +544,11 @@ def test_doctor_says_how_each_judge_is_had(base, in_tmp, monkeypatch):
         return dict(zip(asked, doctor.judges(doctor.Config(base=base)), strict=True))
 
     assert asked.keys() == JudgesConfig.__dataclass_fields__.keys()
+    shipped = {"clip", "vicreg", "verifier"} if base == "embedded" else set()
+    for name in shipped:
+        assert found()[name].state == "ok"
+        assert found()[name].advice.endswith(f"judges.{name}=package:embedded/judges/{name}")
+    monkeypatch.setattr(doctor, "resolve", lambda path: in_tmp / str(path))  # as if none were
     assert {finding.state for finding in found().values()} == {"optional"}
     assert "hf download timm/vit_small_patch16_224.dino" in found()["dino"].advice
     assert "hyperdb train_judge judge=verifier" in found()["verifier"].advice

@@ -160,7 +160,7 @@ def test_every_method_has_as_many_rates_to_choose_from():
                                         "finetune.noise=_0.0_0.8_", "finetune.noise=_0.0_0.9_",
                                         "finetune.noise=_0.0_1.0_"]),
         ("ablation/beta", "train_hypernet", ["beta=0.0", "beta=0.01", "beta=0.1", "beta=1.0"]),
-        ("ablation/people", "train_hypernet", ["people=250", "people=1000", "people=4000", "people=None"]),
+        ("ablation/people", "train_hypernet", ["people=50", "people=250", "people=1000", "people=None"]),
     ],
 )  # fmt: skip
 def test_each_value_of_a_sweep_has_a_folder(name, stage, folders, in_tmp, monkeypatch):

@@ -132,7 +132,7 @@ def vae(tiny_base):
          ["held_out=1", "portrait=16", "rate=0.003", "workers=1", "encoder.size=32"]),
         ("train_judge", "train_judge", ["held_out=1", "rate=0.01", "diffusion.path={base}", "diffusion.size=32"]),
         ("train_judge_clip", "train_judge",
-         ["judge=clip", "held_out=1", "rate=0.003", "diffusion.path={base}", "diffusion.size=32", "judge.width=32",
+         ["judge=clip", "held_out=2", "rate=0.003", "diffusion.path={base}", "diffusion.size=32", "judge.width=32",
           "judge.layers=1", "judge.patch=16", "judge.text_width=32", "judge.text_layers=1"]),
         ("train_judge_vicreg", "train_judge",
          ["judge=vicreg", "held_out=2", "rate=0.0003", "diffusion.path={base}", "diffusion.size=32",

@@ -72,7 +72,11 @@ class Site:
         It is computed once for a weight as it is, and kept in the memory of the CPU as long as that: every fit and
         every drawing of an adapter on singular values begins with it, and a whole UNet's takes minutes.
         """
+        import torch
+
         weight = self.weight()
+        if type(weight) is not torch.Tensor:  # one that has no numbers, where memory is counted
+            return decomposed(weight)
         kind = float(weight.cpu().double().sum()), self.parameter.dtype
         known = _kept().get(self.parameter)
         if known is None or known[0] != kind:

@@ -171,7 +171,7 @@ def judges(config: Config) -> Iterator[Finding]:
     found = {base: OmegaConf.load(folder / f"{base}.yaml").judges for base in bases}
     for name, path in found[config.base].items():
         trained = f"runs/train_judge/{name}/judge"  # where `hyperdb train_judge judge=NAME` writes
-        if resolve(shipped := f"package:embedded/judges/{name}").is_dir():
+        if resolve(shipped := f"package:{config.base}/judges/{name}").is_dir():
             trained = shipped
         elsewhere = next((judges[name] for judges in found.values() if judges[name]), None)
         what = f"judge {name} of {config.base} ({path or 'null: not asked'})"

@@ -50,7 +50,7 @@ FURTHER = (
 )
 MADE = {  # the weights of recognisers that bring none
     "facenet": "docs/stable_diffusion.md says how it is made",
-    "verifier": "that of rendered people is package:embedded/judges/verifier, and `hyperdb train_judge` trains one",
+    "verifier": "package:embedded/judges/verifier knows renders, `hyperdb train_judge judge=verifier` trains one",
 }
 COSTS = ("seconds", "trained", "bytes")  # of a person's adapter, kept with a row's pictures
 FACES = "faces-*.safetensors"  # what a recogniser made of each picture, of any run

@@ -589,10 +589,6 @@ class Sessions:
         """End a visit, if there is one of this token."""
         with self._lock:
             session = self._known.pop(token or "", None)
-            if session is not None and token:
-                self._ended[token] = None
-                while len(self._ended) > REMEMBERED:
-                    del self._ended[next(iter(self._ended))]
         if session is not None:
             session.end()
 
@@ -603,6 +599,9 @@ class Sessions:
             old = [token for token, session in self._known.items() if now - session.used > idle]
         for token in old:
             self.end(token)
+            self._ended[token] = None
+        while len(self._ended) > REMEMBERED:
+            del self._ended[next(iter(self._ended))]
         for upload in self.root.glob("[0-9a-f]*"):
             with suppress(FileNotFoundError):  # somebody has just taken it
                 if UPLOAD.fullmatch(upload.name) and time.time() - upload.stat().st_mtime > idle:
