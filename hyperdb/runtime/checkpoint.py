@@ -61,9 +61,9 @@ def load(
     if not path.is_file():
         return 0
     tensors, metadata = load_tensors(path)
-    needed = {f"{kind}.{i}" for kind in ("param", "average") for i in range(len(ema.params))}
-    needed |= {f"fixed.{i}" for i in range(len(fixed))}
-    if not {"config", "step"} <= metadata.keys() or not needed <= tensors.keys():
+    kinds: dict[str, Sequence[torch.Tensor]] = {"param": ema.params, "average": ema.average, "fixed": fixed}
+    here = {f"{kind}.{i}": value for kind, values in kinds.items() for i, value in enumerate(values)}
+    if not {"config", "step"} <= metadata.keys() or not here.keys() <= tensors.keys():
         raise UserError(f"{path} is not a checkpoint of this training; delete it or use another name")
     with reading(path):
         made_under, step = dict(json.loads(metadata["config"])), int(metadata["step"])
@@ -73,15 +73,11 @@ def load(
             "use the same configuration, another name, or delete that folder"
         )
     with torch.no_grad():
-        for i, value in enumerate(fixed):
-            if value.shape != tensors[f"fixed.{i}"].shape:
+        for name, value in here.items():
+            if value.shape != tensors[name].shape:
                 raise UserError(f"{path} holds other shapes than this model; delete it or use another name")
-            value.copy_(tensors[f"fixed.{i}"])
-        for i, (param, average) in enumerate(zip(ema.params, ema.average, strict=True)):
-            if param.shape != tensors[f"param.{i}"].shape:
-                raise UserError(f"{path} holds other shapes than this model; delete it or use another name")
-            param.copy_(tensors[f"param.{i}"])
-            average.copy_(tensors[f"average.{i}"])
+            value.copy_(tensors[name])
+        for i, param in enumerate(ema.params):
             prefix = f"state.{i}."
             state = {n.removeprefix(prefix): _beside(param, v) for n, v in tensors.items() if n.startswith(prefix)}
             if state:

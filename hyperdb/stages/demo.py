@@ -36,11 +36,12 @@ def run(config: Config) -> Path:
     from skimage.data import astronaut
 
     from hyperdb.faces.image import save_png
-    from hyperdb.heads import Identity, View, render, split_of
+    from hyperdb.heads import Identity, View, render
+    from hyperdb.heads.split import SPLITS
     from hyperdb.runtime.errors import UserError
     from hyperdb.runtime.output import claim
 
-    if not 0 <= config.person < 1_200_000 or split_of(config.person) == "train":
+    if not any(config.person in SPLITS[split] for split in ("validation", "test")):
         raise UserError(f"person={config.person} is of the training split or of none; take one from 1100000 to 1199999")
     out = claim(config.out, WRITES, {"person": config.person})
     pictures = {"rendered": render(Identity(config.person), View(), size=256), "astronaut": astronaut()}
