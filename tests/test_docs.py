@@ -39,6 +39,11 @@ def test_the_readme_stays_short():
     assert len(README.splitlines()) <= 250
 
 
+def test_the_page_of_stages_has_them_all():
+    text = (ROOT / "docs" / "stages.md").read_text()
+    assert [stage for stage in config.STAGES if f"| `{stage}` |" not in text and f" `{stage}` " not in text] == []
+
+
 def test_the_tables_of_memory_are_the_results_files():
     text = (ROOT / "docs" / "stable_diffusion.md").read_text()
     found = load_json(ROOT / "benchmarks" / "memory.json")
@@ -167,7 +172,7 @@ def test_the_diffs_shown_are_in_the_tree():
             assert line.startswith("@@") or line[1:] in there, f"{head}: {line}"
 
 
-NAMES = ("cluster", "formats", "imports", "methods", "stable_diffusion", "web")
+NAMES = ("cluster", "formats", "imports", "methods", "stable_diffusion", "stages", "web")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 STUDIES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "experiments").rglob("README.md"))]
 
