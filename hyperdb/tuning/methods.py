@@ -173,6 +173,8 @@ class Cohort:
 
         `begins` are the settings that say where each training begins (`AdapterConfig.begins`).
         """
+        from tqdm import tqdm
+
         from hyperdb.adapters.base import select
         from hyperdb.tuning.fit import fit
 
@@ -183,7 +185,10 @@ class Cohort:
             moments = base.moments(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])
             under = select(start, chosen) if start is not None else None
             begin = self.model.begin(begins, self.photos[chosen])
-            parts.append(fit(base, adapter, moments, settings, under, self.model.prior, begin=begin))
+            steps = tqdm(total=settings.steps, desc="fine-tuning", unit="it", leave=False, dynamic_ncols=True)
+            told: dict[str, Any] = {"begin": begin, "progress": lambda *_, bar=steps: bar.update()}
+            with steps:
+                parts.append(fit(base, adapter, moments, settings, under, self.model.prior, **told))
             progress(len(photos))
         return _joined(adapter, parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -183,9 +184,10 @@ def test_what_is_kept_of_the_rows_is_a_gallery(evaluated, tmp_path):
     assert left_out == []
 
 
-def test_a_slow_row_is_of_the_first_people_alone(evaluated, words, tmp_path):
+def test_a_slow_row_is_of_the_first_people_alone(evaluated, words, tmp_path, capsys):
     few = ["rows=[floor,lora,copy,ceiling]", "methods.lora.people=2", "methods.lora.against=[floor]"]
     result = load_json(config.run("evaluate", [*words, *few, f"out={tmp_path}"]))
+    assert re.search(r"fine-tuning: [^\r]*/3 \[", capsys.readouterr().err)  # a bar of the iterations
     assert torch.equal(pictures(tmp_path, "lora"), pictures(evaluated, "lora")[:2])
     counts = {row: told["people"] for row, told in result["rows"].items()}
     assert counts == {"floor": 3, "lora": 2, "copy": 3, "ceiling": 3}
