@@ -102,11 +102,13 @@ def joined(files: Sequence[Path]) -> dict[str, Any]:
     """Return the rows of several results files of the same people, prompts and judges, on whatever bases they are.
 
     People may be the first ones of those of another file: every row says of how many it is. Rows on a base in fewer
-    bits are called so. A row that stands in several files is that of the first. Differences and slices stay behind.
+    bits are called so. A row that stands in several files is that of the first. Every row's values go along, so that
+    rows can be compared person by person; differences and slices stay behind.
     Raises `UserError` for other people, prompts or judges.
     """
     every = [load(file) for file in files]
     rows: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for file, results in zip(files, every, strict=True):
         common = min(len(found.get("persons", [])) for found in (results, every[0]))
         people = results.get("persons", [])[:common] != every[0].get("persons", [])[:common]
@@ -116,5 +118,9 @@ def joined(files: Sequence[Path]) -> dict[str, Any]:
         bits = results.get("settings", {}).get("diffusion", {}).get("quantise")
         for row, figures in results["rows"].items():
             label = figures.get("label", row) + (f", base in {bits}" if bits else "")
-            rows.setdefault(f"{row}_{bits}" if bits else row, {"people": results["people"], **figures, "label": label})
-    return {"rows": rows, "paired": {}, "people": every[0]["people"], "seeds": every[0].get("seeds", 1)}
+            name = f"{row}_{bits}" if bits else row
+            if name not in rows:
+                rows[name] = {"people": results["people"], **figures, "label": label}
+                values[name] = results.get("values", {}).get(row, {})
+    shared = {"people": every[0]["people"], "seeds": every[0].get("seeds", 1)}
+    return {"rows": rows, "values": values, "paired": {}, **shared}
