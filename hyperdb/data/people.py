@@ -100,11 +100,19 @@ class People:
         """
         if by == "person":
             return self.seed[rows]
-        key = f"keys {self.images.key(rows)}"
-        return kept(None, "keys", key, len(rows), lambda first: map(self._hashes, rows[first:].split(PART)))
 
-    def _hashes(self, rows: Tensor) -> Tensor:
-        return torch.tensor([hash_picture(image) for image in self.images[rows]], dtype=torch.long)
+        def hashed(first: int) -> Iterator[Tensor]:
+            for part in _parts(rows, first, "hashing photos"):
+                yield torch.tensor([hash_picture(image) for image in self.images[part]], dtype=torch.long)
+
+        return kept(None, "keys", f"keys {self.images.key(rows)}", len(rows), hashed)
+
+
+def _parts(rows: Tensor, first: int, what: str) -> Iterator[Tensor]:
+    """Return the rows from `first` on in parts, with a bar over them all where they are many."""
+    parts, done = rows[first:].split(PART), first // PART
+    whole = len(parts) + done
+    return iter(tqdm(parts, what, whole, initial=done, dynamic_ncols=True, disable=whole < 4))
 
 
 def _numbered(seed: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
@@ -199,9 +207,7 @@ def latent_moments(
     key = f"{digest_latents(base.vae)} {images.key(rows)}{' mirrored' if mirrored else ''}"
 
     def encoded(first: int) -> Iterator[Tensor]:
-        parts, done = rows[first:].split(PART), first // PART
-        whole = len(parts) + done
-        for part in tqdm(parts, "encoding images", whole, initial=done, dynamic_ncols=True, disable=whole < 4):
+        for part in _parts(rows, first, "encoding images"):
             yield base.moments(images[part].flip(-1) if mirrored else images[part]).half()
 
     return kept(folder, "moments", key, len(rows), encoded)

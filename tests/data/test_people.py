@@ -101,7 +101,11 @@ def test_photos_unlike_those_given_come_first() -> None:
     assert order([0], [1, 2, 3, 4, 5]) == [1, 2, 3, 4, 5]
 
 
-def test_keys_are_of_the_pixels_or_of_the_person(people: People, rendered: Path) -> None:
+def test_keys_are_of_the_pixels_or_of_the_person(
+    people: People, rendered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert people.keys("image", torch.arange(3).repeat(70)).unique().numel() == 3  # in parts, with a bar
+    assert "hashing photos" in capsys.readouterr().err
     later, rows = load_people(rendered, first=2), torch.tensor([7, 10])
     assert torch.equal(later.keys("image", rows - 6), people.keys("image", rows))
     assert torch.equal(later.keys("person", rows - 6), people.seed[rows])
