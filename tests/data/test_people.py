@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -158,9 +159,28 @@ def test_the_digest_is_of_the_people_not_of_where_they_lie(people: People, rende
     index["config"] |= {"out": "elsewhere", "workers": 7}
     save_json(tmp_path / "moved" / "index.json", index)
     assert load_people(tmp_path / "moved").digest == people.digest
-    index["config"]["seed"] += 1
-    save_json(tmp_path / "moved" / "index.json", index)
-    assert load_people(tmp_path / "moved").digest != people.digest
+    for key, changed in (("config", {**index["config"], "seed": 1}), ("heads_sha256", "another")):
+        save_json(tmp_path / "moved" / "index.json", {**index, key: changed})
+        assert load_people(tmp_path / "moved").digest != people.digest
+
+
+def test_the_digest_is_the_same_where_a_processor_rounds_otherwise(
+    people: People, rendered: Path, tmp_path: Path
+) -> None:
+    shard = min(rendered.glob("data-*.arrow"))
+
+    def rounded(row: dict[str, Any]) -> dict[str, Any]:
+        pixels = np.array(row["image"])
+        return {"image": Image.fromarray(pixels + (pixels < 255).astype(np.uint8))}
+
+    shutil.copytree(rendered, tmp_path / "there")
+    other = datasets.Dataset.from_file(str(shard)).map(rounded)
+    other.save_to_disk(tmp_path / "other")
+    (written,) = (tmp_path / "other").glob("data-*.arrow")
+    shutil.copy(written, tmp_path / "there" / shard.name)
+    there = load_people(tmp_path / "there")
+    assert not torch.equal(there.images[:1], people.images[:1])
+    assert there.digest == people.digest
 
 
 # --- latents
