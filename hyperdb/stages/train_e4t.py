@@ -48,7 +48,7 @@ class Config:
     held_out: int = 100  # of these, the last, only to measure on; 0: none
     name: str = "default"  # of the run, the last part of `out`
     out: FilePath = "runs/train_e4t/default"  # folder that is written
-    word_weight: float = 0.01
+    word_weight: float  # of the squared length of what is added to the class word
     steps: int  # of the optimiser, in all
     batch: int  # people in each step
     rate: float  # AdamW's learning rate
