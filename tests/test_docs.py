@@ -57,6 +57,7 @@ def test_the_tables_of_memory_are_the_results_files():
 
 def test_a_table_under_its_command_is_what_that_prints():
     text = (ROOT / "experiments" / "tables" / "README.md").read_text()
+    text += README
     commands = re.findall(r"^ *python -m hyperdb\.report\.table (\S+) (.+)$", text, flags=re.MULTILINE)
     assert len(commands) >= 3
     for file, figures in commands:

@@ -76,6 +76,7 @@ def test_a_resumed_run_is_an_undisturbed_one(pretrain, e4t, tmp_path, killed):
 def test_the_word_is_near_the_class_word_and_its_length_is_the_penalty(e4t):
     model = E4TEncoder.load(e4t)
     with torch.no_grad():
+        model.decoder.linear.zero_()
         model.decoder.head.weight.zero_()
         model.decoder.head.bias.zero_()
         model.decoder.head.bias[0, :2] = torch.tensor([3.0, -4.0])
