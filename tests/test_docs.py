@@ -181,7 +181,7 @@ STUDIES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "experiments")
 @pytest.mark.parametrize("page", [*PAGES, *(page for page in STUDIES if "base64" not in page)])
 def test_every_command_named_is_a_stage_with_those_settings(page):
     text = re.sub(r"\\\n\s*", "", (ROOT / page).read_text())
-    lines = re.findall(r"^(?:    |      )?hyperdb ([a-z_]+)([^\n#]*)", text, flags=re.MULTILINE)
+    lines = re.findall(r"^(?:    |      )?hyperdb ([a-z0-9_]+)([^\n#]*)", text, flags=re.MULTILINE)
     for stage, rest in lines:
         assert stage in config.STAGES, stage
         keys = [w[:-1] for w in re.findall(r"(?<=[\s\x27\"])[a-z][a-z_.]*=", rest) if not w.startswith("hydra")]
