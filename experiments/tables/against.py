@@ -1,6 +1,6 @@
 """A row minus every other of the same people, person by person.
 
-    python experiments/tables/against.py experiments/tables/table1.json experiments/tables/methods.json
+    python experiments/tables/against.py experiments/tables/table1.json experiments/tables/methods/foura.json
 
 The files are results of `hyperdb evaluate` of the same people, prompts and judges. A difference is of the people whom
 both rows have, with its 95 % interval over them. Prints the table, and writes against.json beside this file. Other

@@ -185,10 +185,12 @@ class Cohort:
             moments = base.moments(photos.flatten(0, 1)).unflatten(0, photos.shape[:2])
             under = select(start, chosen) if start is not None else None
             begin = self.model.begin(begins, self.photos[chosen])
-            steps = tqdm(total=settings.steps, desc="fine-tuning", unit="it", leave=False, dynamic_ncols=True)
-            told: dict[str, Any] = {"begin": begin, "progress": lambda *_, bar=steps: bar.update()}
-            with steps:
-                parts.append(fit(base, adapter, moments, settings, under, self.model.prior, **told))
+            with tqdm(total=settings.steps, desc="fine-tuning", unit="it", leave=False, dynamic_ncols=True) as bar:
+
+                def step(number: int, _: float, bar: Any = bar) -> None:
+                    bar.update()
+
+                parts.append(fit(base, adapter, moments, settings, under, self.model.prior, step, begin))
             progress(len(photos))
         return _joined(adapter, parts)
 
