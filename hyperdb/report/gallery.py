@@ -111,20 +111,26 @@ def save_webp(path: Path, pixels: NDArray[np.uint8]) -> bool:
 
 def draw_gallery(
     path: Path, shown: Sequence[Column], named: Mapping[Path, Mapping[str, Any]], along: Axis | None,
-    people: int, count: int,
+    people: int, count: int, across: int | None = None,
 ) -> Path:  # fmt: skip
     """Write the pictures of the first `people` under `count` prompts as a WebP of at most `MOST` bytes.
 
-    `shown` are the `columns` of `named`. There are no more people than the row of the fewest has. Raises `UserError` if
-    so many pictures have no room.
+    `shown` are the `columns` of `named`; of more than `across`, if given, the further ones stand beneath. There are no more people
+    than the row of the fewest has. Raises `UserError` if so many pictures have no room.
     """
     prompts = _chosen(_prompts(list(named.values())[shown[0].number]), count)
     people = min(people, *(column.people for column in shown))
-    blocks = []
+    labels, blocks = _labels(shown, along), []
+    lines = -(-len(shown) // (across or len(shown)))
+    across = -(-len(shown) // lines)  # as many in each line, but for the last
+    white = np.full((SIDE, SIDE, 3), 255, dtype=np.uint8)
     for person in range(people):
-        parts = [load_parts(column.file, "images", [(person, k) for k in prompts]) for column in shown]
-        pictures = [_picture(pixels) for line in zip(*parts, strict=True) for pixels in line]
-        blocks.append(grid(pictures, len(shown), _labels(shown, along), list(prompts.values())))
+        for first in range(0, len(shown), across):
+            some = shown[first : first + across]
+            parts = [load_parts(column.file, "images", [(person, k) for k in prompts]) for column in some]
+            empty = [white] * (across - len(some))
+            pictures = [x for line in zip(*parts, strict=True) for x in (*map(_picture, line), *empty)]
+            blocks.append(grid(pictures, across, labels[first : first + across], list(prompts.values())))
     if save_webp(path, np.concatenate(blocks)):
         return path
     raise UserError(

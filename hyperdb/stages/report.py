@@ -53,13 +53,14 @@ class Config:
     out: FilePath = "runs/report/default"  # folder that is written
     gallery_people: int = 3  # the first ones
     gallery_prompts: int = 6  # the plain one, and others evenly among the rest
+    gallery_columns: int | None = None  # rows of the results side by side, further ones beneath; null: all side by side
 
     def __post_init__(self) -> None:
         if not self.results:
             raise UserError("results=[]: name a file of `hyperdb evaluate`, or several as [A,B]")
-        if self.gallery_people < 1 or self.gallery_prompts < 1:
-            asked = f"gallery_people={self.gallery_people}, gallery_prompts={self.gallery_prompts}"
-            raise UserError(f"{asked}: expected at least 1")
+        for name in ("gallery_people", "gallery_prompts", "gallery_columns"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}={value}: expected at least 1")
 
 
 def _files(name: str) -> list[str]:
@@ -125,8 +126,8 @@ def run(config: Config) -> Path:
     at = {resolve(file): results for file, results in named.items()}
     kept, others = columns(at, along)
     if kept:
-        people, prompts = config.gallery_people, config.gallery_prompts
-        written.append(draw_gallery(out / "gallery.webp", kept, at, along, people, prompts))
+        size = config.gallery_people, config.gallery_prompts, config.gallery_columns
+        written.append(draw_gallery(out / "gallery.webp", kept, at, along, *size))
     for file in others:
         print(f"gallery.webp is without {file}, whose people or prompts are others")
     if importlib.util.find_spec("matplotlib") is None:

@@ -18,7 +18,7 @@ GAP = 4
 
 
 def colour(person, number, row):
-    return np.array([80 * person, 60 * number, 70 * row], np.uint8)
+    return np.array([80 * person, 60 * number, 60 * row], np.uint8)
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def evaluated(tmp_path):
     return make
 
 
-def drawn(path, named, people, prompts, along=None):
+def drawn(path, named, people, prompts, along=None, across=None):
     shown, _ = columns(named, along)
-    with Image.open(draw_gallery(path, shown, named, along, people, prompts)) as image:
+    with Image.open(draw_gallery(path, shown, named, along, people, prompts, across)) as image:
         return np.array(image.convert("RGB"))
 
 
@@ -65,6 +65,19 @@ def test_people_and_prompts_stand_below_each_other_and_rows_beside(evaluated, tm
             for column, row in enumerate(rows):
                 x, y = sheet.shape[1] - (3 - column) * step + SIDE // 2, top + line * step + SIDE // 2
                 assert np.abs(sheet[y, x].astype(int) - colour(person, number, row)).max() <= 6
+
+
+def test_rows_beyond_the_width_stand_beneath_with_the_same_prompts(evaluated, tmp_path):
+    named = evaluated(rows=["floor", "lora", "dora", "svdiff", "copy"])
+    sheet = drawn(tmp_path / "a.webp", named, 1, 2, across=3)
+    step, half = SIDE + GAP, sheet.shape[0] // 2
+    assert sheet.shape[1] == drawn(tmp_path / "b.webp", named, 1, 2, across=4).shape[1]  # 3 and 2, either way
+    for place, row in enumerate([4, 0, 1, 2, 3]):  # the photo first
+        line, column = divmod(place, 3)
+        for k, number in enumerate([0, 3]):
+            x, y = sheet.shape[1] - (3 - column) * step + SIDE // 2, (line + 1) * half - (2 - k) * step + SIDE // 2 - GAP
+            assert np.abs(sheet[y, x].astype(int) - colour(0, number, row)).max() <= 6
+    assert (sheet[-SIDE // 2, -SIDE // 2] >= 250).all()
 
 
 def test_fewer_people_than_asked_are_those_that_every_row_has(evaluated, tmp_path):

@@ -130,7 +130,8 @@ def test_bad_files_are_one_line_and_nothing_is_written(small, capsys):
     Path("other.json").write_text('{"steps": 3}')
     for words, said in [
         (["results=[]"], "results=[]: name a file"),
-        ([f"results={small}", "gallery_people=0"], "gallery_people=0, gallery_prompts=6: expected at least 1"),
+        ([f"results={small}", "gallery_people=0"], "gallery_people=0: expected at least 1"),
+        ([f"results={small}", "gallery_columns=0"], "gallery_columns=0: expected at least 1"),
         (["results=none.json"], "cannot read none.json"),
         ([f"results=[{small},other.json]"], "other.json is not a results file of `hyperdb evaluate`: it has no rows"),
         ([], "report needs results=..."),
