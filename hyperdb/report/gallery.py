@@ -115,8 +115,8 @@ def draw_gallery(
 ) -> Path:  # fmt: skip
     """Write the pictures of the first `people` under `count` prompts as a WebP of at most `MOST` bytes.
 
-    `shown` are the `columns` of `named`; of more than `across`, if given, the further ones stand beneath. There are no more people
-    than the row of the fewest has. Raises `UserError` if so many pictures have no room.
+    `shown` are the `columns` of `named`; of more than `across`, if given, the further ones stand beneath. There are no
+    more people than the row of the fewest has. Raises `UserError` if so many pictures have no room.
     """
     prompts = _chosen(_prompts(list(named.values())[shown[0].number]), count)
     people = min(people, *(column.people for column in shown))

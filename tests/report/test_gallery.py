@@ -75,7 +75,8 @@ def test_rows_beyond_the_width_stand_beneath_with_the_same_prompts(evaluated, tm
     for place, row in enumerate([4, 0, 1, 2, 3]):  # the photo first
         line, column = divmod(place, 3)
         for k, number in enumerate([0, 3]):
-            x, y = sheet.shape[1] - (3 - column) * step + SIDE // 2, (line + 1) * half - (2 - k) * step + SIDE // 2 - GAP
+            x, y = sheet.shape[1] - (3 - column) * step, (line + 1) * half - (2 - k) * step - GAP
+            x, y = x + SIDE // 2, y + SIDE // 2
             assert np.abs(sheet[y, x].astype(int) - colour(0, number, row)).max() <= 6
     assert (sheet[-SIDE // 2, -SIDE // 2] >= 250).all()
 
