@@ -5,10 +5,11 @@ r"""The likeness of other methods at the copying of ours: what repeats the photo
     python experiments/tables/equal_copying.py runs/evaluate/tables/table1.json runs/evaluate/along
 
 A row that stands in several files, made in different ways, has a point in each: its copying, the mean of pose and
-backdrop, and its likeness under changed prompts; one that begins at nothing has the base alone as its first. Between
-two neighbours the likeness is read off a straight line, at the copying of `hyper_40`; beyond the last point it is that
-of the last. Intervals are over people, all of whom count at every point. Prints a table, and writes equal_copying.json
-beside this file (or out=FILE).
+backdrop, and its likeness under changed prompts; one that begins at nothing has the base alone as its first. Rows that
+differ in iterations and rate alone, as DreamBooth's of Table 2, are points of one. The copying is seen in the plain
+pictures, where nothing else is asked for. Between two neighbours the likeness is read off a straight line, at the
+copying of `hyper_40`; beyond the last point it is that of the last. Intervals are over people, all of whom count at
+every point. Prints a table, and writes equal_copying.json beside this file (or out=FILE).
 
 `read` names other figures that are read off so, several of them with commas. `at` and `ours` name another figure than
 the copying and another row: how varied FouRA's pictures are at the likeness of LoRA's, which is its claim, is read off
@@ -48,6 +49,17 @@ def point(values: dict[str, Any], at: str, read: str) -> Point | None:
     return first, second
 
 
+def way(row: str, how: dict[str, Any] | None) -> tuple[str, str]:
+    """Return what a row has in common with those that differ in iterations and rate alone, and all that made it."""
+    if how is None:
+        return row, row
+    fit = how.get("finetune") or {}
+    everything = {key: value for key, value in how.items() if key != "people"}
+    common = everything | {"finetune": {key: value for key, value in fit.items() if key not in ("steps", "rate")}}
+    name, made = (json.dumps(told, sort_keys=True) for told in (common, everything))
+    return (name if fit else row), made
+
+
 def at_equal_copying(points: list[Point], ours: Point, seed: int = 0) -> dict[str, Any]:
     """Return a method's second figure where its first is that of ours, and ours minus it with its 95 % interval."""
     count = min(len(copying) for copying, _ in [*points, ours])
@@ -76,15 +88,17 @@ def compare(every: list[dict[str, Any]], ours: str, at: str, read: str) -> dict[
     """
     check_alike(every)
     points: dict[str, dict[str, Point]] = {}  # of each row, by how it was made
+    names: dict[str, str] = {}  # of ways, the row that is named first
     nothing = [found for x in every if (base := x.get("values", {}).get("floor")) and (found := point(base, at, read))]
     for results in every:
         for row, values in results.get("values", {}).items():
             if results["rows"][row].get("steps") and (found := point(values, at, read)) is not None:
-                made = json.dumps(results.get("methods", {}).get(row), sort_keys=True)
-                points.setdefault(row, {})[made] = found
-                how = results.get("methods", {}).get(row, {"start": ""})
-                if nothing and row != ours and how.get("start") is None and not how.get("encoder"):
-                    points[row]["floor"] = nothing[0]
+                how = results.get("methods", {}).get(row)
+                common, made = way(row, how)
+                name = row if row == ours else names.setdefault(common, row)
+                points.setdefault(name, {})[made] = found
+                if nothing and row != ours and how and how.get("start") is None and not how.get("encoder"):
+                    points[name]["floor"] = nothing[0]
     mine = list(points.pop(ours, {}).values())
     if len(mine) != 1:
         which = "none" if not mine else "several"

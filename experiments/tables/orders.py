@@ -1,4 +1,4 @@
-"""The order of two rows in the paper's tables, and in ours: figures of two bases compare in no other way.
+"""The order of any two rows of one of the paper's tables, and in ours: figures of two bases compare in no other way.
 
     python experiments/tables/orders.py runs/evaluate/tables/table1.json runs/evaluate/tables/table2.json ...
 
@@ -11,7 +11,9 @@ tell.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def compare(every: list[dict[str, Any]], paper: dict[str, Any]) -> list[dict[str
     scores = {row: _of_all({k: np.array(v, float).T for k, v in found.items()}) for row, found in values.items()}
     known = {figure for score in scores.values() for figure in score}
     compared = []
-    for one, other in paper["orders"]:
+    for one, other in dict.fromkeys(pair for rows in paper["tables"] for pair in combinations(rows, 2)):
         for figure in OURS:
             column = paper["figures"].index(figure.removesuffix(" by dlib"))
             ours = next((name for name in OURS[figure] if name in known), None)
@@ -94,6 +96,7 @@ def main(words: list[str]) -> None:
         raise UserError("these results hold no two rows that the paper compares")
     told = {key: every[0].get(key) for key in ("base", "hypernet", "data", "people", "seeds", "commit", "dirty")}
     print(table(compared))
+    print(", ".join(f"{count} {order}" for order, count in Counter(one["order"] for one in compared).items()))
     print(f"in {save_json(out, {'compared': compared, **told})}")
 
 

@@ -221,15 +221,18 @@ def sliced(scores: Scores) -> str:
 def slices(known: Sequence[Mapping[str, Any]], scores: Scores) -> dict[str, Any]:
     """Return the mean face cosine by what is known of the people: {attribute: {word: {people: n, row: x}}}.
 
-    It is `sliced(scores)`. `known` has the attributes of each person, in the order of the scores. Rows of fewer people
-    are left out.
+    It is `sliced(scores)`. `known` has the attributes of each person, in the order of the scores. Of a row that has the
+    first people alone, `"ROW of": n` says how many of those are counted.
     """
     found: dict[str, Any] = {}
     figure = sliced(scores)
     for name in known[0] if known else ():
         for word in sorted({str(person[name]) for person in known}):
             mine = np.array([person[name] == word for person in known])
-            cosines = {row: score[figure] for row, score in scores.items() if len(score[figure]) == len(known)}
-            means = {row: round(float(x[mine].mean()), 4) for row, x in cosines.items()}
-            found.setdefault(name, {})[word] = {"people": int(mine.sum()), **means}
+            part: dict[str, float] = {"people": int(mine.sum())}
+            for row, score in scores.items():
+                if len(some := score[figure][mine[: len(score[figure])]]):
+                    part[row] = round(float(some.mean()), 4)
+                    part |= {f"{row} of": len(some)} if len(score[figure]) < len(known) else {}
+            found.setdefault(name, {})[word] = part
     return found

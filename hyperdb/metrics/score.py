@@ -35,8 +35,9 @@ def bootstrap(
     """Return the mean of one value a person [P], or a person and seed [P, S], and its 95 % interval.
 
     People are drawn with replacement, and seeds too, the same for all people (the two-way bootstrap of crossed factors,
-    Owen 2007); percentiles of the means. NaN (a person without any value) counts as `missing`; without it a NaN raises
-    `ValueError`.
+    Owen 2007); percentiles of the means, which for few people are too narrow: where values are normal, such intervals
+    hold the truth .93 of the time for 25 people, .91 for 12, .89 for 8 and .75 for 3. One seed says nothing of what
+    another would give. NaN (a person without any value) counts as `missing`; without it a NaN raises `ValueError`.
     """
     table = np.ascontiguousarray(values, dtype=np.float64)  # sums depend on the order in memory
     table = table[:, None] if table.ndim == 1 else table

@@ -74,7 +74,10 @@ def points(plane: Plane, results: Mapping[str, Any], likeness: str = "cosine") -
 
 
 def _label(results: Mapping[str, Any], name: str) -> str:
-    return " ".join(results["rows"][name].get("label", name).split())
+    row = results["rows"][name]
+    few = row.get("people", results.get("people"))
+    of = f" ({few} people)" if few != results.get("people") else ""
+    return " ".join(row.get("label", name).split()) + of
 
 
 def draw(path: Path, plane: Plane, named: Mapping[str, Mapping[str, Any]]) -> Path:

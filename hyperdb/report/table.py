@@ -151,15 +151,19 @@ def _counted(results: Mapping[str, Any]) -> str:
 
 
 def _slices(results: Mapping[str, Any]) -> Table:
-    """Return the likeness of each row by what is known of the people; the heading alone where nothing is."""
+    """Return the likeness of each row by what is known of the people; the heading alone where nothing is.
+
+    Behind that of a row of fewer people stands in brackets how many.
+    """
     parts = [part for words in results.get("slices", {}).values() for part in words.values()]
     named = [row for row in results["rows"] if any(row in part for part in parts)]
     figure = COLUMNS[results.get("slices_of", "cosine")].label
     table = [[f"{figure}, by people", "people", *(_label(results, row) for row in named)]]
     for attribute, words in results.get("slices", {}).items():
         for word, part in words.items():
-            cells = [_cell(part, name, digits) for name, digits in (("people", 0), *((row, 3) for row in named))]
-            table.append([f"{attribute.replace('_', ' ')}: {word}", *cells])
+            few = [f" ({part[f'{row} of']:g})" if f"{row} of" in part else "" for row in named]
+            cells = [_cell(part, row, 3) + of for row, of in zip(named, few, strict=True)]
+            table.append([f"{attribute.replace('_', ' ')}: {word}", _cell(part, "people", 0), *cells])
     return table
 
 

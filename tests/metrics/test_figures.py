@@ -155,7 +155,9 @@ def test_rows_of_fewer_people_are_compared_with_those_people():
         {"few-floor": 0.4, "few-best": -0.4, "half-few": 0.0}
     )
     assert closed(few, "floor", "best") == {"half": 0.5, "few": 0.5}  # of the first person: .1 to .9
-    assert "few" not in slices([{"sex": "female"}, {"sex": "male"}], few)["sex"]["female"]
+    by_sex = slices([{"sex": "female"}, {"sex": "male"}], few)["sex"]
+    assert (by_sex["female"]["few"], by_sex["female"]["few of"]) == (0.5, 1)
+    assert not {"few", "few of", "floor of"} & by_sex["male"].keys()
     ends = {"floor": SCORES["floor"], "best": few["few"], "half": SCORES["half"]}
     assert closed(ends, "floor", "best") == {"half": 1.0}
 

@@ -24,10 +24,11 @@ def test_bootstrap_matches_the_normal_interval():
     assert bootstrap(values, seed=1) != result
 
 
-def test_bootstrap_covers_the_truth():
+@pytest.mark.parametrize(("people", "share"), [(25, 0.93), (12, 0.91), (8, 0.89), (3, 0.75)])
+def test_bootstrap_covers_the_truth_as_often_as_it_says(people, share):
     rng = np.random.default_rng(1)
-    results = [bootstrap(rng.normal(0, 1, 25), seed=i, draws=1000) for i in range(300)]
-    assert 0.88 < np.mean([r["lo"] <= 0 <= r["hi"] for r in results]) < 0.97
+    results = [bootstrap(rng.normal(0, 1, people), seed=i, draws=500) for i in range(600)]
+    assert abs(np.mean([r["lo"] <= 0 <= r["hi"] for r in results]) - share) < 0.035
 
 
 def test_missing_people_count_only_when_said():

@@ -79,6 +79,20 @@ def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tm
         compare([{key: value for key, value in one.items() if key != "values"}])
 
 
+def test_rows_that_differ_in_iterations_and_rate_alone_are_one():
+    """DreamBooth's three rows of Table 2 are one way to personalise; a row of another adapter is another."""
+    one = results(hyper_40=values([0.3] * 3, [0.9] * 3), dreambooth=values([0.4] * 3, [0.8] * 3),
+                  dreambooth_agg_2=values([0.2] * 3, [0.6] * 3), lora=values([0.1] * 3, [0.5] * 3))  # fmt: skip
+    told = [("dreambooth", "full", 1200, 12), ("dreambooth_agg_2", "full", 40, None), ("lora", "lora", 1200, 12)]
+    one["methods"] = {
+        row: {"adapter": {"kind": kind}, "finetune": {"steps": steps, "rate": 1 / steps}, "people": people}
+        for row, kind, steps, people in told
+    }
+    found = compare([one])
+    assert {row: x["points"] for row, x in found.items()} == {"dreambooth": 2, "lora": 1}
+    assert found["dreambooth"]["read"] == pytest.approx(0.7)
+
+
 def test_other_figures_and_rows_compare_as_well():
     """How far each copies where both are as like: the line of LoRA's two points at FouRA's likeness."""
     lora = [results(lora=values([copying] * 3, [likeness] * 3)) for copying, likeness in ((0.2, 0.5), (0.6, 0.9))]

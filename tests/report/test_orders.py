@@ -31,6 +31,7 @@ def test_an_order_is_the_papers_the_other_or_not_seen():
         "dreambooth-dreambooth_agg_1": ("as in the paper", 2),
         "hyper_40-hyper_only": ("not seen", 4),
         "hyper_40-no_hyper_40": ("the other way", 4),
+        "hyper_only-no_hyper_40": ("not seen", 4),  # each table's rows all with each other, and with no others
     }
     assert told["hyper_40-dreambooth"]["paper"] == 0.037
     assert told["hyper_40-dreambooth"]["mean"] == pytest.approx(0.125)

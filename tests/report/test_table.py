@@ -139,10 +139,11 @@ def test_the_whole_table_has_every_figure_and_says_of_how_many():
 
 def test_the_whole_table_tells_people_apart_by_what_is_known_of_them():
     part = {"people": 3, "copy": 0.8125, "lora": 0.5}
-    told = RESULTS | {"slices": {"reference_wears": {"glasses": part, "nothing": part | {"people": 21, "lora": 0.25}}}}
+    others = part | {"people": 21, "lora": 0.25, "lora of": 9}
+    told = RESULTS | {"slices": {"reference_wears": {"glasses": part, "nothing": others}}}
     *_, first, second, _, counted = markdown(told, brief=False).splitlines()
     assert first == "| reference wears: glasses | 3 | 0.812 | 0.500 |"
-    assert second == "| reference wears: nothing | 21 | 0.812 | 0.250 |"
+    assert second == "| reference wears: nothing | 21 | 0.812 | 0.250 (9) |"
     assert counted.startswith("n = 24 people")
     assert "glasses" in latex(told, "a")
     assert markdown(told) == markdown(RESULTS)  # in brief

@@ -195,7 +195,7 @@ def test_a_slow_row_is_of_the_first_people_alone(evaluated, words, tmp_path, cap
     assert values["lora"] == {name: [x[:2] for x in seeds] for name, seeds in whole["lora"].items()}
     floor = np.array(values["floor"]["cosine"]).T[:2]
     assert result["paired"] == {"lora-floor": paired(np.array(values["lora"]["cosine"]).T, floor, 0)}
-    assert not any("lora" in part for words in result["slices"].values() for part in words.values())
+    assert all(sum(part.get("lora of", 0) for part in words.values()) == 2 for words in result["slices"].values())
     with pytest.raises(UserError, match=r"rows/lora\.safetensors of a run with other people"):
         config.run("evaluate", [*words, few[0], f"out={tmp_path}"])
 
