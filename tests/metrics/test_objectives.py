@@ -167,6 +167,7 @@ def test_clip_learns_the_captions_without_the_rare_word(tmp_path):
     found = objective.measure(objective.save(tmp_path, {}), people.images, torch.arange(len(people)))
     assert found["recall1"] == {"caption": 1.0, "picture": 1.0}
     assert found["accuracy"] == {"style": 1.0, "place": 1.0}  # of one place
+    assert set(found["place"].values()) == set(found["style"].values()) == {1.0}
 
 
 def test_a_clip_and_an_encoder_are_small():

@@ -39,7 +39,11 @@ class PromptsObjective(Objective):
         return Judge.load(self.judge.save(out / "judge.safetensors", metadata))
 
     def measure(self, judge: Judge, images: Tensor, rows: Tensor) -> dict[str, dict[str, float]]:
-        """Return how often each label is named rightly."""
-        found = judge(images)
-        right = {name: found[name] == self.people.labels[name][rows] for name in found}
-        return {"accuracy": {name: hits.float().mean().item() for name, hits in right.items()}}
+        """Return how often each label is named rightly, and of pictures of each of its words."""
+        labels = {name: self.people.labels[name][rows] for name in judge.words}
+        right = {name: told == labels[name] for name, told in judge(images).items()}
+        measured = {"accuracy": {name: hits.float().mean().item() for name, hits in right.items()}}
+        for name, hits in right.items():
+            some = {word: hits[labels[name] == i].float() for i, word in enumerate(judge.words[name])}
+            measured[name] = {word: x.mean().item() for word, x in some.items() if len(x)}
+        return measured
