@@ -32,8 +32,22 @@ ACTIVATIONS = {
     "sigmoid": "sigmoid",
     "softsign": "softsign",
     "mish": "mish",
+    "celu": "celu",
+    "gelu": "gelu",
+    "hardshrink": "hardshrink",
+    "hardsigmoid": "hardsigmoid",
+    "hardswish": "hardswish",
+    "hardtanh": "hardtanh",
+    "logsigmoid": "logsigmoid",
+    "relu6": "relu6",
+    "selu": "selu",
+    "silu": "silu",
+    "softplus": "softplus",
+    "softshrink": "softshrink",
+    "tanhshrink": "tanhshrink",
 }
-"""{the name in files of A1111: that in `torch.nn.functional`}."""
+"""{the name in files of A1111: that in `torch.nn.functional`}. A1111 has further ones, with numbers or an axis of their
+own: glu, prelu, rrelu, softmax and its kin, threshold, multiheadattention. They are refused."""
 
 
 @dataclass

@@ -255,6 +255,8 @@ class Adapter(Protocol):
     """A family of personalisations over one layout of sites."""
 
     layout: Layout
+    places: int
+    """of a prompt that the rare token takes; more than 1 where several vectors stand for it"""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each trainable tensor, without the identity axis."""
@@ -277,6 +279,8 @@ class Adapter(Protocol):
 
 class Frozen:
     """What adapters without frozen numbers of their own share: a layout, a device, one learning rate."""
+
+    places = 1
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout

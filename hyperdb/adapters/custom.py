@@ -49,6 +49,7 @@ class CustomDiffusion(Frozen):
     def __init__(self, layout: Layout, row: int, start: int, vectors: int = 1) -> None:
         super().__init__(layout)
         self.word = Token(Layout(layout.layers[:1]), row, start, vectors)
+        self.places = vectors
         self.layers = self.rest(Layout(layout.layers[1:]))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:

@@ -1,7 +1,8 @@
 """FouRA (Borse et al. 2024, arXiv 2406.08798): low-rank factors in the cosine transform of the features, gated by rank.
 
 Of the paper's transforms this is the discrete cosine one, along the features of linear layers. The gate is a sigmoid
-for each rank. Left out are the paper's thresholds by entropy, which shut a gate for good, and their schedule.
+for each rank. Left out are the paper's thresholds by entropy, which shut a gate for good, their schedule, and freezing
+a gate that has followed the input: what can be merged is trained with a gate that does not.
 """
 
 from __future__ import annotations

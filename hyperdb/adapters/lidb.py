@@ -75,6 +75,8 @@ class LiDB:
     Bases are built on first use, depend on algorithm, seed, layer name and shape alone, and are never saved.
     """
 
+    places = 1
+
     def __init__(self, layout: Layout, a: int = 100, b: int = 50, rank: int = 1, seed: int = 0) -> None:
         import torch
 

@@ -116,6 +116,7 @@ class Token(Frozen):
             if value >= words:
                 raise UserError(f"adapter.{name}={value}: the base has {words} words, the last is {words - 1}")
         self.row, self.start, self.vectors = row, start, vectors
+        self.places = vectors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return that of one vector, `(C,)`, or of several, `(k, C)`."""

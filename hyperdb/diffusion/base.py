@@ -365,6 +365,20 @@ class Base:
         spelled = [w for w in words if len(self.tokenizer.tokenize(w)) > 1]
         return list(dict.fromkeys(spelled))
 
+    def unseen(self, prompt: str, places: int = 1) -> str:
+        """Return the end of a prompt that the text encoder has no room for, "" if all of it fits.
+
+        `places` is how many the rare token takes, where it stands for several vectors.
+        """
+        ids = self.tokenizer(self.config.prompt(prompt), add_special_tokens=False, verbose=False).input_ids
+        rare = self.tokenizer(self.config.rare_token, add_special_tokens=False).input_ids
+        room = self.tokenizer.model_max_length - 2  # a begin and an end token
+        for i, word in enumerate(ids):
+            room -= places if [word] == rare else 1
+            if room < 0:
+                return str(self.tokenizer.decode(ids[i:])).strip()
+        return ""
+
     def says_person(self, prompt: str) -> bool:
         """Whether the text encoder sees the rare token in a prompt, written as `[V]` or as itself."""
         ids = self.tokenize([prompt])[0].tolist()

@@ -415,6 +415,12 @@ class Personalization:
         return lidb.join(A * a, B * b), relaxed
 
 
+def places(path: str | Path) -> int:
+    """Return how many places of a prompt the word of a person takes, from the header of a file that could be loaded."""
+    parts = json.loads(load_metadata(path).get("parts", "[]"))
+    return max([1, *(part["config"].get("vectors", 1) for part in parts)])
+
+
 def find_adapter(path: str) -> Path:
     """Return the adapter file meant by a file or by the folder of a `personalize` run."""
     given = Path(path).expanduser()

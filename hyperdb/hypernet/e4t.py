@@ -23,6 +23,15 @@ KIND = "e4t"  # in the header of its file, as the adapter's kind
 SCALE = 0.1  # of what is predicted
 
 
+def require(path: Path) -> Path:
+    """Return the path of an encoder. Raises `UserError` where there is none, or another file."""
+    if not path.is_file():
+        raise UserError(f"no encoder of E4T at {path}; run `hyperdb train_e4t`, or set adapter.encoder=null")
+    if load_metadata(path).get("adapter") != KIND:
+        raise UserError(f"{path} is no encoder of E4T; train one with `hyperdb train_e4t`")
+    return path
+
+
 class E4TEncoder(Hypernet):
     """Images `[I, 3, H, W]` uint8 -> the parameters of E4T at which people begin.
 
@@ -50,8 +59,4 @@ class E4TEncoder(Hypernet):
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read an encoder. Raises `UserError` for a foreign or damaged file, and where there is none."""
-        if not path.is_file():
-            raise UserError(f"no encoder of E4T at {path}; run `hyperdb train_e4t`, or set adapter.encoder=null")
-        if load_metadata(path).get("adapter") != KIND:
-            raise UserError(f"{path} is no encoder of E4T; train one with `hyperdb train_e4t`")
-        return super().load(path)
+        return super().load(require(path))

@@ -167,21 +167,18 @@ def guide(config: Config) -> Guidance:
 # --- the words ---------------------------------------------------------------------------------------
 
 
-def cut_words(base: Base, prompt: str) -> str:
-    """Return the end of a prompt that the base's text encoder has no room for, "" if all of it fits."""
-    ids = base.tokenizer(base.config.prompt(prompt), add_special_tokens=False, verbose=False).input_ids
-    room = base.tokenizer.model_max_length - 2  # a begin and an end token
-    return base.tokenizer.decode(ids[room:]).strip()
-
-
 def notices(config: Config, base: Base) -> list[str]:
     """Say what of the request has no or little effect."""
+    from hyperdb.formats.native import find_adapter, places
+
     found, guidance = [], guide(config)
+    vectors = 1 if config.adapter is None else places(find_adapter(config.adapter))
     for name in ("prompt", "negative_prompt"):
         prompt = getattr(config, name)
-        if cut := cut_words(base, prompt):
+        if cut := base.unseen(prompt, vectors):
             limit = base.tokenizer.model_max_length
-            found.append(f"{name} is longer than {limit} tokens; the base does not see: {cut}")
+            of = f", of which {PLACEHOLDER} takes {vectors}" if vectors > 1 and base.says_person(prompt) else ""
+            found.append(f"{name} is longer than {limit} tokens{of}; the base does not see: {cut}")
         others = prompt.replace(PLACEHOLDER, "")  # the adapter taught it the words for the person
         unknown = base.unknown_words(others) if len(base.tokenizer) < SMALL_VOCABULARY else []
         if unknown:

@@ -158,6 +158,11 @@ def run(config: Config) -> Path:
 
     file = find_adapter(config.adapter)
     person = Personalization.load(file)
+    if person.has_contexts:
+        raise UserError(
+            f"{file} is of P+, whose vectors no weight can stand for; let its base steer the new one: "
+            f"hyperdb train_xadapter {typed('to', config.to)}"
+        )
     base = Base.load(config.diffusion)
     targets = base.targets()
     Layout.of(targets).require(person.layout, str(file))

@@ -158,6 +158,11 @@ def fit(
     words = config.instance_prompt or base.config.instance_prompt
     if not base.says_person(words):
         raise UserError(f"instance_prompt={words!r}: [V] is cut off, for the base reads fewer words; shorten it")
+    if adapter.places > 1 and (cut := base.unseen(words, adapter.places)):
+        raise UserError(
+            f"adapter.vectors={adapter.places}: the base reads {base.tokenizer.model_max_length} tokens, and {words!r} "
+            f"has no room for {cut!r} beside so many; set fewer"
+        )
     instance = base.tokenize([base.config.prompt(words)])
     moments = moments.float().to(base.device)
     adapter = adapter.to(base.device)

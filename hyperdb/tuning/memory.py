@@ -28,6 +28,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.data.people import load_people
 from hyperdb.data.sources import is_here
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
+from hyperdb.hypernet import e4t
 from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
 from hyperdb.runtime.files import load_metadata
@@ -257,7 +258,7 @@ class Sketch:
         folder = hypernet_folder(config.hypernet, config.default_hypernet, config.diffusion.path)
         path = folder / "hypernet.safetensors" if folder is not None else None
         if (encoder := config.adapter.begins()) is not None:  # then there is no hypernetwork
-            path = resolve(encoder)
+            path = e4t.require(resolve(encoder))
         if path is not None:
             self.add_hypernet(*header(path, load_metadata(path)))
             with self.measure("prediction"):

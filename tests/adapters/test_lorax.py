@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from hyperdb.adapters import LoRAXConfig
 from hyperdb.adapters.base import LowRank, delta
 from hyperdb.adapters.layout import Layer, Layout
 from hyperdb.adapters.lorax import alike, energy, projected
+from hyperdb.adapters.site import Site
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,6 +47,18 @@ def test_every_layer_has_as_many_numbers_as_the_narrowest_linear_one():
     assert LoRAXConfig(rank=6).build(layout).shapes() == {"a": (4,), "b": (6,), "conv": (6,), "first": (2,)}
     convolutions = Layout(layout.layers[2:])
     assert LoRAXConfig().build(convolutions).shapes() == {"conv": (2,), "first": (2,)}
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 7), lambda: nn.Conv2d(3, 6, 3)])
+def test_its_numbers_stand_between_the_first_singular_vectors_in_order(make):
+    module = make().double()
+    site = Site("w", module)
+    adapter = LoRAXConfig(rank=3).build(Layout.listing({"w": site}))
+    d = noise(1, 3, seed=4)
+    change = adapter.changes({"w": d})["w"]
+    u, _, vt = torch.linalg.svd(module.weight.detach().flatten(1), full_matrices=False)
+    whole = (u[:, :3] * d[0]) @ vt[:3]
+    torch.testing.assert_close(change.dense(module.weight.detach())[0].flatten(1), whole)
 
 
 def test_subspaces_are_alike_whatever_their_basis():

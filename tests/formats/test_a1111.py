@@ -21,7 +21,8 @@ from hyperdb.tuning.trainable import trainable
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "imports.md"
 INTO, BACK = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
-ACTIVATIONS = {"linear": None, "relu": nn.ReLU, "swish": nn.Hardswish, "mish": nn.Mish}
+ACTIVATIONS = {name: getattr(nn, name) for name in ("ReLU", "Hardswish", "Mish", "GELU", "LogSigmoid", "Softshrink")}
+ACTIVATIONS = {name.lower(): kind for name, kind in ACTIVATIONS.items()} | {"linear": None, "swish": nn.Hardswish}
 
 
 @pytest.fixture

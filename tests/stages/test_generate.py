@@ -316,6 +316,14 @@ def test_words_cut_off_are_named(config: Config) -> None:
     assert notice == "prompt is longer than 24 tokens; the base does not see: beach , smiling"
 
 
+def test_a_word_of_several_vectors_takes_as_many_places(config: Config, adapter: Path, monkeypatch) -> None:
+    monkeypatch.setattr("hyperdb.formats.native.places", lambda file: 18)
+    ask = replace(config, adapter=str(adapter))
+    assert notices(replace(ask, prompt="a photo of a [V]")) == []  # 22 tokens
+    (notice,) = notices(replace(ask, prompt="a photo of a [V] face, smiling"))
+    assert notice == "prompt is longer than 24 tokens, of which [V] takes 18; the base does not see: face , smiling"
+
+
 def test_the_person_is_called_by_either_name(config: Config, adapter: Path) -> None:
     for prompt in ("a photo of a sks face", "SKS, smiling", "a [V] face"):
         assert notices(replace(config, adapter=str(adapter), prompt=prompt)) == []

@@ -205,3 +205,5 @@ def test_a_dry_run_counts_the_encoder(words, capsys):
     said = capsys.readouterr().out
     assert "image encoder" in said
     assert "prediction" in said
+    with pytest.raises(UserError, match=r"no encoder of E4T at .*none; run `hyperdb train_e4t`, or set"):
+        config.run("personalize", [*words, "adapter.encoder=none", "dry_run=true"])

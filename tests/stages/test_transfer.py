@@ -18,6 +18,7 @@ from hyperdb.adapters import (
     FullConfig,
     LiDBConfig,
     LoRAXConfig,
+    PlusConfig,
     SVDiffConfig,
     TokenConfig,
 )
@@ -28,7 +29,7 @@ from hyperdb.diffusion import DiffusionConfig
 from hyperdb.diffusion.targets import base_hash
 from hyperdb.diffusion.xadapter import Mapper
 from hyperdb.faces.image import read_image
-from hyperdb.formats.native import Part, Personalization
+from hyperdb.formats.native import Part, Personalization, places
 from hyperdb.report import results
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json, load_tensors
@@ -186,6 +187,10 @@ def test_what_cannot_be_merged_or_is_of_another_base_is_refused(tiny_base, versi
     ):
         with pytest.raises(UserError, match=message):
             transfer(tiny_base, other, versions["further"], tmp_path)
+    bound, adapter = trainable(base, PlusConfig())
+    several = Part(bound, adapter.layout, adapter.init(1, _sites(base, adapter)))
+    with pytest.raises(UserError, match=r"is of P\+, .* no weight can stand for; .*: hyperdb train_xadapter to="):
+        transfer(tiny_base, replace(person, tokens=None, relaxed={}, parts=[several]), versions["further"], tmp_path)
     with pytest.raises(UserError, match="no base model at"):
         transfer(tiny_base, person, "./nowhere", tmp_path)
     for word in ("least=2", "rank=0", "subspace=0"):
@@ -250,6 +255,7 @@ def test_a_word_goes_on_as_it_is(tiny_base, versions, person, tmp_path, capsys, 
     moved = Personalization.load(out / "adapter.safetensors")
     assert [(part.kind, part.layout.names) for part in moved.parts] == [("token", (embedding,))]
     assert torch.equal(moved.parts[0].params["vector"], params["vector"])
+    assert places(out / "adapter.safetensors") == settings.vectors
     assert load_json(out / "transfer.json")["layers"][embedding] == {"word": "as it is"}
     assert set(moved.relaxed) <= set(layers)
     assert bool(moved.relaxed) == bool(layers)

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hyperdb.adapters import TokenConfig
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.adapters.lora import LoRA
 from hyperdb.diffusion import loss
 from hyperdb.runtime.errors import UserError
 from hyperdb.tuning.fit import Begin, FitConfig, fit
+from hyperdb.tuning.trainable import trainable
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,15 @@ def test_a_photo_is_learned_under_the_prompt_that_is_asked_for(base, lidb, momen
         FitConfig(steps=1, levels=1, rate=1.0, instance_prompt="a face")
     with pytest.raises(UserError, match=r"\[V\] is cut off, for the base reads fewer words"):
         trained("a very " * 40 + "[V] face")
+
+
+def test_more_vectors_than_the_prompt_has_room_for_are_refused(base, moments):
+    room = base.tokenizer.model_max_length - 2
+    once = FitConfig(steps=1, levels=1, rate=1e-2)
+    fits, beyond = (trainable(base, TokenConfig(vectors=room - n))[1] for n in (2, 1))  # "a [V] face": two besides
+    fit(base, fits, moments[:1], once)
+    with pytest.raises(UserError, match=rf"vectors={room - 1}: the base reads {room + 2} tokens, and 'a sks face'"):
+        fit(base, beyond, moments[:1], once)
 
 
 def test_records_of_runs_are_as_before_where_no_prompt_is_set():
