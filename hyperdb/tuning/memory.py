@@ -28,6 +28,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.data.people import load_people
 from hyperdb.data.sources import is_here
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
+from hyperdb.diffusion.quantise import fewer
 from hyperdb.hypernet import e4t
 from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 GIGABYTE = 2**30
 LIBRARIES = 0.8 * GIGABYTE  # a process that has imported everything; a CUDA context is about as large
 KNOWN = 2048  # bytes in memory of what is known of a picture: labels, caption, prompt, tokens
+QUANTISED = ("UNet", "text encoder")
 TRAINED = 3 * 4  # bytes kept beside a trained number from step to step: two moments, average; float32
 
 
@@ -298,11 +300,15 @@ def need(passes: Callable[[Any, Sketch], None], config: Any, device: str) -> Nee
     for name, module in sketch.modules.items():
         tensors = [*module.parameters(), *module.buffers()]
         size = sum(x.numel() * x.element_size() for x in tensors)
+        if (kind := config.diffusion.quantise) is not None and name in QUANTISED:
+            size -= fewer(module, kind)
         count = sum(p.numel() for p in module.parameters())
         modules.append(Module(name, count, size, sketch.training.get(name, 0)))
     emulated = precision.emulated(device, sketch.dtype)
     what = "CPU" if device == "cpu" else "device"
     dtype = f"fp32, this {what} has no bf16" if emulated else config.diffusion.dtype
+    if config.diffusion.quantise is not None:
+        dtype += f", the base's linear layers in {config.diffusion.quantise}"
     return Need(device, dtype, modules, sketch.passes, sketch.data)
 
 

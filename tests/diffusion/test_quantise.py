@@ -45,6 +45,17 @@ def test_without_the_library_one_line_says_what_to_install(settings, monkeypatch
         replace(settings, path="./nowhere", quantise=kind).load()
 
 
+def test_a_dry_run_counts_the_layers_in_fewer_bits(capsys):
+    """By hand: 96 x 96 weights in float32, and as int8 with a scale and a zero a row, or as nf4 in 144 blocks."""
+    layer = nn.Sequential(nn.Linear(96, 96), nn.Conv2d(3, 3, 3))
+    assert quantise.fewer(layer, "int8") == 4 * 96**2 - (96**2 + 96 * (4 + 1))
+    assert quantise.fewer(layer, "nf4") == 4 * 96**2 - (96**2 // 2 + 144 + 4 * 9 + 4 + 4 * 16)
+    assert quantise.fewer(nn.Linear(3, 3), "nf4") == 0  # no multiple of 64
+    config.run("personalize", ["image=none.png", "diffusion.quantise=nf4", "dry_run=true"])
+    said = capsys.readouterr().out
+    assert "the base's linear layers in nf4; nothing is loaded or written" in said
+
+
 def test_another_kind_is_refused(settings):
     with pytest.raises(UserError, match="quantise='int4': expected int8, nf4 or null"):
         replace(settings, quantise="int4")
@@ -57,6 +68,9 @@ def test_it_is_the_same_base_in_fewer_bits(settings, kind):
     plain, fewer = settings.load(), replace(settings, quantise=kind).load()
     assert fewer.digest == plain.digest
     assert base_hash(fewer.targets()) == base_hash(plain.targets())
+    for name in ("unet", "text_encoder"):  # a dry run counts what it really takes
+        less = quantise.fewer(getattr(plain, name), kind)
+        assert quantise.stored(getattr(fewer, name)) == quantise.stored(getattr(plain, name)) - less
     steps = 2 ** (KINDS[kind] - 1) - 1
     layers = [(name, Site(name, module), plain.targets()[name]) for name, module in fewer.targets().items()]
     assert all(site.shape == tuple(layer.weight.shape) for _, site, layer in layers)
