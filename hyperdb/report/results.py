@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hyperdb.runtime.errors import UserError
 from hyperdb.runtime.files import load_json
+
+# settings of an evaluation that a row says of itself, or that are told by a digest
+OWN = ("adapter", "batch", "finetune", "hypernet", "relaxed", "seeds")
 
 
 def _is_number(value: Any) -> bool:
@@ -91,10 +94,18 @@ def load(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+def _decides(results: Mapping[str, Any]) -> Any:
+    """Return the settings that decide the pictures of every row; of older results the digest of these and the data."""
+    if (settings := results.get("settings")) is None:
+        return results.get("made_from")
+    return {key: value for key, value in settings.items() if key not in OWN}
+
+
 def check_alike(every: list[dict[str, Any]]) -> None:
-    """Raise `UserError` if results are not of the same people, base, recipe and judges, so that rows compare."""
-    for told in ("base", "data", "persons", "seeds", "made_from", "hypernet", "judges"):
-        if any(results.get(told) != every[0].get(told) for results in every):
+    """Raise `UserError` if results are not of the same people, base, settings and judges, so that rows compare."""
+    alike = {told: [x.get(told) for x in every] for told in ("base", "data", "persons", "seeds", "hypernet", "judges")}
+    for told, found in {**alike, "settings": [_decides(x) for x in every]}.items():
+        if any(one != found[0] for one in found):
             raise UserError(f"the results differ in {told}: name those of the same people, prompts and judges")
 
 

@@ -71,8 +71,13 @@ def test_rows_of_several_files_are_points_of_one_method_and_people_are_common(tm
         module["main"]([*files, "read=likeness"])
     with pytest.raises(UserError, match="the results differ in persons"):
         compare([one, {**other, "persons": [4, 5, 6]}])
-    with pytest.raises(UserError, match="the results differ in made_from"):
+    with pytest.raises(UserError, match="the results differ in settings"):
         compare([one, {**other, "made_from": "photos that others judge"}])
+    told = {"images": 4, "batch": 5, "finetune": {"steps": 40}}
+    one, other = one | {"settings": told}, other | {"settings": told | {"batch": 9}}  # which decides nothing
+    assert compare([one, {**other, "made_from": "data under another name"}]) == found
+    with pytest.raises(UserError, match="the results differ in settings"):
+        compare([one, {**other, "settings": told | {"images": 8}}])
     with pytest.raises(UserError, match="several of the rows hyper_40"):
         compare([one, {**other, "methods": {"hyper_40": {"steps": 80}}}])
     with pytest.raises(UserError, match="none of the rows hyper_40"):
