@@ -1,12 +1,13 @@
 """Is each person still the person after `hyperdb merge` has put two of Custom Diffusion into one adapter?
 
     hyperdb render_heads split=validation identities=24 views=30 photo_views=9 out=data/heads_choice
-    python experiments/embedded/merge/merge.py [--pairs 6] [finetune.steps=500 ...]
+    python experiments/embedded/merge/merge.py [--pairs 6] [--captions data/heads_choice] [finetune.steps=500 ...]
 
 Pairs of validation people, one photo each: the first of a pair under the base's rare token, the second under --second.
 Each is drawn by the own adapter and by the merged one, under the own word, with the same noise, and told from all
-people of the study. The words are settings of `hyperdb personalize adapter=custom_diffusion`. The runs are in --out, so
-that the same command goes on where it was stopped. Writes results.json and merge.webp, the first pair, beside this.
+people of the study. The words are settings of `hyperdb personalize adapter=custom_diffusion`; --captions are those of
+`hyperdb merge`, further ones that stay as they are. The runs are in --out, so that the same command goes on where it was
+stopped. Writes results.json and merge.webp, the first pair, beside this.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--second", default="q", help="the word of the second of a pair, one token of the base")
+    parser.add_argument("--captions", help="people, or a text file with one caption a line")
     parser.add_argument("--data", default="data/heads_choice")
     parser.add_argument("--out", type=Path, default=Path("runs/merge_study"))
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results.json"))
@@ -67,8 +69,10 @@ def main(arguments: list[str]) -> None:
         if not (alone[-1] / "report.json").is_file():
             config.run("personalize", asked)
         if person % 2:
-            both = f"adapter=[{alone[-2]},{alone[-1]}]"
-            merged.append(config.run("merge", [both, *shared, f"out={given.out / f'merged{person // 2}'}"]))
+            both = [f"adapter=[{alone[-2]},{alone[-1]}]", *shared]
+            both += [f"captions={given.captions}"] if given.captions else []
+            kind = "merged_captions" if given.captions else "merged"
+            merged.append(config.run("merge", [*both, f"out={given.out / f'{kind}{person // 2}'}"]))
 
     # --- draw, measure
     base = Base.load(settings.diffusion)
@@ -89,6 +93,7 @@ def main(arguments: list[str]) -> None:
         "paired_further": pairs,
         "people": count,
         "words": given.words,
+        "captions": given.captions,
         "persons": people.seed[order[:, 0]].tolist(),
         "data": people.digest,
         "base": base.digest,
