@@ -30,7 +30,8 @@ from hyperdb.runtime.recipe import plain, recipe
 HERE, RUNS = Path(__file__).parent / "ablations", Path("runs/evaluate")
 COMPARED = ("cosine_changed", "rank1_styled_verifier")
 FIGURES = (*COMPARED, "style_accuracy", "place_accuracy", "clip_t", "copy_pose", "copy_background", "diversity")
-KEPT = ("label", "cosine", "rank1", *FIGURES, "clip_t_changed", "detected", "steps", "trained", "bytes", "base_bytes", "seconds")
+COSTS = ("steps", "trained", "bytes", "base_bytes", "seconds")
+KEPT = ("label", "cosine", "rank1", *FIGURES, "clip_t_changed", "detected", *COSTS)
 TOLD = ("split", "people", "seeds", "persons", "styled", "changed", "recognisers", "base", "data", "commit", "dirty")
 
 

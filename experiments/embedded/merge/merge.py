@@ -6,8 +6,8 @@
 Pairs of validation people, one photo each: the first of a pair under the base's rare token, the second under --second.
 Each is drawn by the own adapter and by the merged one, under the own word, with the same noise, and told from all
 people of the study. The words are settings of `hyperdb personalize adapter=custom_diffusion`; --captions are those of
-`hyperdb merge`, further ones that stay as they are. The runs are in --out, so that the same command goes on where it was
-stopped. Writes results.json and merge.webp, the first pair, beside this.
+`hyperdb merge`, further ones that stay as they are. The runs are in --out, so that the same command goes on where it
+was stopped. Writes results.json and merge.webp, the first pair, beside this.
 """
 
 from __future__ import annotations
