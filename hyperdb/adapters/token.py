@@ -115,13 +115,12 @@ class Token(Frozen):
         for name, value in (("row", row), ("start", start)):
             if value >= words:
                 raise UserError(f"adapter.{name}={value}: the base has {words} words, the last is {words - 1}")
-        self.row, self.start, self.vectors = row, start, vectors
-        self.places = vectors
+        self.row, self.start, self.places = row, start, vectors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return that of one vector, `(C,)`, or of several, `(k, C)`."""
         width = self.layout.layers[0].shape[1:]
-        return {"vector": width if self.vectors == 1 else (self.vectors, *width)}
+        return {"vector": width if self.places == 1 else (self.places, *width)}
 
     def init(self, identities: int, sites: Mapping[str, Site] | None = None) -> dict[str, Tensor]:
         """Return `{vector: [I, C] or [I, k, C]}`, each vector the class word's: the person begins as anybody."""

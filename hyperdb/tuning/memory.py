@@ -28,7 +28,7 @@ from hyperdb.adapters.layout import Layout
 from hyperdb.data.people import load_people
 from hyperdb.data.sources import is_here
 from hyperdb.diffusion.base import DTYPES, Base, pick_device
-from hyperdb.diffusion.quantise import fewer
+from hyperdb.diffusion.quantise import fewer, stored
 from hyperdb.hypernet import e4t
 from hyperdb.hypernet.model import Hypernet, header
 from hyperdb.runtime import precision
@@ -298,8 +298,7 @@ def need(passes: Callable[[Any, Sketch], None], config: Any, device: str) -> Nee
     passes(config, sketch)
     modules = []
     for name, module in sketch.modules.items():
-        tensors = [*module.parameters(), *module.buffers()]
-        size = sum(x.numel() * x.element_size() for x in tensors)
+        size = stored(module)
         if (kind := config.diffusion.quantise) is not None and name in QUANTISED:
             size -= fewer(module, kind)
         count = sum(p.numel() for p in module.parameters())
