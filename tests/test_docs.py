@@ -175,6 +175,11 @@ def test_the_diffs_shown_are_in_the_tree():
 
 NAMES = ("cluster", "formats", "imports", "methods", "stable_diffusion", "stages", "web")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
+DOCUMENTS = [
+    page
+    for pages in ("*.md", "data/*.md", *(f"{name}/**/*.md" for name in ("docs", "experiments", "hyperdb", "tests")))
+    for page in sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pages))
+]
 STUDIES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "experiments").rglob("README.md"))]
 
 
@@ -188,6 +193,13 @@ def test_every_command_named_is_a_stage_with_those_settings(page):
         known = {key for key, _ in options.settings(config.stage_module(stage).Config)} | {"experiment"}
         assert {key for key in keys if not key.startswith("methods.")} <= known, (stage, keys)
     assert lines or page in STUDIES
+
+
+@pytest.mark.parametrize("page", DOCUMENTS)
+def test_every_link_and_picture_is_there(page):
+    here = (ROOT / page).parent
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text())
+    assert [t for t in targets if "://" not in t and not (here / t).exists()] == []
 
 
 def test_weights_in_the_tree_stay_light():
