@@ -4,6 +4,9 @@
     python experiments/tables/ablations.py rank      # several, or rank=FOLDER; out=FOLDER of what is written
     python experiments/tables/ablations.py           # the tables of all that were run
 
+Results of trainings of several seeds may lie in one folder, every value with the same seeds: intervals are then over
+people and seeds.
+
 Writes ablations/NAME/results.json beside this file: every value's rows with their figures and each person's, and their
 differences, person by person, from the value that ships; and over.png, the picture of `hyperdb report`. Which value
 ships is asked of the configuration, so the tables follow it.
@@ -11,6 +14,7 @@ ships is asked of the configuration, so the tables follow it.
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from hyperdb import config
+from hyperdb.metrics.figures import summary
 from hyperdb.metrics.score import paired
 from hyperdb.report.plot import draw_over
 from hyperdb.report.results import load
@@ -54,6 +59,35 @@ def shipped(setting: str) -> Any:
     return _setting(plain(recipe(settings.methods[row])), rest)
 
 
+def pooled(named: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return results of several trainings of each value as one of each, the trainings' seeds beside each other.
+
+    Results without a hypernetwork stay as they are. Raises `UserError` where the values have not the same seeds.
+    """
+    groups: dict[str, dict[int, tuple[str, dict[str, Any]]]] = {}
+    for name, found in named.items():
+        settings = found.get("settings", {})
+        trained = dict(settings.get("hypernet") or {})
+        seed = trained.pop("seed", 0)
+        told = {**found, "settings": {**settings, "hypernet": trained}} if trained else found
+        groups.setdefault(json.dumps(told["settings"], sort_keys=True), {})[seed] = name, told
+    every = [dict(sorted(group.items())) for group in groups.values()]
+    if any(list(group) != list(every[0]) for group in every):
+        raise UserError(f"of several seeds: expected the same of each value, got {[list(group) for group in every]}")
+    one = {}
+    for group in every:
+        name, first = next(iter(group.values()))
+        rows, values = {}, {}
+        for row, scores in first["values"].items():
+            parts = [found["values"][row] for _, found in group.values()]
+            values[row] = {key: [seed for part in parts for seed in part[key]] for key in scores}
+            figures = {key: np.array(seeds, float).T for key, seeds in values[row].items()}
+            rows[row] = {**first["rows"][row], **summary(figures, 0)}
+        seeds = sum(found["seeds"] for _, found in group.values())
+        one[name] = {**first, "rows": rows, "values": values, "seeds": seeds, "trainings": list(group)}
+    return one
+
+
 def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], Axis]:
     """Return what an ablation found, its results by folder, and the setting in which they differ.
 
@@ -61,7 +95,9 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], Axi
     folder without an ablation.
     """
     named = {path.parent.name: load(path) for path in sorted(folder.glob("*/results.json"))}
-    if (along := axis(named)) is None:
+    if (along := axis(named)) is None and named:
+        along = axis(named := pooled(named))
+    if along is None:
         raise UserError(f"{folder} holds no results that differ in one setting alone; run it by `hyperdb evaluate -m`")
     every, order, default = list(named.values()), along.order(), shipped(along.setting)
     first = next((i for i in order if along.values[i] == default), order[0])
@@ -76,7 +112,7 @@ def gather(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]], Axi
         rows = {row: {key: told[key] for key in KEPT if key in told} for row, told in every[i]["rows"].items()}
         scores = {row: {key: told[key] for key in KEPT if key in told} for row, told in found.items()}
         values.append({"value": along.values[i], "rows": rows, "against": against, "scores": scores})
-    told = {key: every[0][key] for key in TOLD if key != along.setting}
+    told = {key: every[0][key] for key in (*TOLD, "trainings") if key != along.setting and key in every[0]}
     return {"setting": along.setting, "compared_with": along.values[first], **told, "values": values}, named, along
 
 

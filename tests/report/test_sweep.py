@@ -193,3 +193,34 @@ def test_an_ablation_is_compared_with_the_value_that_ships_person_by_person(tmp_
     (tmp_path / "rank=4" / "results.json").unlink()
     with pytest.raises(UserError, match="holds no results that differ in one setting alone"):
         ablations["gather"](tmp_path)
+
+
+def test_trainings_of_several_seeds_are_one_result_of_each_value(tmp_path):
+    ablations = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "tables" / "ablations.py"))
+    told = dict.fromkeys(("split", "persons", "styled", "changed", "recognisers", "base", "data"), 1)
+    told |= {"commit": "c", "dirty": False, "seeds": 1}
+    trained = {("any", 1): [0.5, 0.3], ("any", 0): [0.7, 0.5], ("same", 1): [0.6, 0.2], ("same", 0): [0.9, 0.5]}
+
+    def write(style, seed, people):
+        one = result(hypernet={"target_style": style, "seed": seed}) | told
+        one |= {"hypernet": f"{style}{seed}", "values": {"hyper_only": {"cosine_changed": [people]}}}
+        one["rows"] = {"hyper_only": {**one["rows"]["lora"], "cosine_changed": {"mean": 0.0, "lo": 0.0, "hi": 0.0}}}
+        (tmp_path / f"{style}{seed}").mkdir(exist_ok=True)
+        (tmp_path / f"{style}{seed}" / "results.json").write_text(json.dumps(one))
+
+    for (style, seed), people in trained.items():
+        write(style, seed, people)
+    found, named, along = ablations["gather"](tmp_path)
+    assert (found["setting"], along.values, len(named)) == ("hypernet.target_style", ["any", "same"], 2)
+    assert (found["seeds"], found["trainings"], found["compared_with"]) == (2, [0, 1], "any")
+    default, same = found["values"]
+    assert default["scores"]["hyper_only"]["cosine_changed"] == [[0.7, 0.5], [0.5, 0.3]]  # the lowest seed first
+    assert default["rows"]["hyper_only"]["cosine_changed"]["mean"] == pytest.approx(0.5)
+    assert same["against"]["hyper_only"]["cosine_changed"]["mean"] == pytest.approx((0.2 + 0.0 + 0.1 - 0.1) / 4)
+    write("same", 2, [0.1, 0.1])
+    with pytest.raises(UserError, match=r"expected the same of each value, got \[\[0, 1\], \[0, 1, 2\]\]"):
+        ablations["gather"](tmp_path)
+    for style, seed in (("same", 0), ("same", 1), ("same", 2)):
+        (tmp_path / f"{style}{seed}" / "results.json").unlink()
+    found, _, along = ablations["gather"](tmp_path)  # seeds alone are a setting like any other
+    assert (found["setting"], along.values, "trainings" in found) == ("hypernet.seed", [0, 1], False)
