@@ -171,6 +171,7 @@ def training(work: Path, size: int, steps: int) -> dict[str, Any]:
         lap("seconds_of_the_keys")
         batches = Batches(whole, base, people, fit_rows, None)
         lap("seconds_of_the_latents")
+        torch.manual_seed(0)  # the encoder has the same numbers in each run, as in a training: its features are kept
         model = Hypernet(whole.model, store.lidb, whole.default_spread)
         model.standardise(store.tokens, store.moment)
         shown = photos[:FEATURE_PHOTOS]
