@@ -3,8 +3,8 @@
     python benchmarks/busy.py [repeats] [iterations]
 
 The embedded base, one photo, 40 iterations. The other program multiplies matrices, with as many threads as there are
-cores. Every repeat measures all four in turn, so that what else the machine does falls on all alike. Before each the
-model is loaded, as in `hyperdb personalize`: so long the watch looks at what the others do. Prints the medians and
+cores. Every repeat measures all four in turn, every other one in another order, so that what else the machine does, and
+what came before, falls on all alike. Before each the model is loaded, as in `hyperdb personalize`: so long the watch looks at what the others do. Prints the medians and
 writes busy.json beside this file. Where the user has chosen the number of threads, there is nothing to compare.
 """
 
@@ -70,9 +70,9 @@ def main(words: list[str]) -> None:
     model.finetune(crop, tokens)  # warms up
     seconds: dict[str, list[float]] = {}
     threads: dict[str, list[int]] = {}
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for other in (False, True):
-            for few in (False, True):
+            for few in (False, True) if repeat % 2 else (True, False):
                 name = f"{'beside another program' if other else 'alone'}, {'free' if few else 'all'} threads"
                 with beside(other):
                     watch = Watch()

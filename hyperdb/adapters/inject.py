@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from hyperdb.adapters.base import Change, Changes, DenseChange, LowRank, Replacement, identities_of
+from hyperdb.adapters.base import Change, Changes, DenseChange, LowRank, Replacement, Sum, identities_of
 from hyperdb.adapters.site import Site
 from hyperdb.runtime.errors import UserError
 
@@ -44,22 +45,9 @@ def settled(changes: Changes, modules: Mapping[str, Any]) -> dict[str, Change]:
     return ready
 
 
-def _weight(change: Change, site: Site) -> Tensor | None:
-    """Return the changed weight of a linear layer or convolution, float32; None where hooking is better or necessary.
-
-    That is so for each change that knows more of itself than its dense form, but one of low rank.
-    """
-    import torch
-
-    if site.kind not in ("linear", "conv"):
-        return None
-    weight = site.weight()
-    if isinstance(change, LowRank):
-        down, up = (x.squeeze(0).to(weight) for x in change)
-        return torch.addmm(weight.flatten(1), up, down.flatten(1)).view_as(weight)
-    if type(change).__call__ is not DenseChange.__call__:
-        return None
-    return weight + change.dense(weight).squeeze(0)
+def _is_dense(change: Change) -> bool:
+    """Say whether a change knows no more of itself than its dense form, or is of low rank."""
+    return isinstance(change, LowRank) or type(change).__call__ is DenseChange.__call__
 
 
 class Injection:
@@ -143,24 +131,64 @@ class Injection:
             self._changes, self.strength, self.repeat, self.plain = before
             self._identities = identities_of(self._changes)
 
-    @contextmanager
-    def merged(self, changes: Changes) -> Iterator[None]:
-        """Use the `changes` of one identity within a block, by weights that they are added to where that is possible.
 
-        A layer then makes one product, not three, forward and backward, but its weight has a gradient of its full
-        size: quicker where layers are small. Gradient flows into changes and input, as it does with `using`.
-        Raises `UserError` for changes that do not fit, or of several identities.
-        """
-        if (count := identities_of(ready := _checked(self.sites, changes))) > 1:
+class Merging:
+    """The changes of one identity as weights that they are added to, `frozen` ones once and trained ones at each use.
+
+    A layer then makes one product, not three, forward and backward, but its weight has a gradient of its full size:
+    quicker where layers are small. Layers of one shape get their weights in one operation, in `dtype`, or in their own
+    without one: give that which the network computes in. Only low-rank changes and those that are their dense form are
+    merged; the others stay hooks of the `injection`. Gradient flows into changes and input, as it does with
+    `Injection.using`. Raises `UserError` for changes that do not fit, or of several identities.
+    """
+
+    def __init__(self, injection: Injection, frozen: Changes | None = None, dtype: torch.dtype | None = None) -> None:
+        self.injection, self.dtype = injection, dtype
+        self.frozen = _checked(injection.sites, frozen or {})
+        self._stacks: dict[tuple[str, ...], Tensor] = {}  # weights of layers of one shape, with what is frozen
+
+    @contextmanager
+    def using(self, changes: Changes) -> Iterator[None]:
+        """Use frozen and trained changes within a block, then what was in use before."""
+        sites, trained = self.injection.sites, _checked(self.injection.sites, changes)
+        if (count := max(identities_of(self.frozen), identities_of(trained))) > 1:
             raise UserError(f"the changes of {count} identities cannot be merged into one weight")
-        weights = {name: w for name, change in ready.items() if (w := _weight(change, self.sites[name])) is not None}
-        modules: list[Any] = [self.sites[name].module for name in weights]
+        weights, hooked = {}, {}
+        alike: dict[tuple[int, ...], list[str]] = {}  # layers by rank and shape
+        for name in self.frozen | trained:
+            parts = [c[name] for c in (self.frozen, trained) if name in c]
+            if all(isinstance(part, LowRank) for part in parts):
+                rank = len(trained[name].down[0]) if name in trained else 0  # type: ignore[attr-defined]
+                alike.setdefault((rank, *sites[name].shape), []).append(name)
+            elif sites[name].kind in ("linear", "conv") and all(map(_is_dense, parts)):
+                weight = sites[name].weight()
+                weights[name] = weight + sum(part.dense(weight)[0] for part in parts)
+            else:
+                hooked[name] = parts[0] if len(parts) == 1 else Sum(*parts)
+        for (rank, *_), names in alike.items():
+            weights |= zip(names, self._alike(names, [trained[name] for name in names] if rank else []), strict=True)
+        modules: list[Any] = [sites[name].module for name in weights]
         try:
-            with self.using({name: change for name, change in ready.items() if name not in weights}):
+            with self.injection.using(hooked):
                 for module, weight in zip(modules, weights.values(), strict=True):
                     # found before the parameter of that name, which stays as it is
-                    module.__dict__["weight"] = weight.to(module.weight.dtype)
+                    module.__dict__["weight"] = weight.to(self.dtype or module.weight.dtype)
                 yield
         finally:
             for module in modules:
                 module.__dict__.pop("weight", None)
+
+    def _alike(self, names: Sequence[str], changes: Sequence[Any]) -> Sequence[Tensor]:
+        """Return the weights of layers of one shape with their frozen changes and, if there are any, trained ones."""
+        if (stack := self._stacks.get(tuple(names))) is None:
+            weights = {name: self.injection.sites[name].weight() for name in names}
+            with torch.no_grad():
+                for name in names:
+                    if name in self.frozen:
+                        weights[name] = weights[name] + self.frozen[name].dense(weights[name])[0]
+                stack = self._stacks[tuple(names)] = torch.stack(list(weights.values()))
+        whole = stack
+        if changes:
+            down, up = (torch.cat(factors).to(stack) for factors in zip(*changes, strict=True))
+            whole = torch.baddbmm(stack.flatten(2), up, down.flatten(2)).view(stack.shape)
+        return whole.to(self.dtype or stack.dtype).unbind()

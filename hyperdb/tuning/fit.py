@@ -136,7 +136,8 @@ def fit(
     import torch
 
     from hyperdb.adapters.base import both
-    from hyperdb.adapters.inject import Injection
+    from hyperdb.adapters.inject import Injection, Merging
+    from hyperdb.diffusion.base import DTYPES
     from hyperdb.diffusion.loss import (
         bad_levels,
         face_focus,
@@ -167,6 +168,7 @@ def fit(
     moments = moments.float().to(base.device)
     adapter = adapter.to(base.device)
     injection = Injection(base.sites({*(frozen or ()), *adapter.layout.names}))
+    merging = Merging(injection, frozen, DTYPES[base.config.dtype]) if config.merge and people == 1 else None
     first = adapter.init(people, injection.sites) if begin is None else begin.params
     leaves = {k: torch.nn.Parameter(v.to(base.device).clone()) for k, v in first.items()}
     gain = {k: v.to(base.device) for k, v in begin.gain.items()} if begin is not None else {}
@@ -212,9 +214,9 @@ def fit(
                 wanted = torch.cat([wanted, own.expand(people, *own.shape)], 1)
                 noise, t, ids = torch.cat([noise, pnoise]), torch.cat([t, pt]), torch.cat([ids, pids])
             optimizer.zero_grad()  # before the pass, whose memory they would add to
-            changes = both(frozen, adapter.changes(params))
+            changes = adapter.changes(params)
             # in use until the backward pass has ended: checkpointing computes with it again
-            using = injection.merged(changes) if config.merge and people == 1 else injection.using(changes)
+            using = injection.using(both(frozen, changes)) if merging is None else merging.using(changes)
             with using, nullcontext() if scenes is None else scenes.watching():
                 out = predict(base, z.flatten(0, 1), *_tile(people, noise, t, ids))
                 square = (out.unflatten(0, (people, levels + extra)) - wanted).square()  #  [I, S + P, c, h, w]

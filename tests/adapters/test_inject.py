@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hyperdb.adapters.base import Factors, concatenate, delta, rank_of, scale, select
-from hyperdb.adapters.inject import Injection
+from hyperdb.adapters.base import Dense, Factors, LowRank, OfTensors, both, concatenate, delta, rank_of, scale, select
+from hyperdb.adapters.inject import Injection, Merging
 from hyperdb.runtime.errors import UserError
 
 
@@ -136,3 +136,67 @@ def test_a_convolution_gets_the_dense_residual_of_each_identity(identities: int,
         Injection({"c": conv}).set({"l": factors["c"]})
     with pytest.raises(UserError, match=r"takes down \[I, r, 4, 3, 2\]"):
         Injection({"c": conv}).set({"c": factors["c"][::-1]})
+
+
+class Scaled(OfTensors):
+    """A change that is no weight: what the layer is given, times a number."""
+
+    def __call__(self, x, y, site):
+        return self.tensors[0] * x
+
+    def check(self, site):
+        pass
+
+
+def test_merged_changes_make_what_hooks_make_and_have_their_gradients() -> None:
+    """Layers alike and others: a frozen change alone, a trained one alone, both, of several ranks and kinds."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"a": (6, 6), "b": (6, 6), "c": (6, 6), "d": (6, 6), "e": (4, 6), "dense": (6, 6), "hook": (6, 6)}
+    model = {name: nn.Linear(n, m).requires_grad_(False) for name, (m, n) in shapes.items()}
+    model["conv"] = nn.Conv2d(1, 4, (2, 3)).requires_grad_(False)
+
+    def pair(name: str, rank: int) -> LowRank:
+        m, *n = model[name].weight.shape
+        return LowRank(torch.randn(1, rank, *n, generator=g), torch.randn(1, m, rank, generator=g))
+
+    frozen = {name: pair(name, 2) for name in ("a", "b", "dense", "hook", "conv")}
+    trained = {name: pair(name, rank) for name, rank in {"a": 3, "c": 3, "d": 1, "e": 3, "conv": 3}.items()}
+    trained |= {"dense": Dense(torch.randn(1, 6, 6, generator=g)), "hook": Scaled(torch.ones(1))}
+    leaves = [x.requires_grad_() for change in trained.values() for x in change]
+    x = torch.randn(5, 6, generator=g, requires_grad=True)
+
+    def made() -> list[torch.Tensor]:
+        return [model[name](x if name != "conv" else x[:, None, None].expand(-1, -1, 2, -1)) for name in model]
+
+    def gradients(out: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(sum(y.square().sum() for y in out), [x, *leaves])
+
+    injection = Injection(model)
+    plain = made()
+    with injection.using(both(frozen, trained)):
+        wanted, slopes = made(), gradients(made())
+    merging = Merging(injection, frozen)
+    for _ in range(2):
+        with merging.using(trained):
+            assert all("weight" in vars(model[name]) for name in model if name != "hook")
+            found = made()
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(gradients(found), slopes, rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, made(), plain))
+    assert not any("weight" in vars(layer) for layer in model.values())
+    with pytest.raises(UserError, match="of 2 identities cannot be merged"), merging.using({"e": (
+        torch.zeros(2, 1, 6), torch.zeros(2, 4, 1))}):  # fmt: skip
+        pass
+
+
+def test_merged_weights_are_in_the_type_that_the_network_computes_in(linear: nn.Linear) -> None:
+    x, (down, up) = torch.randn(3, 6), factors_of(1)["l"]
+    up.requires_grad_()
+    merging = Merging(Injection({"l": linear}), None, torch.bfloat16)
+    with merging.using({"l": (down, up)}), torch.autocast("cpu", torch.bfloat16):
+        assert linear.weight.dtype == torch.bfloat16
+        y = linear(x)
+        y.float().sum().backward()
+    torch.testing.assert_close(y.float(), F.linear(x, linear.weight + (up @ down)[0], linear.bias), rtol=0.02, atol=0.1)
+    assert up.grad is not None
+    assert up.grad.dtype == torch.float32

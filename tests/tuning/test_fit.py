@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hyperdb.adapters import TokenConfig
+from hyperdb.adapters import LoRAConfig, SVDiffConfig, TokenConfig
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.lidb import LiDB
 from hyperdb.adapters.lora import LoRA
@@ -115,6 +115,19 @@ def test_records_of_runs_are_as_before_where_no_prompt_is_set():
     told += ["prior_rows", "prior_weight", "rate", "seed", "signal_weight", "steps", "warmup"]
     assert sorted(one.told()) == sorted([*told, "decay"])
     assert replace(one, instance_prompt="a [V]").told() == {**one.told(), "instance_prompt": "a [V]"}
+
+
+@pytest.mark.parametrize("kind", [LoRAConfig(rank=2), SVDiffConfig()])
+def test_merging_changes_no_fit(base, lidb, moments, kind):
+    """What is trained on top of a frozen prediction is what hooks train, whether it is of low rank or not."""
+    frozen = lidb.factors({"tokens": lidb.template[None] + 0.02})
+    adapter = kind.build(lidb.layout)
+    config = FitConfig(steps=3, levels=2, rate=1e-2)
+    hooked, merged = (fit(base, adapter, moments[:1], replace(config, merge=m), frozen) for m in (False, True))
+    begun = adapter.init(1, base.sites(adapter.layout.names))
+    assert any((hooked[name] - value).abs().max() > 1e-3 for name, value in begun.items())
+    for name, value in hooked.items():
+        assert torch.allclose(value, merged[name], atol=1e-3), name
 
 
 def test_checkpointing_changes_no_fit(base, lidb, moments):
