@@ -4,8 +4,9 @@
 
 The embedded base, one photo, 40 iterations. The other program multiplies matrices, with as many threads as there are
 cores. Every repeat measures all four in turn, every other one in another order, so that what else the machine does, and
-what came before, falls on all alike. Before each the model is loaded, as in `hyperdb personalize`: so long the watch looks at what the others do. Prints the medians and
-writes busy.json beside this file. Where the user has chosen the number of threads, there is nothing to compare.
+what came before, falls on all alike. Before each the model is loaded, as in `hyperdb personalize`: so long the watch
+looks at what the others do. Prints the medians and writes busy.json beside this file. Where the user has chosen the
+number of threads, there is nothing to compare.
 """
 
 from __future__ import annotations
