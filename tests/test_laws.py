@@ -28,7 +28,7 @@ from hyperdb.adapters import (
     TokenConfig,
 )
 from hyperdb.adapters.base import Adapter, NotMergeableError, both, select
-from hyperdb.adapters.inject import Injection
+from hyperdb.adapters.inject import Injection, Merging
 from hyperdb.adapters.layout import Layout
 from hyperdb.adapters.site import Site
 from hyperdb.runtime.errors import UserError
@@ -239,7 +239,7 @@ def test_training_merged_is_training_hooked(case: Case, remember: bool) -> None:
 
 
 def test_several_identities_are_never_merged(case: Case) -> None:
-    with pytest.raises(UserError, match="2 identities"), Injection(case.sites).merged(case.changes(2)):
+    with pytest.raises(UserError, match="2 identities"), Merging(Injection(case.sites)).using(case.changes(2)):
         pass
 
 
@@ -250,7 +250,7 @@ def _gradients(
     injection, x = Injection(case.sites), ids(4)
     x[:, 0] = 3  # the word that a token adapter changes
     changes = case.adapter.changes(params)
-    with injection.merged(changes) if merged else injection.using(changes):
+    with Merging(injection).using(changes) if merged else injection.using(changes):
         y = case.model(x) if remember else checkpoint(case.model, x, use_reentrant=False)
         y.square().sum().backward()
     injection.remove()
