@@ -3,9 +3,10 @@
     python benchmarks/busy.py [repeats] [iterations]
 
 The embedded base, one photo, 40 iterations. The other program multiplies matrices, with as many threads as there are
-cores. Every repeat measures all four in turn, every other one in another order, so that what else the machine does, and
-what came before, falls on all alike. Before each the model is loaded, as in `hyperdb personalize`: so long the watch
-looks at what the others do. Prints the medians and writes busy.json beside this file. Where the user has chosen the
+cores. Every repeat measures both numbers of threads in turn, three times alone, where they hardly differ, and once
+beside the other program; every other repeat in another order, so that what else the machine does, and what came before,
+falls on all alike. Before each the model is loaded, as in `hyperdb personalize`: so long the watch looks at what the
+others do. Prints the medians and writes busy.json beside this file. Where the user has chosen the
 number of threads, there is nothing to compare.
 """
 
@@ -72,7 +73,7 @@ def main(words: list[str]) -> None:
     seconds: dict[str, list[float]] = {}
     threads: dict[str, list[int]] = {}
     for repeat in range(repeats):
-        for other in (False, True):
+        for other in (False, False, False, True):
             for few in (False, True) if repeat % 2 else (True, False):
                 name = f"{'beside another program' if other else 'alone'}, {'free' if few else 'all'} threads"
                 with beside(other):

@@ -66,8 +66,10 @@ def spared(watch: Watch, device: torch.device) -> Iterator[None]:
         yield
         return
     few = min(every, max(1, round(watch.free())))
-    if few < every:
-        print(f"other programs are using the cores: {few} of {every} threads (OMP_NUM_THREADS={every} takes all)")
+    if few == every:
+        yield  # to set the number again, as it is, would take from MKL its own choice for small products
+        return
+    print(f"other programs are using the cores: {few} of {every} threads (OMP_NUM_THREADS={every} takes all)")
     torch.set_num_threads(few)
     try:
         yield
