@@ -43,6 +43,14 @@ def test_threads_are_the_free_cores(machine, work, few, capsys):
     assert capsys.readouterr().out.count("\n") == (few < 4)
 
 
+def test_where_all_cores_are_free_the_number_is_not_even_set_again(machine, monkeypatch):
+    watch = machine(0.2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail(f"set to {count}"))
+    with spared(watch, CPU):
+        assert torch.get_num_threads() == 4
+    monkeypatch.undo()
+
+
 def test_nobody_is_overruled(machine, monkeypatch):
     torch.set_num_threads(2)  # whoever asks for few gets no more
     with spared(machine(0), CPU):
